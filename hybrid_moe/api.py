@@ -1,0 +1,262 @@
+"""The entry points of serving code: `fused_moe` for one call, `HybridMoE` for a layer."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import backends
+from .choice import Choice
+from .policy import Policy, find_policy
+from .problem import DeviceKey, MoEInputs, MoEProblem
+from .select import Decision, DecisionTable, explicit, resolve
+
+# What runs where no policy speaks: the first of these that is supported.
+DEFAULT_ORDER: tuple[Choice, ...] = tuple(Choice(name) for name in backends.BACKENDS)
+
+
+def fused_moe(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    *,
+    top_k: int = 8,
+    n_group: int = 8,
+    topk_group: int = 4,
+    gate_first: bool = False,
+    output: torch.Tensor | None = None,
+    backend: str | Choice | None = None,
+    policy: Policy | str | Path | None = None,
+) -> torch.Tensor:
+    """Run the FP8 block-scale MoE layer on the backend that was measured fastest for this GPU and token count.
+
+    Parameters
+    ----------
+    routing_logits
+        ``[T, num_experts]`` float32.
+    routing_bias
+        ``[num_experts]`` bfloat16; all zeros for none.
+    hidden_states
+        ``[T, H]`` float8_e4m3fn.
+    hidden_states_scale
+        ``[H/128, T]`` float32.
+    gemm1_weights, gemm1_weights_scale
+        ``[E, 2I, H]`` float8_e4m3fn, rows ``[0, I)`` up and ``[I, 2I)`` gate; ``[E, 2I/128, H/128]`` float32.
+    gemm2_weights, gemm2_weights_scale
+        ``[E, H, I]`` float8_e4m3fn; ``[E, H/128, I/128]`` float32.
+    local_expert_offset
+        Global index of the first of the E local experts.
+    routed_scaling_factor
+        Factor on the routing weights, which sum to one before it.
+    top_k, n_group, topk_group
+        See `MoEProblem`.
+    gate_first
+        The halves of ``gemm1_weights`` are stored gate first, as SGLang and vLLM do.
+    output
+        ``[T, H]`` bfloat16 to write into; a new tensor if not given.
+    backend
+        A name (``"triton_fused"``), ``"name[key=value]"`` or a `Choice`. It runs, or raises: never falls back.
+    policy
+        A `Policy`, a policy file or a directory of them; by default the user's own, then the shipped one.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[T, H]`` bfloat16: this rank's part of the layer, to be summed over the ranks. Zeros for a token that chose
+        no local expert.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An input has the wrong type, dtype, shape, device or range; the message names it.
+    PolicyError
+        The given policy can't be read, or is for another problem or device.
+    BackendUnsupportedError
+        The given backend can't run here; the message lists every reason.
+    """
+    inputs = MoEInputs(
+        routing_logits,
+        routing_bias,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        local_expert_offset,
+        routed_scaling_factor,
+    )
+    problem = MoEProblem.from_tensors(
+        inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+    )
+    output = _output(problem, inputs, output)
+    device = DeviceKey.of(hidden_states.device)
+    if backend is not None:
+        choice = as_choice(backend)
+    else:
+        choice = _cached_table(problem, device, _Identity(policy)).choice(inputs.num_tokens)
+    runner = backends.prepare(problem, device, choice)
+    if inputs.num_tokens:
+        runner.run(inputs, output)
+    return output
+
+
+class HybridMoE:
+    """A prepared layer: it holds weights and policy, and is called with logits and hidden states.
+
+    The policy is resolved and every backend that it can choose is prepared once, here: one that can't run refuses now,
+    not in the middle of serving.
+
+    Parameters
+    ----------
+    gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, routing_bias
+        See `fused_moe`. Held, never copied.
+    local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, backend, policy
+        See `fused_moe`.
+
+    Attributes
+    ----------
+    problem : MoEProblem
+    device : DeviceKey
+
+    Raises
+    ------
+    As `fused_moe`.
+    """
+
+    def __init__(
+        self,
+        gemm1_weights: torch.Tensor,
+        gemm1_weights_scale: torch.Tensor,
+        gemm2_weights: torch.Tensor,
+        gemm2_weights_scale: torch.Tensor,
+        routing_bias: torch.Tensor,
+        *,
+        local_expert_offset: int,
+        routed_scaling_factor: float,
+        top_k: int = 8,
+        n_group: int = 8,
+        topk_group: int = 4,
+        gate_first: bool = False,
+        backend: str | Choice | None = None,
+        policy: Policy | str | Path | None = None,
+    ) -> None:
+        empty = MoEInputs(
+            torch.empty((0, *routing_bias.shape[-1:]), device=routing_bias.device),
+            routing_bias,
+            gemm1_weights.new_empty((0, *gemm1_weights.shape[-1:])),
+            gemm1_weights_scale.new_empty((gemm1_weights_scale.shape[-1], 0)),
+            gemm1_weights,
+            gemm1_weights_scale,
+            gemm2_weights,
+            gemm2_weights_scale,
+            local_expert_offset,
+            routed_scaling_factor,
+        )
+        self.problem = MoEProblem.from_tensors(
+            empty, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+        )
+        self.device = DeviceKey.of(gemm1_weights.device)
+        self._inputs = empty
+        self._explicit = None if backend is None else as_choice(backend)
+        self._table = None if backend is not None else decision_table(self.problem, self.device, policy)
+        choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
+        self._runners = {choice: backends.prepare(self.problem, self.device, choice) for choice in choices}
+
+    def __call__(
+        self,
+        routing_logits: torch.Tensor,
+        hidden_states: torch.Tensor,
+        hidden_states_scale: torch.Tensor,
+        *,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the layer; see `fused_moe` for the tensors and errors."""
+        inputs = self._inputs._replace(
+            routing_logits=routing_logits, hidden_states=hidden_states, hidden_states_scale=hidden_states_scale
+        )
+        self.problem.check_activations(inputs)
+        output = _output(self.problem, inputs, output)
+        if inputs.num_tokens:
+            self._runners[self.choice(inputs.num_tokens)].run(inputs, output)
+        return output
+
+    def choice(self, num_tokens: int) -> Choice:
+        """What runs at ``num_tokens``."""
+        return self._explicit or self._table.choice(num_tokens)  # type: ignore[union-attr]
+
+    def explain(self, num_tokens: int) -> Decision:
+        """What runs at ``num_tokens``, and why."""
+        if self._table is None:
+            return explicit(self._explicit, num_tokens, {})  # type: ignore[arg-type]
+        return self._table.decision(num_tokens)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
+        return self._runners[self.choice(num_tokens)].workspace_bytes(num_tokens) if num_tokens else 0
+
+
+def as_choice(backend: str | Choice) -> Choice:
+    """A full `Choice` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
+    return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
+
+
+def decision_table(
+    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None
+) -> DecisionTable:
+    """Find the policy and resolve it against what can run here.
+
+    Warns where a GPU has no policy, and says how to get one.
+    """
+    found, _ = find_policy(problem, device.name, policy)
+    if found is None and device.name != "cpu":
+        warnings.warn(
+            f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
+            f"{', '.join(map(str, DEFAULT_ORDER))} runs at every token count. Learn one from measurements on this GPU: "
+            "hybrid-moe learn RECORDS.jsonl",
+            stacklevel=3,
+        )
+    candidates = [*(found.candidates if found else ()), *DEFAULT_ORDER]
+    refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
+    return resolve(found, problem, device, refusals=refusals, fallback_order=DEFAULT_ORDER)
+
+
+class _Identity:
+    """Cache key for a policy argument: a Policy by identity (it isn't hashable), names and None by value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Policy | str | Path | None) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value) if isinstance(self.value, Policy) else hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity):
+            return NotImplemented
+        return self.value is other.value or (not isinstance(self.value, Policy) and self.value == other.value)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_table(problem: MoEProblem, device: DeviceKey, policy: _Identity) -> DecisionTable:
+    return decision_table(problem, device, policy.value)
+
+
+def _output(problem: MoEProblem, inputs: MoEInputs, output: torch.Tensor | None) -> torch.Tensor:
+    if output is None:
+        return torch.empty(
+            (inputs.num_tokens, problem.hidden_size), dtype=torch.bfloat16, device=inputs.hidden_states.device
+        )
+    problem.check_output(output, inputs)
+    return output

@@ -1,0 +1,54 @@
+"""The registry of backends. Importing it imports no kernel library."""
+
+from __future__ import annotations
+
+import functools
+
+from ..problem import DeviceKey, MoEProblem
+from .base import Backend, BackendUnsupportedError, Choice, Runner
+from .flashinfer_trtllm import FlashinferTrtllm
+from .torch_reference import TorchReference
+from .triton_fused import TritonFused
+
+# The order is that of preference where nothing was measured: fastest hope first, the reference last.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (FlashinferTrtllm(), TritonFused(), TorchReference())}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; ValueError lists the known ones."""
+    try:
+        return BACKENDS[name]
+    except KeyError:
+        raise ValueError(f"backend is {name!r}; one of {', '.join(BACKENDS)} is wanted") from None
+
+
+def complete(choice: Choice) -> Choice:
+    """The same choice with the backend's default options filled in."""
+    return Choice(choice.backend, {**get_backend(choice.backend).default_config, **choice.config})
+
+
+@functools.lru_cache(maxsize=1024)
+def not_supported_reasons(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
+    """Why ``choice`` can't run; empty if it can. Memoised: asked once for each problem and device."""
+    choice = complete(choice)
+    return tuple(get_backend(choice.backend).not_supported_reasons(problem, device, choice.config))
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> Runner:
+    """The runner of ``choice``, made once for each problem and device; raises BackendUnsupportedError."""
+    choice = complete(choice)
+    return get_backend(choice.backend).prepare(problem, device, choice.config)
+
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendUnsupportedError",
+    "Choice",
+    "Runner",
+    "complete",
+    "get_backend",
+    "not_supported_reasons",
+    "prepare",
+]

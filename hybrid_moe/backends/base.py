@@ -1,0 +1,79 @@
+"""What a backend is: a name, its reasons to refuse, and a prepared runner."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+
+from ..choice import BackendUnsupportedError, Choice, ConfigValue
+from ..problem import DeviceKey, MoEInputs, MoEProblem
+
+
+class Runner(ABC):
+    """A backend prepared for one problem, device and configuration.
+
+    Safe to keep and to call any number of times; holds no weights.
+    """
+
+    @abstractmethod
+    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+        """Write the layer's result into ``output``, ``[T, H]`` bfloat16, every element of it.
+
+        The inputs were checked before. T is at least 1. Does not synchronise with the host.
+        """
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Device memory in bytes that one call at ``num_tokens`` takes beside inputs and output."""
+        return 0
+
+
+class Backend(ABC):
+    """One way to run the layer. Stateless: one instance is registered for the whole process."""
+
+    name: ClassVar[str]
+    default_config: ClassVar[Mapping[str, ConfigValue]] = MappingProxyType({})
+
+    def configs(self) -> Iterator[Mapping[str, ConfigValue]]:
+        """Configurations worth measuring, the default one first."""
+        yield self.default_config
+
+    @abstractmethod
+    def not_supported_reasons(
+        self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
+    ) -> list[str]:
+        """Every reason why it can't run this; an empty list means that it can.
+
+        Asks the device's capability before it imports or calls any library.
+        """
+
+    @abstractmethod
+    def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
+        """Make the runner.
+
+        Raises
+        ------
+        BackendUnsupportedError
+            With all of `not_supported_reasons`, if there are any.
+        """
+
+    def refuse_if_unsupported(
+        self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
+    ) -> None:
+        """Raise `BackendUnsupportedError` unless `not_supported_reasons` is empty."""
+        reasons = self.not_supported_reasons(problem, device, config)
+        if reasons:
+            raise BackendUnsupportedError(Choice(self.name, config), reasons)
+
+    def unknown_config_reasons(self, config: Mapping[str, ConfigValue], allowed: Mapping[str, tuple]) -> list[str]:
+        """Reasons for options that this backend doesn't have, or values that they can't take."""
+        reasons = []
+        for key, value in config.items():
+            if key not in allowed:
+                reasons.append(f"option {key!r} is unknown; known: {', '.join(allowed) or 'none'}")
+            elif value not in allowed[key]:
+                reasons.append(f"option {key}={value!r} is unknown; known: {', '.join(map(str, allowed[key]))}")
+        return reasons

@@ -1,0 +1,263 @@
+"""flashinfer's `trtllm_fp8_block_scale_moe`: one call from routing to combine, for SM100 and SM103.
+
+**State.** Never run or measured by this project: it had no such GPU. Tested are the call against the recorded
+signatures of releases all over the range, and the tensor layouts against an emulation in torch. What follows was
+read in the sources of the released wheels; ``launcher`` is ``csrc/trtllm_fused_moe_kernel_launcher.cu``, ``routing``
+``csrc/fused_moe/trtllm_backend/trtllm_fused_moe_routing_deepseek.cu``, ``dev_kernel``
+``csrc/fused_moe/trtllm_backend/trtllm_fused_moe_dev_kernel.cu``, and line numbers are those of 0.7.2.post1.
+
+**Range.** From 0.6.14 to before 0.8. 0.6.15 inserted ``num_fused_shared_experts`` into the middle of the parameters, as
+earlier releases did with others: arguments are given by keyword only. ``fused_moe/core.py`` announces that the function
+returns a list instead of a tensor from 0.8.0 on; what it returns is not read here, the result is in ``output``.
+
+**Layouts** (docstring in ``fused_moe/core.py``, 5817 on). The definition's own: unshuffled weights
+(``use_shuffled_weight=False``) with ``weight_layout=0``, MajorK; ``hidden_states_scale`` ``[H/128, T]``. The first half
+of GEMM1's rows is linear and the second the gate: ``silu(x2) * x1`` (``dev_kernel`` 320-325), so ``gate_first`` is
+refused.
+
+**Strides.** The launcher reads ``data_ptr()`` of logits, activations and their scales and checks shapes and dtypes, but
+neither strides nor contiguity (``launcher`` 1238, 4337-4434): a strided tensor would give wrong results in silence, so
+it is a ValueError here.
+
+**Dtypes.** Logits float32 or bf16 (``launcher`` 1246), bias bf16 or float32 (1279, not checked before 0.6.16). The
+bias is rounded to bf16 in any case, scores stay float32, and the weights of the chosen experts are bf16 (``routing``
+150-153, 338). Equal scores go to the lower index (``RoutingKernelTopK.cuh`` 58). GEMM1's result is stored as fp8 with
+1x128 scales before SwiGLU and again after it (``launcher`` 4450-4474). In the emulation that gives a relative L2 of
+0.042 to 0.046 against the definition, where rounding once gives 0.023: little below the gate's 0.05.
+
+**Limits of routing**, the same in every release of the range (``launcher`` 4240-4280, ``routing`` 488-551): see
+`FlashinferTrtllm.not_supported_reasons`.
+
+**First call.** It fetches headers and kernels of NVIDIA's artifact server, unless they are there already, and compiles
+with nvcc (``jit/fused_moe.py`` 331-420): warm up before capturing a CUDA graph. It fetches on SM90 too, though it is
+built and run for SM10x and SM12x only (385, ``launcher`` 1697), so the capability is asked before flashinfer is
+imported. SM12x and SM107, which is another module, are refused: nobody looked at them.
+
+**Tuning.** Without a surrounding ``flashinfer.autotune()`` nothing is tuned: ``AutoTuner.choose_one`` looks into its
+cache and else takes the fallback, tactic -1 (``autotuner/autotuner.py``). The bundled tables name other operations
+(``tuning_configs/``). Fallback and candidates both come from ``computeSelectedTileN`` (``launcher`` 1050-1092), which
+takes ``num_tokens * top_k / num_local_experts`` rows for each expert, as if every route were local. With 32 of 256
+experts local that is 8 times too many, three tile sizes; the candidates reach only one size down, so that the tile that
+fits may not even be tried. No argument mends that. ``tune_max_num_tokens`` only sets the buckets of T for which tactics
+are tuned and looked up (``fused_moe/utils.py`` 228-300); larger T share the last one. It is a constant here, as tuning
+and serving must use the same, and large enough for the definition's largest workload, T = 14107; flashinfer's own
+default, 8192, isn't.
+
+**Unknown here.** Whether equal inputs give equal bits, whether the call can be captured after one warm-up at every T,
+and the size of the batched GEMMs' own workspaces.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..choice import BackendUnsupportedError, Choice, ConfigValue
+from ..problem import DeviceKey, MoEInputs, MoEProblem
+from .base import Backend, Runner
+
+CAPABILITIES = ((10, 0), (10, 3))
+
+PACKAGE = "flashinfer-python"
+# The range of the extra [flashinfer]; first and first excluded release.
+VERSION_RANGE = ">=0.6.14,<0.8"
+_FIRST, _EXCLUDED = (0, 6, 14), (0, 8, 0)
+
+TUNE_MAX_NUM_TOKENS = 16384
+
+# flashinfer.tllm_enums.RoutingMethodType and WeightLayout.
+_ROUTING_METHOD_TYPE = {"deepseek_v3": 2}
+_WEIGHT_LAYOUT_MAJOR_K = 0
+
+# routing: MaxNumGroups, WarpSize, MaxNumTopGroups, NumNemotronExperts; launcher: kNumKimiK2Experts.
+_MAX_GROUPS = 8
+_MAX_GROUP_SIZE = 32
+_MAX_TOPK_GROUP = 4
+_MAX_EXPERTS = 512
+_MAX_EXPERTS_TOP_8 = 384
+
+# launcher, Fp8BlockScaleLauncher: the largest tile, to whose multiple each expert's rows are padded.
+_MAX_TILE = 128
+
+
+class FlashinferTrtllm(Backend):
+    """TensorRT-LLM's fused MoE kernels, as flashinfer ships them. Needs the extra ``[flashinfer]``, SM100 or SM103."""
+
+    name = "flashinfer_trtllm"
+
+    def not_supported_reasons(
+        self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
+    ) -> list[str]:
+        """Every reason against it: the device, flashinfer's presence and version, the problem, the options.
+
+        flashinfer is neither imported nor called.
+        """
+        reasons = []
+        if device.capability not in CAPABILITIES:
+            have = ".".join(map(str, device.capability)) if device.capability else "unknown"
+            reasons.append(f"compute capability of {device.name} is {have}; 10.0 or 10.3 is wanted")
+        reasons += _package_reasons()
+        reasons += _problem_reasons(problem)
+        reasons += self.unknown_config_reasons(config, {})
+        return reasons
+
+    def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
+        """Import flashinfer, check the function's signature against the call, and make the runner.
+
+        Raises
+        ------
+        BackendUnsupportedError
+            With all of `not_supported_reasons`; or if flashinfer can't be imported, or its function can't be called
+            as this backend does.
+        """
+        self.refuse_if_unsupported(problem, device, config)
+        release = f"{PACKAGE} {_installed_version()}"
+        try:
+            module = importlib.import_module("flashinfer.fused_moe")
+        except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
+            reason = f"{release} can't be imported: {error}"
+            raise BackendUnsupportedError(Choice(self.name, config), [reason]) from error
+        moe = getattr(module, "trtllm_fp8_block_scale_moe", None)
+        if moe is None:
+            raise BackendUnsupportedError(
+                Choice(self.name, config), [f"{release} has no flashinfer.fused_moe.trtllm_fp8_block_scale_moe"]
+            )
+        reasons = contract_reasons(inspect.signature(moe), problem)
+        if reasons:
+            raise BackendUnsupportedError(Choice(self.name, config), [f"{release}: {r}" for r in reasons])
+        return _TrtllmRunner(moe, problem)
+
+
+def layer_arguments(problem: MoEProblem) -> dict[str, Any]:
+    """The keyword arguments that are the same in every call of a layer."""
+    return {
+        "num_experts": problem.num_experts,
+        "top_k": problem.top_k,
+        "n_group": problem.n_group,
+        "topk_group": problem.topk_group,
+        "intermediate_size": problem.intermediate_size,
+        "local_num_experts": problem.num_local_experts,
+        "routing_method_type": _ROUTING_METHOD_TYPE[problem.routing_method],
+        "use_shuffled_weight": False,
+        "weight_layout": _WEIGHT_LAYOUT_MAJOR_K,
+        "do_finalize": True,
+        # flashinfer would choose the same on these devices, after asking the capability in each call.
+        "enable_pdl": True,
+        "tune_max_num_tokens": TUNE_MAX_NUM_TOKENS,
+    }
+
+
+def contract_reasons(signature: inspect.Signature, problem: MoEProblem) -> list[str]:
+    """Why a function with this signature can't take our keyword arguments; empty if it can."""
+    passed = {*MoEInputs._fields, "output", *layer_arguments(problem)}
+    by_keyword = {
+        p.name: p
+        for p in signature.parameters.values()
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    reasons = [
+        f"trtllm_fp8_block_scale_moe takes no argument {name!r}, which this backend passes"
+        for name in sorted(passed - by_keyword.keys())
+    ]
+    for parameter in signature.parameters.values():
+        variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if not variadic and parameter.default is inspect.Parameter.empty and parameter.name not in passed:
+            reasons.append(
+                f"trtllm_fp8_block_scale_moe wants an argument {parameter.name!r}, which this backend doesn't know"
+            )
+    return reasons
+
+
+class _TrtllmRunner(Runner):
+    def __init__(self, moe: Callable[..., Any], problem: MoEProblem) -> None:
+        self._moe = moe
+        self._problem = problem
+        self._layer_arguments = layer_arguments(problem)
+
+    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+        """Call flashinfer.
+
+        Raises
+        ------
+        ValueError
+            If a tensor that flashinfer reads as packed isn't contiguous.
+        """
+        _check_packed("routing_logits", inputs.routing_logits)
+        _check_packed("hidden_states", inputs.hidden_states)
+        _check_packed("hidden_states_scale", inputs.hidden_states_scale)
+        # flashinfer asks the current device, and before 0.6.16 launches on it whatever the tensors' device.
+        with torch.cuda.device_of(output):
+            self._moe(**inputs._asdict(), output=output, **self._layer_arguments)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Upper bound of the buffers between the kernels, without the batched GEMMs' own workspaces.
+
+        As the launcher allocates them (``getMaxPermutedPaddedCount`` and ``prepare_moe``, 4436-4474), with the largest
+        tile: rows for all routes, local or not.
+        """
+        p = self._problem
+        routes = num_tokens * p.top_k
+        filled = min(p.num_experts, routes)
+        rows = (filled + (routes - filled) // _MAX_TILE) * _MAX_TILE
+        gemm1, activation, gemm2 = 2 * p.intermediate_size, p.intermediate_size, 2 * p.hidden_size
+        scales = 4 * (gemm1 + activation) // p.block
+        return rows * (gemm1 + activation + gemm2 + scales)
+
+
+def _check_packed(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {list(tensor.stride())}; flashinfer_trtllm wants a contiguous tensor: "
+            "call .contiguous()"
+        )
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package_reasons() -> list[str]:
+    if importlib.util.find_spec("flashinfer") is None:
+        return [f"{PACKAGE} isn't installed: pip install '{PACKAGE}{VERSION_RANGE}'"]
+    version = _installed_version()
+    if version is None:
+        return [f"flashinfer is there, but not as the package {PACKAGE}: its version is unknown"]
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if match is None or not _FIRST <= tuple(int(part or 0) for part in match.groups()) < _EXCLUDED:
+        return [f"{PACKAGE} {version} is installed; {VERSION_RANGE} is wanted"]
+    return []
+
+
+def _problem_reasons(problem: MoEProblem) -> list[str]:
+    reasons = []
+    if problem.gate_first:
+        reasons.append("gate_first is True; the kernels read the up half first")
+    if problem.routing_method not in _ROUTING_METHOD_TYPE:
+        reasons.append(f"routing_method is {problem.routing_method!r}; {', '.join(_ROUTING_METHOD_TYPE)} is wanted")
+    if problem.num_experts % 4:
+        reasons.append(f"num_experts is {problem.num_experts}; a multiple of 4 is wanted")
+    if problem.num_experts > _MAX_EXPERTS:
+        reasons.append(f"num_experts is {problem.num_experts}; at most {_MAX_EXPERTS} is wanted")
+    if problem.n_group > _MAX_GROUPS:
+        reasons.append(f"n_group is {problem.n_group}; at most {_MAX_GROUPS} is wanted")
+    if problem.n_group > 1 and problem.group_size > _MAX_GROUP_SIZE:
+        reasons.append(f"groups have {problem.group_size} experts; at most {_MAX_GROUP_SIZE} is wanted")
+    if problem.topk_group > _MAX_TOPK_GROUP:
+        reasons.append(f"topk_group is {problem.topk_group}; at most {_MAX_TOPK_GROUP} is wanted")
+    max_top_k = 8 if problem.num_experts <= _MAX_EXPERTS_TOP_8 else 22
+    if problem.top_k > max_top_k:
+        reasons.append(f"top_k is {problem.top_k}; at most {max_top_k} of {problem.num_experts} experts is wanted")
+    eligible = problem.topk_group * problem.group_size
+    if problem.top_k >= eligible:
+        reasons.append(f"top_k is {problem.top_k}; less than the {eligible} experts of the kept groups is wanted")
+    return reasons

@@ -1,0 +1,90 @@
+"""One pipeline of this package's Triton kernels, with a pluggable grouped GEMM.
+
+Launches: routing and sorting; GEMM1 with gather, SwiGLU and quantisation; GEMM2; combine. Weights stay in the
+definition's layout. Nothing is read back to the host: grids depend on the shapes alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+import torch
+
+from ..problem import DeviceKey, MoEInputs, MoEProblem
+from .base import Backend, ConfigValue, Runner
+
+GEMMS = ("triton", "sgl_kernel")
+# Hopper and data-centre Blackwell: what the kernels are compiled and tested for.
+CAPABILITIES = ((9, 0), (10, 0), (10, 3))
+
+
+class TritonFused(Backend):
+    """See the module. Option ``gemm``: the provider of the grouped GEMM."""
+
+    name = "triton_fused"
+    default_config = {"gemm": "triton"}
+
+    def not_supported_reasons(
+        self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
+    ) -> list[str]:
+        """The GPU, then Triton, then the grouped GEMM's own reasons."""
+        reasons = self.unknown_config_reasons(config, {"gemm": GEMMS})
+        if importlib.util.find_spec("triton") is None:
+            return [*reasons, "triton is not installed: pip install triton"]
+        from ..kernels.interpreter import interpreting
+
+        if device.capability not in CAPABILITIES and not (device.name == "cpu" and interpreting()):
+            reasons.append(
+                f"device {device.name} has compute capability {_text(device.capability)}; 9.0, 10.0 or 10.3 is wanted"
+                + (" (or Triton's interpreter: TRITON_INTERPRET=1, for tests)" if device.name == "cpu" else "")
+            )
+        if not reasons:
+            gemm = str(config.get("gemm", self.default_config["gemm"]))
+            reasons.extend(_gemm(gemm).not_supported_reasons(problem, device))
+        return reasons
+
+    def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
+        """Make the runner; kernels compile at its first call for a token count's tiles."""
+        self.refuse_if_unsupported(problem, device, config)
+        return _TritonRunner(problem, device, str(config["gemm"]))
+
+
+def _text(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+
+
+def _gemm(name: str):
+    # Imported where used: `import hybrid_moe` imports no kernel library.
+    if name == "triton":
+        from ..kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+
+        return TritonGroupedGemm()
+    from ..kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
+
+    return SglGroupedGemm()
+
+
+class _TritonRunner(Runner):
+    def __init__(self, problem: MoEProblem, device: DeviceKey, gemm: str) -> None:
+        from ..kernels import interpreter, pipeline
+
+        self._problem = problem
+        self._gemm = _gemm(gemm)
+        self._route = pipeline.route
+        if interpreter.interpreting():
+            interpreter.repair()
+            self._launch = pipeline.Launch(multiprocessors=4, pdl=False)
+        else:
+            count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+            self._launch = pipeline.Launch(multiprocessors=count, pdl=True)
+
+    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+        with torch.cuda.device_of(output):  # Triton launches on the current device
+            routed = self._route(inputs, self._problem, self._launch)
+            self._gemm.run(inputs, routed, self._problem, self._launch, output)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        p = self._problem
+        routing = 4 * (p.num_local_experts * (num_tokens + 1) + 2 * num_tokens * p.top_k)
+        return routing + self._gemm.workspace_bytes(p, num_tokens)

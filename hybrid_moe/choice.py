@@ -1,0 +1,70 @@
+"""What can be chosen: a backend with its configuration, and the error for one that can't run.
+
+Apart from the backends themselves, so that policies and records can be read without loading any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+ConfigValue = str | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend and its configuration: one candidate, or what was chosen.
+
+    Parameters
+    ----------
+    backend
+        Registered name, as ``"triton_fused"``.
+    config
+        Options of that backend, as ``{"gemm": "triton"}``. Equal whatever the order of its keys.
+    """
+
+    backend: str
+    config: Mapping[str, ConfigValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", MappingProxyType(dict(sorted(self.config.items()))))
+
+    def __hash__(self) -> int:
+        return hash((self.backend, tuple(self.config.items())))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Choice):
+            return NotImplemented
+        return self.backend == other.backend and dict(self.config) == dict(other.config)
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[str, dict[str, ConfigValue]]]:  # a mappingproxy can't be pickled
+        return Choice, (self.backend, dict(self.config))
+
+    def __str__(self) -> str:
+        if not self.config:
+            return self.backend
+        return f"{self.backend}[{','.join(f'{k}={v}' for k, v in self.config.items())}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """Read ``str(choice)`` back: ``name`` or ``name[key=value,...]``; values are strings."""
+        name, bracket, rest = text.partition("[")
+        if bracket and not rest.endswith("]"):
+            raise ValueError(f"candidate {text!r} lacks the closing ']'; name[key=value,...] is wanted")
+        config: dict[str, ConfigValue] = {}
+        for item in filter(None, rest.removesuffix("]").split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"candidate {text!r} has {item!r}; key=value is wanted")
+            config[key.strip()] = value.strip()
+        return cls(name.strip(), config)
+
+
+class BackendUnsupportedError(RuntimeError):
+    """A backend was asked for that cannot run this problem on this device; the message lists why."""
+
+    def __init__(self, choice: Choice, reasons: Sequence[str]) -> None:
+        self.choice = choice
+        self.reasons = list(reasons)
+        super().__init__(f"backend {choice} can't run here: " + "; ".join(self.reasons))

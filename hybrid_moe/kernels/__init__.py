@@ -1,0 +1,1 @@
+"""Triton kernels of the fused pipeline, one module for each step."""

@@ -1,0 +1,1 @@
+"""The two grouped GEMMs of the experts, one module for each provider."""

@@ -1,0 +1,197 @@
+"""Grouped FP8 block-scale GEMMs in Triton, on the definition's own weight layout.
+
+GEMM1 gathers its rows by token index, computes the gate and the up tile together and applies SwiGLU. Where its tile is
+a whole 128 block wide it also quantises the result to e4m3; narrower tiles, which fill the GPU when few experts are
+active, leave it in float32 and GEMM2 quantises the rows as it loads them. Both give the same numbers.
+
+Each 128 block of the sum is multiplied in FP8 and promoted to float32 with its two scales.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..launch import let_next_kernel_start, wait_for_previous_kernel
+
+FP8_MAX = tl.constexpr(448.0)
+MIN_AMAX = tl.constexpr(1e-10)
+
+
+@triton.jit
+def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert, row tile and column tile of a tile's number.
+
+    The tiles of one expert follow one another, its row tiles fastest: those share their weights, which come from L2.
+    ``count`` and ``expert`` are the vectors of rows per expert and 0, 1, 2...
+
+    Returns expert, rows of that expert, rows of all experts before it, row tile, column tile.
+    """
+    tiles = tl.cdiv(count, BLOCK_M) * TILES_N
+    ends = tl.cumsum(tiles, axis=0)
+    at = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    mine = expert == at
+    rows = tl.sum(tl.where(mine, count, 0), axis=0)
+    rows_before = tl.sum(tl.where(expert < at, count, 0), axis=0)
+    inside = tile - tl.sum(tl.where(expert < at, tiles, 0), axis=0)
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    return at, rows, rows_before, inside % row_tiles, inside // row_tiles
+
+
+@triton.jit
+def quantize_block(value):
+    """e4m3 values and scales of ``[rows, 128]`` float32, one scale for each row."""
+    scale = tl.maximum(tl.max(tl.abs(value), axis=1), MIN_AMAX) / FP8_MAX
+    scaled = tl.minimum(tl.maximum(value / scale[:, None], -FP8_MAX), FP8_MAX)
+    return scaled.to(tl.float8e4nv), scale
+
+
+@triton.jit
+def gemm1_swiglu_kernel(
+    hidden_ptr,  # [T, HIDDEN] e4m3, rows stride_hidden apart
+    hidden_scale_ptr,  # [HIDDEN/128, T] float32
+    weight_ptr,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3
+    weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
+    counts_ptr,  # [E] int32
+    slot_token_ptr,  # [E, T] int32
+    out_ptr,  # [capacity, INTERMEDIATE], e4m3 if QUANTIZE, otherwise float32
+    out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, written if QUANTIZE
+    stride_hidden,
+    stride_scale_k,
+    stride_scale_t,
+    num_tokens,
+    capacity,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns."""
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
+    TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
+    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
+    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
+    tl.static_assert(not QUANTIZE or BLOCK_N == 128)
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+
+    expert = tl.arange(0, E_POW2)
+    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
+    k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        at, rows, rows_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
+        slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        real = slot < rows
+        token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
+        hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + k[None, :]
+        hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
+        up_at = weight_at + UP * HIDDEN
+        gate_at = weight_at + GATE * HIDDEN
+        scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + tile_n * BLOCK_N // 128) * K_BLOCKS
+        up_scale_at = scale_at + UP // 128 * K_BLOCKS
+        gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
+
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # Scales are loaded one block ahead: their latency would stall every promotion.
+        next_row_scale = tl.load(hidden_scale_at, mask=real, other=0.0)
+        next_up_scale = tl.load(up_scale_at)
+        next_gate_scale = tl.load(gate_scale_at)
+        for block in range(K_BLOCKS):
+            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
+            next_up_scale = tl.load(up_scale_at + ahead)
+            next_gate_scale = tl.load(gate_scale_at + ahead)
+            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            w_up = tl.load(up_at + block * BLOCK_K)
+            w_gate = tl.load(gate_at + block * BLOCK_K)
+            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
+            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
+
+        value = gate / (1.0 + tl.exp(-gate)) * up
+        row = (rows_before + slot).to(tl.int64)
+        out_at = out_ptr + row[:, None] * INTERMEDIATE + column[None, :]
+        if QUANTIZE:
+            quantized, scale = quantize_block(value)
+            tl.store(out_at, quantized, mask=real[:, None])
+            tl.store(out_scale_ptr + tile_n.to(tl.int64) * capacity + row, scale, mask=real)
+        else:
+            tl.store(out_at, value, mask=real[:, None])
+
+
+@triton.jit
+def gemm2_kernel(
+    activated_ptr,  # [capacity, INTERMEDIATE], e4m3 if QUANTIZED, otherwise float32
+    activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, read if QUANTIZED
+    weight_ptr,  # [E, HIDDEN, INTERMEDIATE] e4m3
+    weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
+    counts_ptr,  # [E] int32
+    out_ptr,  # [capacity, COLUMNS] bfloat16: columns first_column... of the result
+    first_column,
+    capacity,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns."""
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
+    TILES_N: tl.constexpr = COLUMNS // BLOCK_N
+    tl.static_assert(128 % BLOCK_N == 0)
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+
+    expert = tl.arange(0, E_POW2)
+    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
+    k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        at, rows, rows_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
+        slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        real = slot < rows
+        row = (rows_before + slot).to(tl.int64)
+        activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
+        activated_scale_at = activated_scale_ptr + row
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_row = first_column + column
+        weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
+        scale_at = (
+            weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
+        )
+
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        next_weight_scale = tl.load(scale_at)
+        if QUANTIZED:
+            next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
+        for block in range(K_BLOCKS):
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            weight_scale = next_weight_scale
+            next_weight_scale = tl.load(scale_at + ahead)
+            w = tl.load(weight_at + block * BLOCK_K)
+            x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            if QUANTIZED:
+                row_scale = next_row_scale
+                next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
+                total += tl.dot(x, tl.trans(w)) * (row_scale * weight_scale)[:, None]
+            else:
+                quantized, row_scale = quantize_block(x)
+                total += tl.dot(quantized, tl.trans(w)) * (row_scale * weight_scale)[:, None]
+
+        out_at = out_ptr + row[:, None] * COLUMNS + column[None, :]
+        tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])

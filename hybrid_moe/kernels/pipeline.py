@@ -1,0 +1,156 @@
+"""What the steps of the fused pipeline hand to one another, and the launches that every grouped GEMM shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import triton
+
+from ..problem import DeviceKey, MoEInputs, MoEProblem
+from .combine import combine_kernel
+from .routing import SINGLE_PROGRAM_TOKENS, route_kernel
+
+# A column chunk of the second GEMM's result stays under this many bytes: without chunks the worst case of
+# T = 14107 would reserve 1.6 GB, though seldom touch it.
+MAX_ROWS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What decides how kernels are launched on this device.
+
+    Parameters
+    ----------
+    multiprocessors
+        Of the device; bounds the grids.
+    pdl
+        Programmatic dependent launch (compute capability 9.0 on).
+    """
+
+    multiprocessors: int
+    pdl: bool
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Launch options of every kernel; fused multiply-add is said outright, as Triton's default is changing."""
+        return {"launch_pdl": self.pdl, "enable_fp_fusion": True}
+
+
+@dataclass(slots=True)
+class Routed:
+    """Result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`."""
+
+    counts: torch.Tensor  # [E] int32
+    slot_token: torch.Tensor  # [E, T] int32
+    pair: torch.Tensor  # [T, top_k] int32
+    pair_weight: torch.Tensor  # [T, top_k] float32
+
+
+class GroupedGemm(ABC):
+    """A provider of the experts' two GEMMs: gathered rows in, one row for each (token, local expert) pair out."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
+        """Every reason why it can't run; an empty list means that it can."""
+
+    @abstractmethod
+    def run(
+        self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor
+    ) -> None:
+        """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
+
+    @abstractmethod
+    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
+        """Device memory in bytes that `run` takes."""
+
+
+def pow2(value: int) -> int:
+    """The least power of two that is not below ``value``: Triton's vectors have such lengths."""
+    return 1 << (value - 1).bit_length()
+
+
+def row_capacity(problem: MoEProblem, num_tokens: int) -> int:
+    """Most rows that any routing can give: rows are decided on the device and never read back."""
+    return num_tokens * problem.max_local_rows_per_token
+
+
+def column_chunk(problem: MoEProblem, rows: int) -> int:
+    """Columns of the result computed at a time: a divisor of the hidden size, in 128 blocks.
+
+    Cutting by columns re-reads no weights; each chunk costs two more launches and re-reads the activation, which is
+    small.
+    """
+    blocks = problem.hidden_size // problem.block
+    for chunks in range(1, blocks + 1):
+        if blocks % chunks == 0 and rows * (problem.hidden_size // chunks) * 2 <= MAX_ROWS_BYTES:
+            return problem.hidden_size // chunks
+    return problem.block
+
+
+def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch) -> Routed:
+    """Launch the routing kernel."""
+    tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
+    single = tokens <= SINGLE_PROGRAM_TOKENS
+    counts = torch.empty(e, dtype=torch.int32, device=device) if single else torch.zeros(e, dtype=torch.int32, device=device)
+    slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
+    pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
+    pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
+    block_t = pow2(tokens) if single else 4
+    route_kernel[(1 if single else triton.cdiv(tokens, block_t),)](
+        inputs.routing_logits,
+        inputs.routing_bias,
+        counts,
+        slot_token,
+        pair,
+        pair_weight,
+        inputs.routing_logits.stride(0),
+        tokens,
+        int(inputs.local_expert_offset),
+        float(inputs.routed_scaling_factor),
+        E=e,
+        E_POW2=pow2(e),
+        TOP_K=problem.top_k,
+        TOP_K_POW2=pow2(problem.top_k),
+        N_GROUP=problem.n_group,
+        N_GROUP_POW2=pow2(problem.n_group),
+        TOPK_GROUP=problem.topk_group,
+        GROUP_SIZE=problem.group_size,
+        GROUP_SIZE_POW2=pow2(problem.group_size),
+        BLOCK_T=block_t,
+        SINGLE=single,
+        PDL=launch.pdl,
+        num_warps=max(1, min(8, block_t)),
+        **launch.options,
+    )
+    return Routed(counts, slot_token, pair, pair_weight)
+
+
+def combine(
+    rows: torch.Tensor, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor, first_column: int
+) -> None:
+    """Launch the weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16."""
+    columns = rows.shape[1]
+    block_n = min(512, pow2(columns))
+    combine_kernel[(output.shape[0], triton.cdiv(columns, block_n))](
+        rows,
+        routed.counts,
+        routed.pair,
+        routed.pair_weight,
+        output,
+        first_column,
+        E=problem.num_local_experts,
+        E_POW2=pow2(problem.num_local_experts),
+        TOP_K=problem.top_k,
+        TOP_K_POW2=pow2(problem.top_k),
+        HIDDEN=problem.hidden_size,
+        COLUMNS=columns,
+        BLOCK_N=block_n,
+        PDL=launch.pdl,
+        num_warps=4,
+        **launch.options,
+    )

@@ -1,0 +1,294 @@
+"""What is computed and where: the frozen problem, the device key, and every check of the inputs.
+
+The field names and the tensor layouts are those of the flashinfer-bench definition
+``moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048``.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+RoutingMethod = Literal["deepseek_v3"]
+ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True)
+class MoEProblem:
+    """Everything that distinguishes one MoE layer from another, without its tensors.
+
+    Parameters
+    ----------
+    num_experts
+        Experts of the whole model, over which the router chooses.
+    num_local_experts
+        Experts whose weights this rank holds, a contiguous range of the above.
+    top_k
+        Experts chosen for each token.
+    n_group, topk_group
+        Experts form ``n_group`` equal groups, of which ``topk_group`` stay eligible for a token.
+    hidden_size, intermediate_size
+        Widths of the layer's input and of the expert's inner activation, multiples of ``block``.
+    block
+        Edge of a weight scale's block, and length of an activation scale's block.
+    routing_method
+        ``"deepseek_v3"``: sigmoid scores, bias added for the choice only, groups ranked by the sum
+        of their two best, weights normalised over the chosen experts.
+    gate_first
+        Order of the halves of ``gemm1_weights``: ``False`` (the definition) stores ``up`` in rows
+        ``[0, I)`` and ``gate`` in rows ``[I, 2I)``; ``True`` (SGLang, vLLM) the other way round.
+
+    Raises
+    ------
+    ValueError
+        If the fields contradict one another; the message names the field.
+    """
+
+    num_experts: int = 256
+    num_local_experts: int = 32
+    top_k: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    hidden_size: int = 7168
+    intermediate_size: int = 2048
+    block: int = 128
+    routing_method: RoutingMethod = "deepseek_v3"
+    gate_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_experts",
+            "num_local_experts",
+            "top_k",
+            "n_group",
+            "topk_group",
+            "hidden_size",
+            "intermediate_size",
+            "block",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; a positive integer is wanted")
+        if self.block != 128:
+            raise ValueError(f"block is {self.block}; only 128 is supported: give weights quantised in 128x128 blocks")
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % self.block:
+                raise ValueError(f"{name} is {getattr(self, name)}; a multiple of block={self.block} is wanted")
+        if self.routing_method not in ROUTING_METHODS:
+            raise ValueError(f"routing_method is {self.routing_method!r}; one of {', '.join(ROUTING_METHODS)} is wanted")
+        if not isinstance(self.gate_first, bool):
+            raise ValueError(f"gate_first is {self.gate_first!r}; True or False is wanted")
+        if self.num_local_experts > self.num_experts:
+            raise ValueError(
+                f"num_local_experts is {self.num_local_experts}; at most num_experts={self.num_experts} is wanted"
+            )
+        if self.num_experts % self.n_group:
+            raise ValueError(f"n_group is {self.n_group}; a divisor of num_experts={self.num_experts} is wanted")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}; at most n_group={self.n_group} is wanted")
+        if self.n_group > 1 and self.group_size < 2:
+            raise ValueError(f"n_group is {self.n_group}; groups of at least two experts are wanted, to rank them")
+        if self.top_k > self.topk_group * self.group_size:
+            raise ValueError(
+                f"top_k is {self.top_k}; at most the {self.topk_group * self.group_size} experts of "
+                f"topk_group={self.topk_group} groups are wanted"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Experts in each group."""
+        return self.num_experts // self.n_group
+
+    @property
+    def max_local_rows_per_token(self) -> int:
+        """Most (token, local expert) pairs that one token can have."""
+        return min(self.top_k, self.num_local_experts)
+
+    @property
+    def definition(self) -> str:
+        """The flashinfer-bench definition name; for people and file names, not a key."""
+        return (
+            f"moe_fp8_block_scale_ds_routing_topk{self.top_k}_ng{self.n_group}_kg{self.topk_group}"
+            f"_e{self.num_local_experts}_h{self.hidden_size}_i{self.intermediate_size}"
+        )
+
+    @classmethod
+    def from_tensors(
+        cls, inputs: MoEInputs, *, top_k: int, n_group: int, topk_group: int, gate_first: bool = False
+    ) -> MoEProblem:
+        """Derive the problem from the tensors' shapes and check all ten inputs against it.
+
+        Raises
+        ------
+        ValueError
+            A shape, device, contiguity or range is wrong.
+        TypeError
+            An argument is no tensor, or has the wrong dtype.
+        """
+        sizes = {
+            "routing_logits": 2,
+            "hidden_states": 2,
+            "gemm1_weights": 3,
+            "gemm2_weights": 3,
+        }
+        for name, ndim in sizes.items():
+            tensor = getattr(inputs, name)
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+            if tensor.ndim != ndim:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
+        problem = cls(
+            num_experts=inputs.routing_logits.shape[1],
+            num_local_experts=inputs.gemm1_weights.shape[0],
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            hidden_size=inputs.hidden_states.shape[1],
+            intermediate_size=inputs.gemm2_weights.shape[2],
+            gate_first=gate_first,
+        )
+        problem.check_weights(inputs)
+        problem.check_activations(inputs)
+        return problem
+
+    def check_weights(self, inputs: MoEInputs) -> None:
+        """Check the tensors that belong to the layer, its offset and its scaling factor."""
+        device = inputs.gemm1_weights.device
+        e, h, i, b = self.num_local_experts, self.hidden_size, self.intermediate_size, self.block
+        _check("gemm1_weights", inputs.gemm1_weights, (e, 2 * i, h), FP8, device, contiguous=True)
+        _check("gemm1_weights_scale", inputs.gemm1_weights_scale, (e, 2 * i // b, h // b), torch.float32, device, True)
+        _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
+        _check("gemm2_weights_scale", inputs.gemm2_weights_scale, (e, h // b, i // b), torch.float32, device, True)
+        _check("routing_bias", inputs.routing_bias, (self.num_experts,), torch.bfloat16, device, contiguous=True)
+        last = self.num_experts - e
+        try:
+            offset = operator.index(inputs.local_expert_offset)
+        except TypeError:
+            raise TypeError(
+                f"local_expert_offset is {inputs.local_expert_offset!r}; an int is wanted, as it decides the launch"
+            ) from None
+        if not 0 <= offset <= last:
+            raise ValueError(
+                f"local_expert_offset is {offset}; 0 to {last} is wanted, as {e} of {self.num_experts} experts are local"
+            )
+
+    def check_activations(self, inputs: MoEInputs) -> None:
+        """Check the tensors that change from call to call."""
+        device = inputs.gemm1_weights.device
+        tokens = inputs.hidden_states.shape[0]
+        _check("hidden_states", inputs.hidden_states, (tokens, self.hidden_size), FP8, device)
+        _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
+        blocks = self.hidden_size // self.block
+        _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
+        for name in ("hidden_states", "routing_logits"):
+            tensor = getattr(inputs, name)
+            if tokens and tensor.stride(1) != 1:
+                raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
+
+    def check_output(self, output: torch.Tensor, inputs: MoEInputs) -> None:
+        """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""
+        shape = (inputs.hidden_states.shape[0], self.hidden_size)
+        _check("output", output, shape, torch.bfloat16, inputs.hidden_states.device, contiguous=True)
+
+
+class MoEInputs(NamedTuple):
+    """The ten inputs of the definition, in its order.
+
+    Attributes
+    ----------
+    routing_logits
+        ``[T, num_experts]`` float32.
+    routing_bias
+        ``[num_experts]`` bfloat16, all zeros for none.
+    hidden_states
+        ``[T, H]`` float8_e4m3fn.
+    hidden_states_scale
+        ``[H/128, T]`` float32, any strides.
+    gemm1_weights, gemm1_weights_scale
+        ``[E, 2I, H]`` float8_e4m3fn and ``[E, 2I/128, H/128]`` float32.
+    gemm2_weights, gemm2_weights_scale
+        ``[E, H, I]`` float8_e4m3fn and ``[E, H/128, I/128]`` float32.
+    local_expert_offset
+        Global index of the first local expert.
+    routed_scaling_factor
+        Factor on the normalised routing weights.
+    """
+
+    routing_logits: torch.Tensor
+    routing_bias: torch.Tensor
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor
+    gemm1_weights: torch.Tensor
+    gemm1_weights_scale: torch.Tensor
+    gemm2_weights: torch.Tensor
+    gemm2_weights_scale: torch.Tensor
+    local_expert_offset: int
+    routed_scaling_factor: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.hidden_states.shape[0]
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    contiguous: bool = False,
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; {dtype} is wanted")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {list(tensor.stride())}; a contiguous tensor is wanted: call .contiguous()")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKey:
+    """Which kind of device a measurement or a policy speaks of.
+
+    Parameters
+    ----------
+    name
+        Slug of the device's product name, as ``nvidia_h100_80gb_hbm3``; ``cpu`` for the CPU.
+    capability
+        CUDA compute capability; ``None`` where there is none or it isn't known.
+    """
+
+    name: str
+    capability: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, device: torch.device | str) -> DeviceKey:
+        """Key of a torch device that is present."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _device_key(device)
+
+
+@functools.cache
+def _device_key(device: torch.device) -> DeviceKey:
+    if device.type != "cuda":
+        return DeviceKey(device.type)
+    return DeviceKey(device_slug(torch.cuda.get_device_name(device)), torch.cuda.get_device_capability(device))
+
+
+def device_slug(product_name: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` -> ``"nvidia_h100_80gb_hbm3"``."""
+    return re.sub(r"[^a-z0-9]+", "_", product_name.lower()).strip("_")

@@ -1,0 +1,276 @@
+"""Policy files: strict reading, atomic writing, stable bytes, and the order in which policies are looked up."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hybrid_moe import policy as policy_module
+from hybrid_moe.choice import Choice
+from hybrid_moe.numerics import Tolerance
+from hybrid_moe.policy import (
+    Evidence,
+    LearnerOptions,
+    Policy,
+    PolicyError,
+    Regime,
+    RegretSummary,
+    dumps_policy,
+    find_policy,
+    load_policy,
+    policies_in,
+    policy_path,
+    save_policy,
+)
+from hybrid_moe.problem import MoEProblem
+
+A, B = Choice("a"), Choice("b", {"x": 1, "flag": True, "name": "n"})
+REGRET = RegretSummary(mean=0.01, worst=0.2, worst_num_tokens=16, num_tokens=19)
+
+
+def make_regime(low, high, choice=B, **changes):
+    evidence = [Evidence(num_tokens=low, workloads=2, slowdown={str(B): 1.0, str(A): 1.25})]
+    fields = dict(verdict="best", verified="measured", reason="r", expected_regret=0.0, evidence=evidence)
+    return Regime(min_tokens=low, max_tokens=high, choice=choice, **(fields | changes))
+
+
+def make_policy(**changes):
+    problem = changes.get("problem", MoEProblem())
+    fields = dict(
+        device="gpu_x",
+        problem=problem,
+        definition=problem.definition,
+        candidates=[A, B],
+        default=A,
+        default_reason="fastest",
+        default_evidence=[],
+        regimes=[make_regime(4, 8), make_regime(20, None)],
+        training_regret=REGRET,
+        leave_one_out_regret=None,
+        learner=LearnerOptions(),
+        tolerance=Tolerance(),
+        inputs=[],
+        environment={"torch": "2", "driver": "1"},
+    )
+    return Policy(**(fields | changes))
+
+
+def test_round_trip_keeps_the_policy_and_its_bytes(tmp_path):
+    policy = make_policy()
+    path = tmp_path / "deep" / "er" / "p.json"
+    save_policy(policy, path)
+    loaded = load_policy(path)
+    assert loaded == policy
+    assert loaded.regimes[0].choice.config == {"flag": True, "name": "n", "x": 1}
+    assert loaded.regimes[0].choice.config["flag"] is True
+    assert path.read_text() == dumps_policy(policy) == dumps_policy(loaded)
+    assert path.read_bytes().endswith(b"}\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_order_of_mappings_does_not_change_the_bytes():
+    other = make_policy(environment={"driver": "1", "torch": "2"})
+    assert dumps_policy(other) == dumps_policy(make_policy())
+
+
+@given(cut=st.integers(min_value=0))
+@settings(max_examples=60)
+def test_a_file_cut_anywhere_is_reported(tmp_path_factory, cut):
+    text = dumps_policy(make_policy()).rstrip()
+    path = tmp_path_factory.mktemp("cut") / "p.json"
+    path.write_text(text[: cut % len(text)])
+    with pytest.raises(PolicyError) as error:
+        load_policy(path)
+    assert str(path) in str(error.value)
+    assert "isn't whole" in str(error.value)
+    assert "hybrid-moe learn" in str(error.value)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
+def test_another_schema_version(tmp_path, version):
+    path = tmp_path / "p.json"
+    # Another version has other fields too; the version is what has to be told.
+    path.write_text(json.dumps({"schema_version": version, "new_field": 1}))
+    with pytest.raises(PolicyError, match=rf"p\.json has schema_version {version!r}; 1 is wanted.*hybrid-moe learn"):
+        load_policy(path)
+
+
+def test_no_schema_version(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text("{}")
+    with pytest.raises(PolicyError, match="no schema_version"):
+        load_policy(path)
+
+
+def test_missing_unreadable_and_not_an_object(tmp_path):
+    with pytest.raises(PolicyError, match="doesn't exist"):
+        load_policy(tmp_path / "none.json")
+    with pytest.raises(PolicyError, match="can't be read"):
+        load_policy(tmp_path)
+    path = tmp_path / "p.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(PolicyError, match="can't be read"):
+        load_policy(path)
+    path.write_text("[1]")
+    with pytest.raises(PolicyError, match="JSON list"):
+        load_policy(path)
+
+
+def edit(*keys, value):
+    def change(data):
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit("extra", value=1), r"extra: Extra inputs"),
+        (edit("regimes", 0, "verdict", value="good"), r"regimes\.0\.verdict"),
+        (edit("regimes", 0, "min_tokens", value="4"), r"regimes\.0\.min_tokens: .*integer"),
+        (edit("regimes", 0, "choice", "config", value={"x": 1.5}), r"regimes\.0\.choice\.config\.x"),
+        (edit("regimes", 0, "choice", value={"backend": "b"}), r"regimes\.0\.choice\.config: Field required"),
+        (edit("regimes", 0, "choice", "backend", value="c"), r"regime 4-8 has c\["),
+        (edit("regimes", 0, "max_tokens", value=3), r"max_tokens is 3; at least min_tokens=4"),
+        (edit("regimes", 0, "max_tokens", value=20), r"regimes 4-20 and 20- overlap"),
+        (edit("regimes", 0, "max_tokens", value=None), r"regimes 4- and 20- overlap"),
+        (edit("default", "backend", value="c"), r"default is c"),
+        (edit("candidates", 1, value={"backend": "a", "config": {}}), r"candidates has one twice"),
+        (edit("definition", value="other"), r"definition is other"),
+        (edit("problem", "top_k", value=99), r"problem: top_k is 99"),
+        (edit("problem", "zzz", value=99), r"problem\.zzz"),
+        (edit("problem", value={"num_experts": 256}), r"problem: lacks num_local_experts"),
+        (edit("tolerance", value={"rtol": 0.2, "atol": 0.1}), r"tolerance: lacks required_matched_ratio"),
+        (edit("device", value="../up"), r"device"),
+        (edit("training_regret", "mean", value=float("nan")), r"training_regret\.mean"),
+        (edit("learner", "tie_margin", value=1.0), r"learner\.tie_margin"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path, change, message):
+    data = json.loads(dumps_policy(make_policy()))
+    change(data)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PolicyError, match=message) as error:
+        load_policy(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_field_is_wanted(tmp_path):
+    data = json.loads(dumps_policy(make_policy()))
+    path = tmp_path / "p.json"
+    for name in set(data) - {"schema_version"}:
+        path.write_text(json.dumps({key: value for key, value in data.items() if key != name}))
+        with pytest.raises(PolicyError, match=f"{name}: Field required"):
+            load_policy(path)
+
+
+def test_models_are_frozen():
+    with pytest.raises(ValidationError):
+        make_policy().device = "other"
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "p.json"
+    save_policy(make_policy(), path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_policy(make_policy(default=B), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def dirs(tmp_path, monkeypatch):
+    user, shipped = tmp_path / "user", tmp_path / "shipped"
+    monkeypatch.setattr(policy_module, "user_policy_dir", lambda: user)
+    monkeypatch.setattr(policy_module, "shipped_policy_dir", lambda: shipped)
+    return user, shipped
+
+
+def test_lookup_order(dirs, tmp_path):
+    user, shipped = dirs
+    problem = MoEProblem()
+    found, where = find_policy(problem, "gpu_x")
+    assert found is None
+    assert str(user) in where and str(shipped) in where and "hybrid-moe regenerate" in where
+
+    save_policy(make_policy(default_reason="shipped"), policy_path(shipped, "gpu_x", problem))
+    found, where = find_policy(problem, "gpu_x")
+    assert found.default_reason == "shipped" and "shipped" in where
+
+    save_policy(make_policy(default_reason="user"), policy_path(user, "gpu_x", problem))
+    found, where = find_policy(problem, "gpu_x")
+    assert found.default_reason == "user" and str(user) in where
+
+    given_file = tmp_path / "mine.json"
+    save_policy(make_policy(default_reason="file"), given_file)
+    assert find_policy(problem, "gpu_x", given_file)[0].default_reason == "file"
+    assert find_policy(problem, "gpu_x", str(shipped))[0].default_reason == "shipped"
+    assert find_policy(problem, "gpu_x", shipped / "gpu_x")[0].default_reason == "shipped"
+    given_policy = make_policy(default_reason="object")
+    assert find_policy(problem, "gpu_x", given_policy)[0] is given_policy
+
+
+def test_the_inside_of_a_file_decides(dirs):
+    user, _ = dirs
+    other = dataclasses.replace(MoEProblem(), gate_first=True)  # the definition name is the same
+    save_policy(make_policy(problem=other), user / "whatever" / "name.json")
+    assert find_policy(MoEProblem(), "gpu_x")[0] is None
+    assert find_policy(other, "gpu_x")[0] is not None
+    assert find_policy(other, "whatever")[0] is None
+
+
+def test_an_explicit_policy_must_match(tmp_path):
+    path = tmp_path / "p.json"
+    save_policy(make_policy(), path)
+    other = dataclasses.replace(MoEProblem(), num_experts=512)
+    for given_policy in (path, make_policy()):
+        with pytest.raises(PolicyError, match="gpu_x with .*gpu_y with .* is wanted"):
+            find_policy(MoEProblem(), "gpu_y", given_policy)
+        with pytest.raises(PolicyError, match="num_experts=256.*num_experts=512"):
+            find_policy(other, "gpu_x", given_policy)
+    with pytest.raises(PolicyError, match="no policy in .* is for gpu_y .*it has: gpu_x with"):
+        find_policy(MoEProblem(), "gpu_y", tmp_path)
+    with pytest.raises(PolicyError, match="doesn't exist"):
+        find_policy(MoEProblem(), "gpu_x", tmp_path / "nowhere")
+
+
+def test_a_corrupt_file_in_a_folder_is_an_error(dirs):
+    user, shipped = dirs
+    save_policy(make_policy(), policy_path(shipped, "gpu_x", MoEProblem()))
+    user.mkdir()
+    (user / "broken.json").write_text('{"schema_version": 1,')
+    with pytest.raises(PolicyError, match=r"broken\.json"):
+        find_policy(MoEProblem(), "gpu_x")
+
+
+def test_two_matches_in_a_folder_are_an_error(dirs):
+    user, _ = dirs
+    for name in ("one.json", "two.json"):
+        save_policy(make_policy(), user / name)
+    assert [path.name for path, _ in policies_in(user)] == ["one.json", "two.json"]
+    with pytest.raises(PolicyError, match=r"one\.json and .*two\.json"):
+        find_policy(MoEProblem(), "gpu_x")
+
+
+def test_the_folders_exist_where_they_should():
+    assert policy_module.user_policy_dir().parts[-2:] == ("hybrid_moe", "policies")
+    shipped = policy_module.shipped_policy_dir()
+    assert shipped.is_dir()
+    assert policy_path("r", "d", MoEProblem()) == Path("r") / "d" / f"{MoEProblem().definition}.json"

@@ -4,7 +4,7 @@ import json
 import timeit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.choice import BackendUnsupportedError, Choice
@@ -149,6 +149,7 @@ def cases(draw):
 
 
 @given(cases())
+@settings(deadline=None)
 def test_table_and_choose_agree(case):
     policy, refusals = case
     if all(refusals.get(choice) for choice in (A, B, C)):

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all their own set-up on a machine that has nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Without a GPU, a CPU build of torch: see constraints.txt.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make install   environment in $(VENV), with this package in it, editable"
+	@echo "make demo      learn, choose, run and check: at full size on a GPU, at a small size without one"
+	@echo "make test      the tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    ruff's formatter, and the mends that it can make by itself"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is wanted, this is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/hybrid-moe demo
+
+# Two workers: kernels in the interpreter keep a core busy each. A file's tests stay in one process.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
-"""Time each GEMM of the Triton pipeline alone over many tiles; what the tile table was chosen from.
+"""Time each GEMM of the Triton pipeline over many tiles; what the tile table was chosen from.
 
 python benchmarks/tune_tiles.py --output tiles.jsonl --tokens 1 15 56
 
-Kernels are compiled first, on all cores. Every tile's result is compared with that of the first before it is timed.
+GEMM1 is timed with the routing before it, which clears its tickets; GEMM2 alone. Kernels are compiled first, on all
+cores. Every tile's result is compared with that of the first before it is timed.
 """
 
 from __future__ import annotations
@@ -18,125 +19,156 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile, TilePlan
+from hybrid_moe.kernels.grouped_gemm.tiles import Tile, max_row_tiles
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2
-from hybrid_moe.kernels.pipeline import Launch, column_chunk, route
+from hybrid_moe.kernels.pipeline import Launch, Routed, column_chunk, combine, route, row_capacity
+from hybrid_moe.problem import FP8, MoEInputs
 from hybrid_moe.timing import Work, measure_ceilings, time_graph
-from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
+from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
+from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
-OUTPUT = TilePlan(Tile(64, 128, 8, 3, 2), Tile(64, 128, 4, 3, 4))
+REPEATS = 4  # of the weight copies in one graph
+SHARED_LIMIT = 225_000
 
 
-def candidates(tokens: int) -> list[tuple[int, int, int, int]]:
-    """(block_m, block_n, num_warps, num_stages) worth trying at this T."""
-    tiles = []
+def candidates(which: str, tokens: int) -> list[Tile]:
+    """Tiles worth trying at this T."""
+    shapes: list[tuple[int, int, int]] = []
     if tokens <= 100:
-        tiles += product((16,), (16, 32, 64), (2, 4), (3, 5, 7))
-        tiles += product((16,), (128,), (4,), (3, 4, 5))
+        shapes += [(16, 32, 2), (16, 32, 4), (16, 64, 4)] + ([(16, 128, 4), (16, 64, 2)] if which == "gemm2" else [])
     if 30 <= tokens <= 5000:
-        tiles += product((32,), (32, 64), (4,), (3, 5))
-        tiles += product((64,), (32, 64), (4,), (3, 5))
-        tiles += product((64,), (128,), (4,), (3, 4))
+        shapes += [(64, 64, 4), (64, 32, 4), (64, 128, 4)]
     if tokens > 100:
-        tiles += product((64,), (128,), (8,), (3, 4))
-        tiles += product((128,), (64, 128), (4, 8), (3, 4))
+        shapes += [(64, 128, 8), (128, 64, 4), (128, 128, 8)]
+        if which == "gemm2":
+            shapes += [(128, 256, 8), (64, 256, 4), (64, 256, 8)]
+    tiles = []
+    for (m, n, warps), (stages, unroll) in product(
+        shapes, ((3, 1), (4, 1), (5, 1), (7, 1), (2, 2), (3, 2), (4, 2), (2, 4), (3, 4))
+    ):
+        shared = stages * unroll * 128 * ((2 * n if which == "gemm1" else n) + m)
+        if shared > SHARED_LIMIT or (tokens > 100 and (stages > 4 or unroll > 2)):
+            continue
+        tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 100 else 2 if tokens > 2000 else 4))
     return tiles
 
 
-def grid_bounds(tokens: int) -> tuple[int, ...]:
-    """Programs a multiprocessor worth trying at this T; 32 is as good as one program a tile."""
-    return (8, 32) if tokens <= 100 else (2, 4, 32)
-
-
-def shared_bytes(which: str, tile: tuple[int, int, int, int], quantized: bool) -> int:
-    """Shared memory of a tile's load pipeline, about."""
-    m, n, _, stages = tile
-    return stages * 128 * (2 * n + m if which == "gemm1" else n + m * (1 if quantized else 4))
-
-
 def launch_of() -> Launch:
-    """This device's launch parameters."""
+    """Launch parameters of the device."""
     return Launch(torch.cuda.get_device_properties(0).multi_processor_count, pdl=True)
 
 
+def num_tickets(tile: Tile, tokens: int) -> int:
+    """Tickets that GEMM1 wants for this tile."""
+    if tile.block_n == 128:
+        return 0
+    return max_row_tiles(PROBLEM, tokens, tile.block_m) * (PROBLEM.intermediate_size // 128)
+
+
 class Bench:
-    """One T: routed inputs on each weight copy and the activations that GEMM2 starts from."""
+    """One T: inputs on each weight copy and the activations that GEMM2 starts from."""
 
     def __init__(self, tokens: int, copies: list) -> None:
-        self.problem = DEEPSEEK_V3
-        workload = Workload(tokens, 32)
-        self.inputs = [make_inputs(workload, self.problem, w) for w in copies]
-        self.launch = launch_of()
-        self.routed = [route(i, self.problem, self.launch) for i in self.inputs]
-        self.work = Work.of(self.inputs[0], self.problem)
         self.tokens = tokens
+        self.inputs = [make_inputs(Workload(tokens, 32), PROBLEM, w) for w in copies]
+        self.launch = launch_of()
+        self.work = Work.of(self.inputs[0], PROBLEM)
+        capacity = row_capacity(PROBLEM, tokens)
+        self.columns = column_chunk(PROBLEM, capacity)
+        self.rows_out = torch.empty((capacity, self.columns), dtype=torch.bfloat16, device="cuda")
+        self.routed = [route(i, PROBLEM, self.launch) for i in self.inputs]
+        first = Tile(64, 128, 8, 3)
+        self.activated = [
+            gemm1(i, r, PROBLEM, self.launch, first) for i, r in zip(self.inputs, self.routed, strict=True)
+        ]
+        self.output = torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device="cuda")
 
-    def plan(self, which: str, tile: Tile, quantized: bool) -> TilePlan:
-        """A plan with this tile; the other GEMM's tile decides whether the activation is quantised."""
-        if which == "gemm1":
-            return TilePlan(tile, OUTPUT.gemm2)
-        return TilePlan(Tile(64, 128 if quantized else 64, 4, 3, 4), tile)
-
-    def calls(self, which: str, tile: Tile, quantized: bool):
+    def calls(self, which: str, tile: Tile):
         """The calls that a graph holds, and a function that gives the result of the first."""
-        plan = self.plan(which, tile, quantized)
-        pairs = list(zip(self.inputs, self.routed, strict=True))
         if which == "gemm1":
-            calls = [lambda i=i, r=r: gemm1(i, r, self.problem, self.launch, plan) for i, r in pairs]
-            rows = self.work.local_rows
+            tickets = num_tickets(tile, self.tokens)
+
+            def run1(i):
+                return gemm1(i, route(i, PROBLEM, self.launch, tickets), PROBLEM, self.launch, tile)
 
             def result():
-                values, scale = calls[0]()
-                values = values[:rows].float()
-                if plan.quantized:
-                    values = values * scale[:, :rows].t().repeat_interleave(128, dim=1)
-                return values
-        else:
-            activated = [gemm1(i, r, self.problem, self.launch, plan) for i, r in pairs]
-            capacity = activated[0][0].shape[0]
-            columns = column_chunk(self.problem, capacity)
-            rows_out = torch.empty((capacity, columns), dtype=torch.bfloat16, device="cuda")
+                # Slots may differ from call to call: compare the rows' sorted sums.
+                values, scale = run1(self.inputs[0])
+                rows = self.work.local_rows
+                rows = values[:rows].float() * scale[:, :rows].t().repeat_interleave(128, dim=1)
+                return rows.norm(dim=1).sort().values
 
-            def run(a, i, r):
-                for first in range(0, self.problem.hidden_size, columns):
-                    gemm2(*a, i, r, self.problem, self.launch, plan, rows_out, first)
+            return [lambda i=i: run1(i) for i in self.inputs], result
 
-            calls = [lambda a=a, i=i, r=r: run(a, i, r) for a, (i, r) in zip(activated, pairs, strict=True)]
+        def run2(a, i, r):
+            for first in range(0, PROBLEM.hidden_size, self.columns):
+                gemm2(*a, i, r, PROBLEM, self.launch, tile, self.rows_out, first)
 
-            def result():
-                calls[0]()
-                return rows_out[: self.work.local_rows].float()
+        three = list(zip(self.activated, self.inputs, self.routed, strict=True))
 
-        return calls, result
+        def result():
+            run2(*three[0])
+            return self.rows_out[: self.work.local_rows].float()
+
+        return [lambda t=t: run2(*t) for t in three], result
+
+    def other_steps(self) -> dict[str, float]:
+        """Microseconds of routing and combine alone."""
+        pairs = list(zip(self.inputs, self.routed, strict=True))
+        routing = time_graph([lambda i=i: route(i, PROBLEM, self.launch) for i in self.inputs] * REPEATS, runs=5)
+        combining = time_graph(
+            [
+                lambda r=r, c=c: combine(self.rows_out, r, PROBLEM, self.launch, self.output, c)
+                for _, r in pairs
+                for c in range(0, PROBLEM.hidden_size, self.columns)
+            ]
+            * REPEATS,
+            runs=5,
+        )
+        return {"route": routing.median, "combine": combining.median * (PROBLEM.hidden_size // self.columns)}
 
 
-def compile_one(which: str, tile: tuple, quantized: bool, tokens: int) -> None:
+def compile_one(which: str, tile: Tile, tokens: int) -> None:
     """In a worker: compile without launching, into the shared cache."""
-    from hybrid_moe.kernels.grouped_gemm import triton_gemm
+    jit = triton.runtime.jit.JITFunction
+    original = jit.run
+    jit.run = lambda self, *a, grid, warmup, **k: original(self, *a, grid=grid, warmup=True, **k)
+    try:
 
-    kernel = triton_gemm.gemm1_swiglu_kernel if which == "gemm1" else triton_gemm.gemm2_kernel
-    run = triton.runtime.jit.JITFunction.run
-    type(kernel).run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
-    e, h, i = 32, 7168, 2048
-    empty = lambda *s, d=torch.float32: torch.empty(s, dtype=d, device="cuda")  # noqa: E731
-    from hybrid_moe.kernels.pipeline import Routed, row_capacity
-    from hybrid_moe.problem import FP8, MoEInputs
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device="cuda")
 
-    inputs = MoEInputs(
-        empty(tokens, 256), empty(256), empty(tokens, h, d=FP8), empty(h // 128, tokens), empty(1, 16, d=FP8), empty(16),
-        empty(1, 16, d=FP8), empty(16), 32, 2.5,
-    )  # fmt: skip
-    ints = empty(e, d=torch.int32)
-    routed = Routed(ints, ints, ints, ints)
-    full = Tile(*tile, 4)
-    if which == "gemm1":
-        gemm1(inputs, routed, DEEPSEEK_V3, launch_of(), TilePlan(full, OUTPUT.gemm2))
-    else:
-        plan = TilePlan(Tile(64, 128 if quantized else 64, 4, 3, 4), full)
-        capacity = row_capacity(DEEPSEEK_V3, tokens)
-        activated = empty(1, 16, d=FP8 if quantized else torch.float32)
-        out = torch.empty((capacity, column_chunk(DEEPSEEK_V3, capacity)), dtype=torch.bfloat16, device="cuda")
-        gemm2(activated, empty(1, 16), inputs, routed, DEEPSEEK_V3, launch_of(), plan, out, 0)
+        h = PROBLEM.hidden_size
+        inputs = MoEInputs(
+            empty(tokens, 256), empty(256), empty(tokens, h, dtype=FP8), empty(h // 128, tokens),
+            empty(1, 16, dtype=FP8), empty(16), empty(1, 16, dtype=FP8), empty(16), 32, 2.5,
+        )  # fmt: skip
+        ints = empty(32, dtype=torch.int32)
+        routed = Routed(ints, ints, ints, ints, ints)
+        if which == "gemm1":
+            gemm1(inputs, routed, PROBLEM, launch_of(), tile)
+        else:
+            capacity = row_capacity(PROBLEM, tokens)
+            out = empty(capacity, column_chunk(PROBLEM, capacity), dtype=torch.bfloat16)
+            gemm2(empty(1, 16, dtype=FP8), empty(16), inputs, routed, PROBLEM, launch_of(), tile, out, 0)
+    finally:
+        jit.run = original
+
+
+def compile_all(jobs: list[tuple[str, Tile, int]], workers: int) -> set[tuple[str, Tile]]:
+    """Compile each specialisation once; returns what doesn't compile."""
+    bad, seen = set(), {}
+    for which, tile, tokens in jobs:
+        chunk = column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)) if which == "gemm2" else 0
+        seen.setdefault((which, tile, chunk, tokens == 1, tokens % 16 == 0, tokens % 2), tokens)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compile_one, key[0], key[1], tokens): key for key, tokens in seen.items()}
+        for future in as_completed(futures):
+            if error := future.exception():
+                bad.add(futures[future][:2])
+                print("does not compile:", futures[future], str(error)[:200], flush=True)
+    print(f"compiled {len(seen)}", flush=True)
+    return bad
 
 
 def main() -> None:
@@ -144,65 +176,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", required=True)
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=14)
     options = parser.parse_args()
 
-    jobs = []
-    for tokens in options.tokens:
-        for which, tile in product(("gemm1", "gemm2"), candidates(tokens)):
-            for quantized in (False, True) if which == "gemm2" else (False,):
-                if quantized and tokens < 30 or not quantized and which == "gemm2" and tokens > 5000:
-                    continue
-                if shared_bytes(which, tile, quantized) <= 225_000:
-                    jobs.append((which, tile, quantized, tokens))
-    bad = set()
-    seen = {}
-    for which, tile, quantized, tokens in jobs:
-        seen.setdefault((which, tile, quantized, column_chunk(DEEPSEEK_V3, tokens * 8), tokens == 1, tokens % 16 == 0, tokens % 2), tokens)
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(compile_one, k[0], k[1], k[2], tokens): k for k, tokens in seen.items()}
-        for future in as_completed(futures):
-            if error := future.exception():
-                bad.add(futures[future][:3])
-                print("does not compile:", futures[future], str(error)[:200], flush=True)
-    print(f"compiled {len(seen)}", flush=True)
-
+    jobs = [(which, tile, t) for t in options.tokens for which in ("gemm1", "gemm2") for tile in candidates(which, t)]
+    bad = compile_all(jobs, options.workers)
     ceilings = measure_ceilings()
     print(ceilings, flush=True)
-    copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(3)]
+    copies = [random_weights(PROBLEM, "cuda", seed) for seed in range(3)]
     for tokens in options.tokens:
         bench = Bench(tokens, copies)
         floor = bench.work.floor_us(ceilings)
-        expected, results = {}, {}
-        for which, shape, quantized, t in jobs:
-            if t != tokens or (which, shape, quantized) in bad:
-                continue
-            for per in grid_bounds(tokens):
-                tile = Tile(*shape, per)
-                try:
-                    calls, result = bench.calls(which, tile, quantized)
-                    got = result()
-                    want = expected.setdefault((which, quantized), got)
-                    error = float((got - want).norm() / want.norm())
-                    if not error < 0.04:
-                        print("WRONG", tokens, which, tile, quantized, error, flush=True)
-                        continue
-                    latency = time_graph(calls * 4, runs=5)
-                except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
-                    print("fails:", tokens, which, tile, str(error)[:150], flush=True)
+        print(f"T={tokens} rows={bench.work.local_rows} active={bench.work.active_experts} floor {floor:.1f}")
+        print("  ", bench.other_steps())
+        for which in ("gemm1", "gemm2"):
+            part = floor * (2 / 3 if which == "gemm1" else 1 / 3)
+            expected, timed = None, []
+            for w, tile, t in jobs:
+                if (w, t) != (which, tokens) or (which, tile) in bad:
                     continue
-                row = dict(tokens=tokens, gemm=which, quantized=quantized, tile=[*shape, per], us=latency.median, p90=latency.p90)
-                row |= dict(floor_us=floor * (2 / 3 if which == "gemm1" else 1 / 3), rows=bench.work.local_rows)
-                row |= dict(active=bench.work.active_experts)
-                results.setdefault((which, quantized), []).append((latency.median, tile))
+                try:
+                    calls, result = bench.calls(which, tile)
+                    got = result()
+                    expected = got if expected is None else expected
+                    error = float((got - expected).norm() / expected.norm())
+                    if not error < 0.01:
+                        print("WRONG", tokens, which, tile, error, flush=True)
+                        continue
+                    latency = time_graph(calls * REPEATS, runs=5)
+                except triton.runtime.errors.OutOfResources as error:
+                    print("does not fit:", tokens, which, tile, str(error)[:150], flush=True)
+                    continue
+                timed.append((latency.median, tile))
+                row = {"tokens": tokens, "gemm": which, "tile": str(tile), "us": latency.median, "floor_us": part}
                 with options.output.open("a") as out:
                     out.write(json.dumps(row) + os.linesep)
-        for (which, quantized), timed in results.items():
-            timed.sort(key=lambda pair: pair[0])
-            part = floor * (2 / 3 if which == "gemm1" else 1 / 3)
-            print(f"T={tokens} rows={bench.work.local_rows} active={bench.work.active_experts} {which} quantized={quantized} floor {part:.1f}")
-            for us, tile in timed[:6]:
-                print(f"   {us:8.1f} {us / part:5.2f} {tile}", flush=True)
+            for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
+                short = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll)
+                print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 
 if __name__ == "__main__":

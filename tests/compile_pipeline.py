@@ -105,8 +105,9 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
     for tokens in token_counts:
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
-        routed = pipeline.route(inputs, problem, launch)
-        TritonGroupedGemm().run(inputs, routed, problem, launch, output)
+        gemm = TritonGroupedGemm((capability // 10, capability % 10))
+        routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
+        gemm.run(inputs, routed, problem, launch, output)
     JITFunction.run = run
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}

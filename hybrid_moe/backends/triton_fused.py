@@ -81,7 +81,8 @@ class _TritonRunner(Runner):
 
     def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
         with torch.cuda.device_of(output):  # Triton launches on the current device
-            routed = self._route(inputs, self._problem, self._launch)
+            tickets = self._gemm.num_tickets(self._problem, inputs.num_tokens)
+            routed = self._route(inputs, self._problem, self._launch, tickets)
             self._gemm.run(inputs, routed, self._problem, self._launch, output)
 
     def workspace_bytes(self, num_tokens: int) -> int:

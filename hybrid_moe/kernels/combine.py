@@ -19,30 +19,33 @@ def combine_kernel(
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_K_POW2: tl.constexpr,
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T, cdiv(COLUMNS, BLOCK_N)). Sums in float32 over the choices in their order: same input, same bits."""
+    """Grid: (T, any number of programs that share the columns). An expert's rows start at a multiple of ALIGN.
+
+    Sums in float32 over the choices in their order: same input, same bits.
+    """
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    choice = tl.arange(0, TOP_K_POW2)
     expert = tl.arange(0, E_POW2)
-
-    pair = tl.load(pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
-    weight = tl.load(pair_weight_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=0.0)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
-    is_local = pair >= 0
-    rows_before = tl.sum(tl.where(expert[None, :] < (pair % E)[:, None], count[None, :], 0), axis=1)
-    row = (rows_before + pair // E).to(tl.int64)
-    value = tl.load(
-        rows_ptr + row[:, None] * COLUMNS + column[None, :],
-        mask=is_local[:, None] & (column < COLUMNS)[None, :],
-        other=0.0,
-    )
-    total = tl.sum(value.to(tl.float32) * weight[:, None], axis=0)
-    tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16), mask=column < COLUMNS)
+    extent = tl.cdiv(count, ALIGN) * ALIGN
+
+    for block in range(tl.program_id(1), tl.cdiv(COLUMNS, BLOCK_N), tl.num_programs(1)):
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < COLUMNS
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        for k in tl.static_range(TOP_K):
+            pair = tl.load(pair_ptr + token * TOP_K + k)
+            weight = tl.load(pair_weight_ptr + token * TOP_K + k)
+            # No branch: the loads of all choices are in flight together, those of other ranks' experts masked off.
+            row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
+            wanted = tl.where(pair >= 0, column, COLUMNS) < COLUMNS
+            value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
+            total += value.to(tl.float32) * weight
+        tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16), mask=inside)

@@ -16,6 +16,10 @@ from .routing import SINGLE_PROGRAM_TOKENS, route_kernel
 # A column chunk of the second GEMM's result stays under this many bytes: without chunks the worst case of
 # T = 14107 would reserve 1.6 GB, though seldom touch it.
 MAX_ROWS_BYTES = 256 * 2**20
+# Tokens of one routing program where several route: one for each of its warps.
+ROUTE_BLOCK_TOKENS = 4
+# Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
+COMBINE_PROGRAMS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Routed:
     slot_token: torch.Tensor  # [E, T] int32
     pair: torch.Tensor  # [T, top_k] int32
     pair_weight: torch.Tensor  # [T, top_k] float32
+    tickets: torch.Tensor  # [GroupedGemm.num_tickets] int32 zeros, for the grouped GEMM to count with
 
 
 class GroupedGemm(ABC):
@@ -63,6 +68,10 @@ class GroupedGemm(ABC):
         self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor
     ) -> None:
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
+
+    def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
+        """How many zeros `run` wants in ``routed.tickets``; the routing kernel clears them."""
+        return 0
 
     @abstractmethod
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
@@ -92,15 +101,16 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
     return problem.block
 
 
-def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch) -> Routed:
-    """Launch the routing kernel."""
+def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
+    """Launch the routing kernel, which also clears ``num_tickets`` counters for the grouped GEMM."""
     tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
     single = tokens <= SINGLE_PROGRAM_TOKENS
     counts = torch.empty(e, dtype=torch.int32, device=device) if single else torch.zeros(e, dtype=torch.int32, device=device)
     slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
     pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
     pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
-    block_t = pow2(tokens) if single else 4
+    tickets = torch.empty(num_tickets, dtype=torch.int32, device=device)
+    block_t = pow2(tokens) if single else ROUTE_BLOCK_TOKENS
     route_kernel[(1 if single else triton.cdiv(tokens, block_t),)](
         inputs.routing_logits,
         inputs.routing_bias,
@@ -108,8 +118,10 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch) -> Routed:
         slot_token,
         pair,
         pair_weight,
+        tickets,
         inputs.routing_logits.stride(0),
         tokens,
+        num_tickets,
         int(inputs.local_expert_offset),
         float(inputs.routed_scaling_factor),
         E=e,
@@ -124,19 +136,29 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch) -> Routed:
         BLOCK_T=block_t,
         SINGLE=single,
         PDL=launch.pdl,
-        num_warps=max(1, min(8, block_t)),
+        num_warps=min(16, block_t),
         **launch.options,
     )
-    return Routed(counts, slot_token, pair, pair_weight)
+    return Routed(counts, slot_token, pair, pair_weight, tickets)
 
 
 def combine(
-    rows: torch.Tensor, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor, first_column: int
+    rows: torch.Tensor,
+    routed: Routed,
+    problem: MoEProblem,
+    launch: Launch,
+    output: torch.Tensor,
+    first_column: int,
+    align: int = 1,
 ) -> None:
-    """Launch the weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16."""
-    columns = rows.shape[1]
-    block_n = min(512, pow2(columns))
-    combine_kernel[(output.shape[0], triton.cdiv(columns, block_n))](
+    """Launch the weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16.
+
+    Each expert's rows start at a multiple of ``align``.
+    """
+    tokens, columns = output.shape[0], rows.shape[1]
+    block_n = min(512 if tokens < launch.multiprocessors else 1024, pow2(columns))
+    blocks = triton.cdiv(columns, block_n)
+    combine_kernel[(tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))](
         rows,
         routed.counts,
         routed.pair,
@@ -146,9 +168,9 @@ def combine(
         E=problem.num_local_experts,
         E_POW2=pow2(problem.num_local_experts),
         TOP_K=problem.top_k,
-        TOP_K_POW2=pow2(problem.top_k),
         HIDDEN=problem.hidden_size,
         COLUMNS=columns,
+        ALIGN=align,
         BLOCK_N=block_n,
         PDL=launch.pdl,
         num_warps=4,

@@ -17,7 +17,7 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 # Up to so many tokens one program routes them all: it needs no zeroed counters and no second launch.
-SINGLE_PROGRAM_TOKENS = 32
+SINGLE_PROGRAM_TOKENS = 64
 
 
 @triton.jit
@@ -28,8 +28,10 @@ def route_kernel(
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
     pair_weight_ptr,  # [T, TOP_K] float32, out
+    tickets_ptr,  # [num_tickets] int32, out: zeros
     stride_logits,
     num_tokens,
+    num_tickets,
     local_expert_offset,
     routed_scaling_factor,
     E: tl.constexpr,
@@ -47,49 +49,51 @@ def route_kernel(
 ):
     """Grid: (1,) if SINGLE, with BLOCK_T >= T; otherwise (cdiv(T, BLOCK_T),)."""
     NEG_INF: tl.constexpr = float("-inf")
-    SPAN: tl.constexpr = N_GROUP_POW2 * GROUP_SIZE_POW2
+    NUM_EXPERTS: tl.constexpr = N_GROUP * GROUP_SIZE
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
+    for first in range(tl.program_id(0) * 512, num_tickets, tl.num_programs(0) * 512):
+        ticket = first + tl.arange(0, 512)
+        tl.store(tickets_ptr + ticket, tl.zeros((512,), tl.int32), mask=ticket < num_tickets)
+
+    # Scores are laid out [group, token, member]: the members over a warp's lanes and the tokens over the warps, so that
+    # each maximum stays inside one warp.
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    group = tl.arange(0, N_GROUP_POW2)
-    member = tl.arange(0, GROUP_SIZE_POW2)
-    expert = group[:, None] * GROUP_SIZE + member[None, :]
-    real = (group[:, None] < N_GROUP) & (member[None, :] < GROUP_SIZE)
-    row = token.to(tl.int64) * stride_logits
-    inside = (token < num_tokens)[:, None, None] & real[None, :, :]
-    logits = tl.load(logits_ptr + row[:, None, None] + expert[None, :, :], mask=inside, other=0.0)
+    group = tl.arange(0, N_GROUP_POW2)[:, None, None]
+    member = tl.arange(0, GROUP_SIZE_POW2)[None, None, :]
+    expert = group * GROUP_SIZE + member
+    real = (group < N_GROUP) & (member < GROUP_SIZE)
+    row = token.to(tl.int64)[None, :, None] * stride_logits
+    logits = tl.load(logits_ptr + row + expert, mask=real & (token < num_tokens)[None, :, None], other=0.0)
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
     score = 1.0 / (1.0 + tl.exp(-logits))
-    biased = tl.where(real[None, :, :], score + bias[None, :, :], NEG_INF)
+    open_score = tl.where(real, score + bias, NEG_INF)
 
     if TOPK_GROUP < N_GROUP:
-        best = tl.max(biased, axis=2)
+        best = tl.max(open_score, axis=2)
         # The first place that holds the best: its value once more elsewhere is the second best.
-        first = tl.min(tl.where(biased == best[:, :, None], member[None, None, :], GROUP_SIZE_POW2), axis=2)
-        second = tl.max(tl.where(member[None, None, :] == first[:, :, None], NEG_INF, biased), axis=2)
-        group_score = tl.where((group < N_GROUP)[None, :], best + second, NEG_INF)
+        first = tl.min(tl.where(open_score == best[:, :, None], member, GROUP_SIZE_POW2), axis=2)
+        second = tl.max(tl.where(member == first[:, :, None], NEG_INF, open_score), axis=2)
+        group_number = tl.arange(0, N_GROUP_POW2)
+        group_score = tl.where((group_number < N_GROUP)[:, None], best + second, NEG_INF)
         # A group's rank: how many are better, or equal and before it.
-        mine, other = group_score[:, :, None], group_score[:, None, :]
-        before = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
-        rank = tl.sum(before.to(tl.int32), axis=2)
-        biased = tl.where((rank < TOPK_GROUP)[:, :, None], biased, NEG_INF)
+        mine, other = group_score[:, None, :], group_score[None, :, :]
+        earlier = group_number[None, :, None] < group_number[:, None, None]
+        rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=1)
+        open_score = tl.where((rank < TOPK_GROUP)[:, :, None], open_score, NEG_INF)
 
     # The k best by k maxima; among equals the lower index.
-    place = tl.arange(0, SPAN)
-    place_expert = (place // GROUP_SIZE_POW2) * GROUP_SIZE + place % GROUP_SIZE_POW2
-    open_score = tl.reshape(biased, (BLOCK_T, SPAN))
-    score = tl.reshape(score, (BLOCK_T, SPAN))
     choice = tl.arange(0, TOP_K_POW2)
     topk_expert = tl.full((BLOCK_T, TOP_K_POW2), -1, tl.int32)
     topk_score = tl.zeros((BLOCK_T, TOP_K_POW2), tl.float32)
     for k in tl.static_range(TOP_K):
-        best_score = tl.max(open_score, axis=1)
-        at = tl.min(tl.where(open_score == best_score[:, None], place[None, :], SPAN - 1), axis=1)
-        hit = place[None, :] == at[:, None]
-        chosen_score = tl.sum(tl.where(hit, score, 0.0), axis=1)
-        chosen_expert = tl.sum(tl.where(hit, place_expert[None, :], 0), axis=1)
-        topk_expert = tl.where(choice[None, :] == k, chosen_expert[:, None], topk_expert)
+        best_score = tl.max(tl.max(open_score, axis=0), axis=1)
+        candidate = tl.where(open_score == best_score[None, :, None], expert, NUM_EXPERTS - 1)
+        at = tl.min(tl.min(candidate, axis=0), axis=1)
+        hit = real & (expert == at[None, :, None])
+        chosen_score = tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=0), axis=1)
+        topk_expert = tl.where(choice[None, :] == k, at[:, None], topk_expert)
         topk_score = tl.where(choice[None, :] == k, chosen_score[:, None], topk_score)
         open_score = tl.where(hit, NEG_INF, open_score)
     weight = topk_score / (tl.sum(topk_score, axis=1) + 1e-20)[:, None] * routed_scaling_factor

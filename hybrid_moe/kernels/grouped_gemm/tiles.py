@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
 
@@ -17,6 +17,8 @@ class Tile:
         Rows and columns of the result that one step computes. GEMM1 computes ``block_n`` gate and as many up columns.
     num_warps, num_stages
         Warps of a program and depth of its load pipeline.
+    k_unroll
+        128 blocks of the sum in one stage: neighbouring loads of one weight row, which memory serves better together.
     programs_per_multiprocessor
         Grid bound: programs share the tiles, so more of them than are resident only add start-up work.
     """
@@ -25,34 +27,49 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int
+    k_unroll: int = 1
+    programs_per_multiprocessor: int = 32
 
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """Tiles of both GEMMs. The activation is quantised by GEMM1 where ``gemm1.block_n`` is 128."""
+    """Tiles of both GEMMs."""
 
     gemm1: Tile
     gemm2: Tile
 
-    @property
-    def quantized(self) -> bool:
-        """Whether GEMM1 writes e4m3 (otherwise float32, which GEMM2 quantises as it loads)."""
-        return self.gemm1.block_n == 128
 
-
-# (up to so many tokens for each expert of the model if routing is even, plan)
-TILE_TABLE: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 32, 2, 5, 8), Tile(16, 64, 2, 4, 8))),
-    (16.0, TilePlan(Tile(64, 64, 4, 4, 4), Tile(64, 64, 4, 5, 4))),
-    (float("inf"), TilePlan(Tile(64, 128, 8, 3, 2), Tile(64, 128, 4, 3, 4))),
+# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
+# benchmarks/NOTES.md.
+TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
+    (0.04, TilePlan(Tile(16, 32, 4, 3, 4), Tile(16, 64, 4, 2, 4))),
+    (1.0, TilePlan(Tile(16, 32, 2, 2, 2), Tile(16, 128, 4, 2, 2))),
+    (4.0, TilePlan(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1))),
+    (40.0, TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(64, 128, 4, 3, 1, 4))),
+    (float("inf"), TilePlan(Tile(128, 128, 8, 3, 1, 2), Tile(128, 128, 8, 3, 2, 2))),
+)
+# Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
+TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
+    *TILES_SM90[:-1],
+    (float("inf"), TilePlan(Tile(128, 64, 8, 4, 1, 2), Tile(128, 128, 8, 4, 1, 2))),
 )
 
 
-def tile_plan(problem: MoEProblem, num_tokens: int) -> TilePlan:
+def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None = None) -> TilePlan:
     """The plan for ``num_tokens``: a function of the shapes alone, so that a captured graph keeps it."""
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
-    return next(plan for bound, plan in TILE_TABLE if tokens_per_expert <= bound)
+    table = TILES_SM100 if capability is not None and capability[0] >= 10 else TILES_SM90
+    plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
+    return TilePlan(
+        _fitting(plan.gemm1, problem.hidden_size, problem.intermediate_size, problem.block),
+        _fitting(plan.gemm2, problem.intermediate_size, problem.hidden_size, problem.block),
+    )
+
+
+def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
+    """The tile with its unrolling and width cut down to what divides this problem's sizes."""
+    unroll = next(u for u in range(tile.k_unroll, 0, -1) if inner // block % u == 0)
+    return replace(tile, k_unroll=unroll, block_n=tile.block_n if columns % tile.block_n == 0 else block)
 
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:

@@ -1,8 +1,8 @@
 """Grouped FP8 block-scale GEMMs in Triton, on the definition's own weight layout.
 
-GEMM1 gathers its rows by token index, computes the gate and the up tile together and applies SwiGLU. Where its tile is
-a whole 128 block wide it also quantises the result to e4m3; narrower tiles, which fill the GPU when few experts are
-active, leave it in float32 and GEMM2 quantises the rows as it loads them. Both give the same numbers.
+GEMM1 gathers its rows by token index, computes the gate and the up tile together, applies SwiGLU and quantises the
+result to e4m3 with one scale for each row's 128 columns. Where a tile is narrower than that, which is what fills the
+GPU when few experts are active, the last program to finish a 128 block quantises it.
 
 Each 128 block of the sum is multiplied in FP8 and promoted to float32 with its two scales.
 """
@@ -25,17 +25,18 @@ def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexp
     The tiles of one expert follow one another, its row tiles fastest: those share their weights, which come from L2.
     ``count`` and ``expert`` are the vectors of rows per expert and 0, 1, 2...
 
-    Returns expert, rows of that expert, rows of all experts before it, row tile, column tile.
+    Returns expert, rows of that expert, rows of all experts before it, row tiles of all experts before it, row tile,
+    column tile.
     """
-    tiles = tl.cdiv(count, BLOCK_M) * TILES_N
-    ends = tl.cumsum(tiles, axis=0)
+    row_tiles = tl.cdiv(count, BLOCK_M)
+    ends = tl.cumsum(row_tiles, axis=0) * TILES_N
     at = tl.sum((ends <= tile).to(tl.int32), axis=0)
-    mine = expert == at
-    rows = tl.sum(tl.where(mine, count, 0), axis=0)
+    rows = tl.sum(tl.where(expert == at, count, 0), axis=0)
     rows_before = tl.sum(tl.where(expert < at, count, 0), axis=0)
-    inside = tile - tl.sum(tl.where(expert < at, tiles, 0), axis=0)
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    return at, rows, rows_before, inside % row_tiles, inside // row_tiles
+    tiles_before = tl.sum(tl.where(expert < at, row_tiles, 0), axis=0)
+    inside = tile - tiles_before * TILES_N
+    my_tiles = tl.cdiv(rows, BLOCK_M)
+    return at, rows, rows_before, tiles_before, inside % my_tiles, inside // my_tiles
 
 
 @triton.jit
@@ -54,8 +55,10 @@ def gemm1_swiglu_kernel(
     weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
     counts_ptr,  # [E] int32
     slot_token_ptr,  # [E, T] int32
-    out_ptr,  # [capacity, INTERMEDIATE], e4m3 if QUANTIZE, otherwise float32
-    out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, written if QUANTIZE
+    out_ptr,  # [capacity, INTERMEDIATE] e4m3, out
+    out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, out
+    unquantized_ptr,  # [capacity, INTERMEDIATE] float32, scratch; not touched if BLOCK_N is 128
+    tickets_ptr,  # [row tiles, INTERMEDIATE/128] int32, zeros on entry; not touched if BLOCK_N is 128
     stride_hidden,
     stride_scale_k,
     stride_scale_t,
@@ -68,7 +71,7 @@ def gemm1_swiglu_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    K_UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns."""
@@ -77,7 +80,8 @@ def gemm1_swiglu_kernel(
     TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
     UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
     GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
-    tl.static_assert(not QUANTIZE or BLOCK_N == 128)
+    tl.static_assert(128 % BLOCK_N == 0)
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
@@ -86,7 +90,7 @@ def gemm1_swiglu_kernel(
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        at, rows, rows_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
+        at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         real = slot < rows
         token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
@@ -96,7 +100,8 @@ def gemm1_swiglu_kernel(
         weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
         up_at = weight_at + UP * HIDDEN
         gate_at = weight_at + GATE * HIDDEN
-        scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + tile_n * BLOCK_N // 128) * K_BLOCKS
+        block_n = tile_n * BLOCK_N // 128
+        scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
         up_scale_at = scale_at + UP // 128 * K_BLOCKS
         gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
 
@@ -106,37 +111,51 @@ def gemm1_swiglu_kernel(
         next_row_scale = tl.load(hidden_scale_at, mask=real, other=0.0)
         next_up_scale = tl.load(up_scale_at)
         next_gate_scale = tl.load(gate_scale_at)
-        for block in range(K_BLOCKS):
-            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
-            next_up_scale = tl.load(up_scale_at + ahead)
-            next_gate_scale = tl.load(gate_scale_at + ahead)
-            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w_up = tl.load(up_at + block * BLOCK_K)
-            w_gate = tl.load(gate_at + block * BLOCK_K)
-            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
-            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
+        for step in range(K_BLOCKS // K_UNROLL):
+            for unrolled in tl.static_range(K_UNROLL):
+                block = step * K_UNROLL + unrolled
+                row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
+                ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+                next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
+                next_up_scale = tl.load(up_scale_at + ahead)
+                next_gate_scale = tl.load(gate_scale_at + ahead)
+                x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+                w_up = tl.load(up_at + block * BLOCK_K)
+                w_gate = tl.load(gate_at + block * BLOCK_K)
+                up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
+                gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
 
         value = gate / (1.0 + tl.exp(-gate)) * up
         row = (rows_before + slot).to(tl.int64)
-        out_at = out_ptr + row[:, None] * INTERMEDIATE + column[None, :]
-        if QUANTIZE:
+        row_at = row[:, None] * INTERMEDIATE
+        scale_out = out_scale_ptr + block_n.to(tl.int64) * capacity + row
+        if BLOCK_N == 128:
             quantized, scale = quantize_block(value)
-            tl.store(out_at, quantized, mask=real[:, None])
-            tl.store(out_scale_ptr + tile_n.to(tl.int64) * capacity + row, scale, mask=real)
+            tl.store(out_ptr + row_at + column[None, :], quantized, mask=real[:, None])
+            tl.store(scale_out, scale, mask=real)
         else:
-            tl.store(out_at, value, mask=real[:, None])
+            tl.store(unquantized_ptr + row_at + column[None, :], value, mask=real[:, None])
+            # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
+            tl.debug_barrier()
+            ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
+            ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
+            if ticket == 128 // BLOCK_N - 1:
+                wide = row_at + (block_n * 128 + k)[None, :]
+                # Past the first-level cache, which other multiprocessors' stores don't reach.
+                whole = tl.load(unquantized_ptr + wide, mask=real[:, None], other=0.0, cache_modifier=".cg")
+                quantized, scale = quantize_block(whole)
+                tl.store(out_ptr + wide, quantized, mask=real[:, None])
+                tl.store(scale_out, scale, mask=real)
 
 
 @triton.jit
 def gemm2_kernel(
-    activated_ptr,  # [capacity, INTERMEDIATE], e4m3 if QUANTIZED, otherwise float32
-    activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, read if QUANTIZED
+    activated_ptr,  # [capacity, INTERMEDIATE] e4m3
+    activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
     weight_ptr,  # [E, HIDDEN, INTERMEDIATE] e4m3
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
-    out_ptr,  # [capacity, COLUMNS] bfloat16: columns first_column... of the result
+    out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
     first_column,
     capacity,
     HIDDEN: tl.constexpr,
@@ -146,14 +165,22 @@ def gemm2_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    K_UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns."""
+    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
+
+    A tile of 256 columns is two of 128 side by side: each has its own weight scale, and they share the rows, which
+    saves a quarter of the traffic from L2.
+    """
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
-    tl.static_assert(128 % BLOCK_N == 0)
+    TWO: tl.constexpr = BLOCK_N == 256
+    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
+    tl.static_assert(128 % WIDTH == 0)
+    tl.static_assert(COLUMNS % BLOCK_N == 0)
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
@@ -162,36 +189,40 @@ def gemm2_kernel(
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        at, rows, rows_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
+        at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         real = slot < rows
         row = (rows_before + slot).to(tl.int64)
         activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
         activated_scale_at = activated_scale_ptr + row
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tile_n * BLOCK_N + tl.arange(0, WIDTH)
         weight_row = first_column + column
         weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
-        scale_at = (
-            weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
-        )
+        scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
 
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        next_weight_scale = tl.load(scale_at)
-        if QUANTIZED:
-            next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
-        for block in range(K_BLOCKS):
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            weight_scale = next_weight_scale
-            next_weight_scale = tl.load(scale_at + ahead)
-            w = tl.load(weight_at + block * BLOCK_K)
-            x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            if QUANTIZED:
-                row_scale = next_row_scale
+        total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
+        next_scale = tl.load(scale_at)
+        if TWO:
+            right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+            next_right_scale = tl.load(scale_at + K_BLOCKS)
+        for step in range(K_BLOCKS // K_UNROLL):
+            for unrolled in tl.static_range(K_UNROLL):
+                block = step * K_UNROLL + unrolled
+                ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+                row_scale, scale = next_row_scale, next_scale
                 next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
-                total += tl.dot(x, tl.trans(w)) * (row_scale * weight_scale)[:, None]
-            else:
-                quantized, row_scale = quantize_block(x)
-                total += tl.dot(quantized, tl.trans(w)) * (row_scale * weight_scale)[:, None]
+                next_scale = tl.load(scale_at + ahead)
+                x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+                w = tl.load(weight_at + block * BLOCK_K)
+                total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
+                if TWO:
+                    right_scale = next_right_scale
+                    next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
+                    w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
+                    right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
 
         out_at = out_ptr + row[:, None] * COLUMNS + column[None, :]
         tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
+        if TWO:
+            tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])

@@ -6,7 +6,7 @@ import torch
 
 from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
-from .tiles import TilePlan, max_row_tiles, tile_plan
+from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
 from .triton import gemm1_swiglu_kernel, gemm2_kernel
 
 
@@ -15,44 +15,61 @@ class TritonGroupedGemm(GroupedGemm):
 
     name = "triton"
 
+    def __init__(self, capability: tuple[int, int] | None = None) -> None:
+        self._capability = capability
+
+    def plan(self, problem: MoEProblem, num_tokens: int) -> TilePlan:
+        """The tiles that `run` uses."""
+        return tile_plan(problem, num_tokens, self._capability)
+
     def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
         """None: what Triton needs is asked by the backend."""
         return []
 
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
-        """The activation with its scales, and one column chunk of the result's rows."""
-        rows = row_capacity(problem, num_tokens)
-        quantized = tile_plan(problem, num_tokens).quantized
+        """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
+        rows, tile = row_capacity(problem, num_tokens), self.plan(problem, num_tokens).gemm1
         width = problem.intermediate_size
-        activation = rows * (width + width // problem.block * 4 if quantized else width * 4)
-        return activation + rows * column_chunk(problem, rows) * 2
+        blocks = width // problem.block
+        total = rows * (width + blocks * 4) + rows * column_chunk(problem, rows) * 2
+        if tile.block_n < problem.block:
+            total += rows * width * 4 + max_row_tiles(problem, num_tokens, tile.block_m) * blocks * 4
+        return total
+
+    def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
+        """One for each row tile and 128 block of the activation, where several tiles share a block."""
+        tile = self.plan(problem, num_tokens).gemm1
+        if tile.block_n == problem.block:
+            return 0
+        return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
 
     def run(
         self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor
     ) -> None:
         """Launch GEMM1, then GEMM2 and the combine for each chunk of columns."""
-        plan = tile_plan(problem, inputs.num_tokens)
-        activated, scale = gemm1(inputs, routed, problem, launch, plan)
+        plan = self.plan(problem, inputs.num_tokens)
+        activated, scale = gemm1(inputs, routed, problem, launch, plan.gemm1)
         capacity = activated.shape[0]
         columns = column_chunk(problem, capacity)
         rows = torch.empty((capacity, columns), dtype=torch.bfloat16, device=output.device)
         for first_column in range(0, problem.hidden_size, columns):
-            gemm2(activated, scale, inputs, routed, problem, launch, plan, rows, first_column)
+            gemm2(activated, scale, inputs, routed, problem, launch, plan.gemm2, rows, first_column)
             combine(rows, routed, problem, launch, output, first_column)
 
 
 def gemm1(
-    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, plan: TilePlan
+    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, tile: Tile
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales.
 
-    Where the plan leaves quantisation to GEMM2, the values are float32 and the scales are not written.
+    ``routed.tickets`` must be zeros if the tile is narrower than 128 columns.
     """
-    tokens, tile, device = inputs.num_tokens, plan.gemm1, inputs.hidden_states.device
+    tokens, device = inputs.num_tokens, inputs.hidden_states.device
     capacity, width = row_capacity(problem, tokens), problem.intermediate_size
-    activated = torch.empty((capacity, width), dtype=FP8 if plan.quantized else torch.float32, device=device)
-    scale_rows = capacity if plan.quantized else 0
-    scale = torch.empty((width // problem.block, scale_rows), dtype=torch.float32, device=device)
+    activated = torch.empty((capacity, width), dtype=FP8, device=device)
+    scale = torch.empty((width // problem.block, capacity), dtype=torch.float32, device=device)
+    narrow = tile.block_n < problem.block
+    unquantized = torch.empty((capacity, width), dtype=torch.float32, device=device) if narrow else scale
     tiles = max_row_tiles(problem, tokens, tile.block_m) * (width // tile.block_n)
     gemm1_swiglu_kernel[(min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)](
         inputs.hidden_states,
@@ -63,6 +80,8 @@ def gemm1(
         routed.slot_token,
         activated,
         scale,
+        unquantized,
+        routed.tickets,
         inputs.hidden_states.stride(0),
         inputs.hidden_states_scale.stride(0),
         inputs.hidden_states_scale.stride(1),
@@ -75,7 +94,7 @@ def gemm1(
         E_POW2=pow2(problem.num_local_experts),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        QUANTIZE=plan.quantized,
+        K_UNROLL=tile.k_unroll,
         PDL=launch.pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -91,14 +110,14 @@ def gemm2(
     routed: Routed,
     problem: MoEProblem,
     launch: Launch,
-    plan: TilePlan,
+    tile: Tile,
     rows: torch.Tensor,
     first_column: int,
 ) -> None:
     """Columns ``[first_column, first_column + rows.shape[1])`` of the second GEMM into ``rows`` bfloat16."""
     capacity, columns = rows.shape
-    tile = plan.gemm2
-    tiles = max_row_tiles(problem, inputs.num_tokens, tile.block_m) * (columns // tile.block_n)
+    block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
+    tiles = max_row_tiles(problem, inputs.num_tokens, tile.block_m) * (columns // block_n)
     gemm2_kernel[(min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)](
         activated,
         scale,
@@ -114,8 +133,8 @@ def gemm2(
         E=problem.num_local_experts,
         E_POW2=pow2(problem.num_local_experts),
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        QUANTIZED=plan.quantized,
+        BLOCK_N=block_n,
+        K_UNROLL=tile.k_unroll,
         PDL=launch.pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

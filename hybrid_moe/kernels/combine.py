@@ -22,6 +22,7 @@ def combine_kernel(
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
+    BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -42,10 +43,11 @@ def combine_kernel(
         total = tl.zeros((BLOCK_N,), tl.float32)
         for k in tl.static_range(TOP_K):
             pair = tl.load(pair_ptr + token * TOP_K + k)
-            weight = tl.load(pair_weight_ptr + token * TOP_K + k)
-            # No branch: the loads of all choices are in flight together, those of other ranks' experts masked off.
-            row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
-            wanted = tl.where(pair >= 0, column, COLUMNS) < COLUMNS
-            value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
-            total += value.to(tl.float32) * weight
+            # Without a branch the loads of all choices are in flight together, those of other ranks masked off.
+            if not BRANCH or pair >= 0:
+                weight = tl.load(pair_weight_ptr + token * TOP_K + k)
+                row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
+                wanted = tl.where(pair >= 0, column, COLUMNS) < COLUMNS
+                value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
+                total += value.to(tl.float32) * weight
         tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16), mask=inside)

@@ -11,15 +11,15 @@ import triton
 
 from ..problem import DeviceKey, MoEInputs, MoEProblem
 from .combine import combine_kernel
-from .routing import SINGLE_PROGRAM_TOKENS, route_kernel
+from .routing import clear_kernel, route_kernel
 
 # A column chunk of the second GEMM's result stays under this many bytes: without chunks the worst case of
 # T = 14107 would reserve 1.6 GB, though seldom touch it.
 MAX_ROWS_BYTES = 256 * 2**20
-# Tokens of one routing program where several route: one for each of its warps.
-ROUTE_BLOCK_TOKENS = 4
 # Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
 COMBINE_PROGRAMS = 16
+# From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.
+COMBINE_BRANCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,30 +102,28 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
 
 
 def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
-    """Launch the routing kernel, which also clears ``num_tickets`` counters for the grouped GEMM."""
+    """Launch the routing, and before it the clearing of its counts and of ``num_tickets`` for the grouped GEMM."""
     tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
-    single = tokens <= SINGLE_PROGRAM_TOKENS
-    counts = torch.empty(e, dtype=torch.int32, device=device) if single else torch.zeros(e, dtype=torch.int32, device=device)
+    counts_length = triton.cdiv(e, 4) * 4  # the tickets behind them stay aligned to 16 bytes
+    counters = torch.empty(counts_length + num_tickets, dtype=torch.int32, device=device)
+    counts, tickets = counters[:e], counters[counts_length:]
     slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
     pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
     pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
-    tickets = torch.empty(num_tickets, dtype=torch.int32, device=device)
-    block_t = pow2(tokens) if single else ROUTE_BLOCK_TOKENS
-    route_kernel[(1 if single else triton.cdiv(tokens, block_t),)](
+    # Not launched programmatically: the routing reads the logits without waiting, so all before them must be done.
+    clear_kernel[(1,)](counters, counters.numel(), BLOCK=1024, PDL=launch.pdl, num_warps=4)
+    route_kernel[(tokens,)](
         inputs.routing_logits,
         inputs.routing_bias,
         counts,
         slot_token,
         pair,
         pair_weight,
-        tickets,
         inputs.routing_logits.stride(0),
         tokens,
-        num_tickets,
         int(inputs.local_expert_offset),
         float(inputs.routed_scaling_factor),
         E=e,
-        E_POW2=pow2(e),
         TOP_K=problem.top_k,
         TOP_K_POW2=pow2(problem.top_k),
         N_GROUP=problem.n_group,
@@ -133,10 +131,8 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: i
         TOPK_GROUP=problem.topk_group,
         GROUP_SIZE=problem.group_size,
         GROUP_SIZE_POW2=pow2(problem.group_size),
-        BLOCK_T=block_t,
-        SINGLE=single,
         PDL=launch.pdl,
-        num_warps=min(16, block_t),
+        num_warps=1,
         **launch.options,
     )
     return Routed(counts, slot_token, pair, pair_weight, tickets)
@@ -171,6 +167,7 @@ def combine(
         HIDDEN=problem.hidden_size,
         COLUMNS=columns,
         ALIGN=align,
+        BRANCH=tokens >= COMBINE_BRANCH_TOKENS,
         BLOCK_N=block_n,
         PDL=launch.pdl,
         num_warps=4,

@@ -34,22 +34,22 @@ SHARED_LIMIT = 225_000
 def candidates(which: str, tokens: int) -> list[Tile]:
     """Tiles worth trying at this T."""
     shapes: list[tuple[int, int, int]] = []
-    if tokens <= 100:
-        shapes += [(16, 32, 2), (16, 32, 4), (16, 64, 4)] + ([(16, 128, 4), (16, 64, 2)] if which == "gemm2" else [])
-    if 30 <= tokens <= 5000:
-        shapes += [(64, 64, 4), (64, 32, 4), (64, 128, 4)]
-    if tokens > 100:
-        shapes += [(64, 128, 8), (128, 64, 4), (128, 128, 8)]
+    pipelines: tuple[tuple[int, int], ...] = ((2, 1), (3, 1), (4, 1), (2, 2))
+    if tokens <= 128:
+        pipelines += ((5, 1), (3, 2), (2, 4), (3, 4))
+    if tokens <= 32:
+        shapes += [(16, 32, 2), (16, 32, 4), (16, 64, 4)] + ([(16, 128, 4)] if which == "gemm2" else [])
+    if 16 < tokens <= 128:
+        shapes += [(32, 32, 2), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4)]
+    if tokens > 128:
+        shapes += [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         if which == "gemm2":
-            shapes += [(128, 256, 8), (64, 256, 4), (64, 256, 8)]
+            shapes += [(128, 128, 4), (128, 256, 8), (64, 256, 4), (64, 256, 8)]
     tiles = []
-    for (m, n, warps), (stages, unroll) in product(
-        shapes, ((3, 1), (4, 1), (5, 1), (7, 1), (2, 2), (3, 2), (4, 2), (2, 4), (3, 4))
-    ):
+    for (m, n, warps), (stages, unroll) in product(shapes, pipelines):
         shared = stages * unroll * 128 * ((2 * n if which == "gemm1" else n) + m)
-        if shared > SHARED_LIMIT or (tokens > 100 and (stages > 4 or unroll > 2)):
-            continue
-        tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 100 else 2 if tokens > 2000 else 4))
+        if shared <= SHARED_LIMIT:
+            tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 128 else 4))
     return tiles
 
 
@@ -144,7 +144,7 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
             empty(1, 16, dtype=FP8), empty(16), empty(1, 16, dtype=FP8), empty(16), 32, 2.5,
         )  # fmt: skip
         ints = empty(32, dtype=torch.int32)
-        routed = Routed(ints, ints, ints, ints, ints)
+        routed = Routed(ints, ints, ints, ints, ints, aligned=False)
         if which == "gemm1":
             gemm1(inputs, routed, PROBLEM, launch_of(), tile)
         else:

@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from hybrid_moe.kernels import pipeline
@@ -89,7 +90,7 @@ def resources(kernel, capability: int) -> dict[str, object]:
 
 
 def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS):
-    """Yield each kernel compiled, once for each specialisation."""
+    """Yield each kernel compiled, once for each specialisation. Leaves this process unable to launch."""
     triton.runtime.driver.set_active(AbsentDriver(capability))
     compiled: dict[str, tuple[str, dict, object]] = {}
     run = JITFunction.run
@@ -101,6 +102,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
         return kernel
 
     JITFunction.run = compile_only
+    CompiledKernel.__getitem__ = lambda self, grid: lambda *arguments: None
     launch = pipeline.Launch(MULTIPROCESSORS[capability], pdl=True)
     for tokens in token_counts:
         inputs = untouched_inputs(problem, tokens)
@@ -108,7 +110,6 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
         routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
         gemm.run(inputs, routed, problem, launch, output)
-    JITFunction.run = run
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

@@ -7,14 +7,14 @@ definition's layout. Nothing is read back to the host: grids depend on the shape
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ..problem import DeviceKey, MoEInputs, MoEProblem
 from .base import Backend, ConfigValue, Runner
 
-GEMMS = ("triton", "sgl_kernel")
+GEMMS = ("triton", "sgl_kernel", "deep_gemm")
 # Hopper and data-centre Blackwell: what the kernels are compiled and tested for.
 CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
@@ -24,6 +24,11 @@ class TritonFused(Backend):
 
     name = "triton_fused"
     default_config = {"gemm": "triton"}
+
+    def configs(self) -> Iterator[Mapping[str, ConfigValue]]:
+        """One for each grouped GEMM."""
+        for gemm in GEMMS:
+            yield {"gemm": gemm}
 
     def not_supported_reasons(
         self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
@@ -60,9 +65,13 @@ def _gemm(name: str):
         from ..kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 
         return TritonGroupedGemm()
-    from ..kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
+    if name == "sgl_kernel":
+        from ..kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 
-    return SglGroupedGemm()
+        return SglGroupedGemm()
+    from ..kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
+
+    return DeepGemmGroupedGemm()
 
 
 class _TritonRunner(Runner):

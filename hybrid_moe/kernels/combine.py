@@ -8,7 +8,7 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column"])
 def combine_kernel(
     rows_ptr,  # [rows, COLUMNS] bfloat16: the second GEMM's result for each pair
     counts_ptr,  # [E] int32
@@ -37,9 +37,9 @@ def combine_kernel(
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
 
-    for block in range(tl.program_id(1), tl.cdiv(COLUMNS, BLOCK_N), tl.num_programs(1)):
+    tl.static_assert(COLUMNS % BLOCK_N == 0)  # a mask by column would break up the wide loads
+    for block in range(tl.program_id(1), COLUMNS // BLOCK_N, tl.num_programs(1)):
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = column < COLUMNS
         total = tl.zeros((BLOCK_N,), tl.float32)
         for k in tl.static_range(TOP_K):
             pair = tl.load(pair_ptr + token * TOP_K + k)
@@ -47,7 +47,7 @@ def combine_kernel(
             if not BRANCH or pair >= 0:
                 weight = tl.load(pair_weight_ptr + token * TOP_K + k)
                 row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
-                wanted = tl.where(pair >= 0, column, COLUMNS) < COLUMNS
+                wanted = tl.broadcast_to(pair >= 0, (BLOCK_N,))
                 value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
                 total += value.to(tl.float32) * weight
-        tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16), mask=inside)
+        tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import triton
 
 from ..problem import DeviceKey, MoEInputs, MoEProblem
 from .combine import combine_kernel
+from .launch import Constants, Kernel
 from .routing import clear_kernel, route_kernel
 
 # A column chunk of the second GEMM's result stays under this many bytes: without chunks the worst case of
@@ -52,6 +53,7 @@ class Routed:
     pair: torch.Tensor  # [T, top_k] int32
     pair_weight: torch.Tensor  # [T, top_k] float32
     tickets: torch.Tensor  # [GroupedGemm.num_tickets] int32 zeros, for the grouped GEMM to count with
+    aligned: bool  # whether all inputs of the call start at multiples of 16 bytes
 
 
 class GroupedGemm(ABC):
@@ -101,41 +103,61 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
     return problem.block
 
 
+CLEAR, ROUTE, COMBINE = Kernel(clear_kernel), Kernel(route_kernel), Kernel(combine_kernel)
+
+
+def are_aligned(inputs: MoEInputs) -> bool:
+    """Whether all tensors start at multiples of 16 bytes, as fresh ones do and slices may not."""
+    addresses = 0
+    for tensor in inputs[:8]:
+        addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
+
+
 def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
     """Launch the routing, and before it the clearing of its counts and of ``num_tickets`` for the grouped GEMM."""
     tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
-    counts_length = triton.cdiv(e, 4) * 4  # the tickets behind them stay aligned to 16 bytes
+    aligned = are_aligned(inputs)
+    counts_length = (e + 3) // 4 * 4  # the tickets behind them stay aligned to 16 bytes
     counters = torch.empty(counts_length + num_tickets, dtype=torch.int32, device=device)
     counts, tickets = counters[:e], counters[counts_length:]
     slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
     pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
     pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
-    # Not launched programmatically: the routing reads the logits without waiting, so all before them must be done.
-    clear_kernel[(1,)](counters, counters.numel(), BLOCK=1024, PDL=launch.pdl, num_warps=4)
-    route_kernel[(tokens,)](
+    clear, constants = _route_constants(problem, launch, inputs.routing_logits.stride(0))
+    CLEAR.launch((1,), (counters, counters.numel()), clear, device, True)
+    arguments = (
         inputs.routing_logits,
         inputs.routing_bias,
         counts,
         slot_token,
         pair,
         pair_weight,
-        inputs.routing_logits.stride(0),
         tokens,
         int(inputs.local_expert_offset),
         float(inputs.routed_scaling_factor),
-        E=e,
-        TOP_K=problem.top_k,
-        TOP_K_POW2=pow2(problem.top_k),
-        N_GROUP=problem.n_group,
-        N_GROUP_POW2=pow2(problem.n_group),
-        TOPK_GROUP=problem.topk_group,
-        GROUP_SIZE=problem.group_size,
-        GROUP_SIZE_POW2=pow2(problem.group_size),
-        PDL=launch.pdl,
-        num_warps=1,
-        **launch.options,
     )
-    return Routed(counts, slot_token, pair, pair_weight, tickets)
+    ROUTE.launch((tokens,), arguments, constants, device, aligned)
+    return Routed(counts, slot_token, pair, pair_weight, tickets, aligned)
+
+
+@functools.lru_cache(maxsize=256)
+def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> tuple[Constants, Constants]:
+    # Not launched programmatically: the routing reads the logits without waiting, so all before them must be done.
+    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "launch_pdl": False, "num_warps": 4})
+    arguments = {
+        "STRIDE_LOGITS": stride_logits,
+        "E": problem.num_local_experts,
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "N_GROUP": problem.n_group,
+        "N_GROUP_POW2": pow2(problem.n_group),
+        "TOPK_GROUP": problem.topk_group,
+        "GROUP_SIZE": problem.group_size,
+        "GROUP_SIZE_POW2": pow2(problem.group_size),
+        "PDL": launch.pdl,
+    }
+    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 def combine(
@@ -152,24 +174,28 @@ def combine(
     Each expert's rows start at a multiple of ``align``.
     """
     tokens, columns = output.shape[0], rows.shape[1]
-    block_n = min(512 if tokens < launch.multiprocessors else 1024, pow2(columns))
-    blocks = triton.cdiv(columns, block_n)
-    combine_kernel[(tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))](
-        rows,
-        routed.counts,
-        routed.pair,
-        routed.pair_weight,
-        output,
-        first_column,
-        E=problem.num_local_experts,
-        E_POW2=pow2(problem.num_local_experts),
-        TOP_K=problem.top_k,
-        HIDDEN=problem.hidden_size,
-        COLUMNS=columns,
-        ALIGN=align,
-        BRANCH=tokens >= COMBINE_BRANCH_TOKENS,
-        BLOCK_N=block_n,
-        PDL=launch.pdl,
-        num_warps=4,
-        **launch.options,
-    )
+    # The largest power of two that divides the columns, up to what spreads few tokens over the device.
+    block_n = min(512 if tokens < launch.multiprocessors else 1024, columns & -columns)
+    blocks = columns // block_n
+    grid = (tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))
+    constants = _combine_constants(problem, launch, columns, block_n, align, tokens >= COMBINE_BRANCH_TOKENS)
+    arguments = (rows, routed.counts, routed.pair, routed.pair_weight, output, first_column)
+    COMBINE.launch(grid, arguments, constants, output.device, output.data_ptr() % 16 == 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _combine_constants(
+    problem: MoEProblem, launch: Launch, columns: int, block_n: int, align: int, branch: bool
+) -> Constants:
+    arguments = {
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "TOP_K": problem.top_k,
+        "HIDDEN": problem.hidden_size,
+        "COLUMNS": columns,
+        "ALIGN": align,
+        "BRANCH": branch,
+        "BLOCK_N": block_n,
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 4})

@@ -18,7 +18,7 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_counters"])
 def clear_kernel(counters_ptr, num_counters, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Set counters to zero. Grid: (1,). Launched without waiting, it holds back only the routing's atomic adds."""
     let_next_kernel_start(PDL)
@@ -28,17 +28,24 @@ def clear_kernel(counters_ptr, num_counters, BLOCK: tl.constexpr, PDL: tl.conste
 
 
 @triton.jit
+def ordered(value):
+    """int32 in the order of float32 values: a warp reduces integers by one instruction, floats by five shuffles."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
 def route_kernel(
-    logits_ptr,  # [T, NUM_EXPERTS] float32, rows stride_logits apart
+    logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
     bias_ptr,  # [NUM_EXPERTS] bfloat16
     counts_ptr,  # [E] int32, out; zeros on entry
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
     pair_weight_ptr,  # [T, TOP_K] float32, out
-    stride_logits,
     num_tokens,
     local_expert_offset,
     routed_scaling_factor,
+    STRIDE_LOGITS: tl.constexpr,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
@@ -51,7 +58,6 @@ def route_kernel(
 ):
     """Grid: (T,), one warp each. Must follow `clear_kernel`: logits are read before that has finished."""
     NEG_INF: tl.constexpr = float("-inf")
-    NUM_EXPERTS: tl.constexpr = N_GROUP * GROUP_SIZE
     let_next_kernel_start(PDL)
 
     token = tl.program_id(0).to(tl.int64)
@@ -59,37 +65,43 @@ def route_kernel(
     member = tl.arange(0, GROUP_SIZE_POW2)[None, :]
     expert = group * GROUP_SIZE + member
     real = (group < N_GROUP) & (member < GROUP_SIZE)
-    logits = tl.load(logits_ptr + token * stride_logits + expert, mask=real, other=0.0)
+    logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0)
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
     score = 1.0 / (1.0 + tl.exp(-logits))
-    open_score = tl.where(real, score + bias, NEG_INF)
+    biased = tl.where(real, score + bias, NEG_INF)
 
+    open_score = ordered(biased)
+    LOWEST: tl.constexpr = -0x80000000
     if TOPK_GROUP < N_GROUP:
-        best = tl.max(open_score, axis=1)
+        best = tl.max(biased, axis=1)
         # The first place that holds the best: its value once more elsewhere is the second best.
-        first = tl.min(tl.where(open_score == best[:, None], member, GROUP_SIZE_POW2), axis=1)
-        second = tl.max(tl.where(member == first[:, None], NEG_INF, open_score), axis=1)
+        first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)
+        second = tl.max(tl.where(member == first[:, None], NEG_INF, biased), axis=1)
         group_number = tl.arange(0, N_GROUP_POW2)
         group_score = tl.where(group_number < N_GROUP, best + second, NEG_INF)
         # A group's rank: how many are better, or equal and before it.
         mine, other = group_score[:, None], group_score[None, :]
         earlier = group_number[None, :] < group_number[:, None]
         rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=1)
-        open_score = tl.where((rank < TOPK_GROUP)[:, None], open_score, NEG_INF)
+        open_score = tl.where((rank < TOPK_GROUP)[:, None], open_score, LOWEST)
 
-    # The k best by k maxima; among equals the lower index.
+    # The k best by k maxima over the flat row, so that each is one reduction of the whole warp; among equals the
+    # lower index.
+    SPAN: tl.constexpr = N_GROUP_POW2 * GROUP_SIZE_POW2
+    place = tl.arange(0, SPAN)
+    flat_open = tl.reshape(open_score, (SPAN,))
+    flat_bits = tl.reshape(score.to(tl.int32, bitcast=True), (SPAN,))
     choice = tl.arange(0, TOP_K_POW2)
     topk_expert = tl.full((TOP_K_POW2,), -1, tl.int32)
     topk_score = tl.zeros((TOP_K_POW2,), tl.float32)
     for k in tl.static_range(TOP_K):
-        best_score = tl.max(tl.max(open_score, axis=0), axis=0)
-        candidate = tl.where(open_score == best_score, expert, NUM_EXPERTS - 1)
-        at = tl.min(tl.min(candidate, axis=0), axis=0)
-        hit = real & (expert == at)
-        chosen_score = tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=0), axis=0)
-        topk_expert = tl.where(choice == k, at, topk_expert)
-        topk_score = tl.where(choice == k, chosen_score, topk_score)
-        open_score = tl.where(hit, NEG_INF, open_score)
+        best_score = tl.max(flat_open, axis=0)
+        at = tl.min(tl.where(flat_open == best_score, place, SPAN - 1), axis=0)
+        hit = place == at
+        chosen_bits = tl.sum(tl.where(hit, flat_bits, 0), axis=0)
+        topk_expert = tl.where(choice == k, at // GROUP_SIZE_POW2 * GROUP_SIZE + at % GROUP_SIZE_POW2, topk_expert)
+        topk_score = tl.where(choice == k, chosen_bits.to(tl.float32, bitcast=True), topk_score)
+        flat_open = tl.where(hit, LOWEST, flat_open)
     weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
 
     local = topk_expert - local_expert_offset

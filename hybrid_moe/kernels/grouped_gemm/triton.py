@@ -47,9 +47,9 @@ def quantize_block(value):
     return scaled.to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
 def gemm1_swiglu_kernel(
-    hidden_ptr,  # [T, HIDDEN] e4m3, rows stride_hidden apart
+    hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
     weight_ptr,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3
     weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
@@ -59,11 +59,11 @@ def gemm1_swiglu_kernel(
     out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, out
     unquantized_ptr,  # [capacity, INTERMEDIATE] float32, scratch; not touched if BLOCK_N is 128
     tickets_ptr,  # [row tiles, INTERMEDIATE/128] int32, zeros on entry; not touched if BLOCK_N is 128
-    stride_hidden,
     stride_scale_k,
     stride_scale_t,
     num_tokens,
     capacity,
+    STRIDE_HIDDEN: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     GATE_FIRST: tl.constexpr,
@@ -94,7 +94,7 @@ def gemm1_swiglu_kernel(
         slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         real = slot < rows
         token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
-        hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + k[None, :]
+        hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
         hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
@@ -148,7 +148,7 @@ def gemm1_swiglu_kernel(
                 tl.store(scale_out, scale, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column", "capacity"])
 def gemm2_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32

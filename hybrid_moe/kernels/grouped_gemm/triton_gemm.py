@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
+from ..launch import Constants, Kernel
 from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
 from .triton import gemm1_swiglu_kernel, gemm2_kernel
@@ -71,7 +74,7 @@ def gemm1(
     narrow = tile.block_n < problem.block
     unquantized = torch.empty((capacity, width), dtype=torch.float32, device=device) if narrow else scale
     tiles = max_row_tiles(problem, tokens, tile.block_m) * (width // tile.block_n)
-    gemm1_swiglu_kernel[(min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)](
+    arguments = (
         inputs.hidden_states,
         inputs.hidden_states_scale,
         inputs.gemm1_weights,
@@ -82,24 +85,14 @@ def gemm1(
         scale,
         unquantized,
         routed.tickets,
-        inputs.hidden_states.stride(0),
         inputs.hidden_states_scale.stride(0),
         inputs.hidden_states_scale.stride(1),
         tokens,
         capacity,
-        HIDDEN=problem.hidden_size,
-        INTERMEDIATE=width,
-        GATE_FIRST=problem.gate_first,
-        E=problem.num_local_experts,
-        E_POW2=pow2(problem.num_local_experts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        K_UNROLL=tile.k_unroll,
-        PDL=launch.pdl,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **launch.options,
     )
+    grid = (min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)
+    constants = _gemm1_constants(problem, launch, tile, inputs.hidden_states.stride(0))
+    GEMM1.launch(grid, arguments, constants, device, routed.aligned)
     return activated, scale
 
 
@@ -118,7 +111,7 @@ def gemm2(
     capacity, columns = rows.shape
     block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
     tiles = max_row_tiles(problem, inputs.num_tokens, tile.block_m) * (columns // block_n)
-    gemm2_kernel[(min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)](
+    arguments = (
         activated,
         scale,
         inputs.gemm2_weights,
@@ -127,16 +120,43 @@ def gemm2(
         rows,
         first_column,
         capacity,
-        HIDDEN=problem.hidden_size,
-        INTERMEDIATE=problem.intermediate_size,
-        COLUMNS=columns,
-        E=problem.num_local_experts,
-        E_POW2=pow2(problem.num_local_experts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=block_n,
-        K_UNROLL=tile.k_unroll,
-        PDL=launch.pdl,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **launch.options,
     )
+    grid = (min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)
+    constants = _gemm2_constants(problem, launch, tile, columns, block_n)
+    GEMM2.launch(grid, arguments, constants, rows.device, routed.aligned)
+
+
+GEMM1, GEMM2 = Kernel(gemm1_swiglu_kernel), Kernel(gemm2_kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hidden: int) -> Constants:
+    arguments = {
+        "STRIDE_HIDDEN": stride_hidden,
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "GATE_FIRST": problem.gate_first,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "K_UNROLL": tile.k_unroll,
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps, "num_stages": tile.num_stages})
+
+
+@functools.lru_cache(maxsize=256)
+def _gemm2_constants(problem: MoEProblem, launch: Launch, tile: Tile, columns: int, block_n: int) -> Constants:
+    arguments = {
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "COLUMNS": columns,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": block_n,
+        "K_UNROLL": tile.k_unroll,
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps, "num_stages": tile.num_stages})

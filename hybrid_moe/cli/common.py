@@ -1,0 +1,130 @@
+"""What the commands share: consoles, options, errors shown, JSON and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ..policy import Policy, find_policy, load_policy, policies_in, shipped_policy_dir, user_policy_dir
+from ..problem import DeviceKey, MoEProblem
+
+# A pipe has no width: 80 columns would fold the tables.
+out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+err = Console(stderr=True, highlight=False)
+
+NumExperts = Annotated[int | None, typer.Option(min=1, help="Experts of the whole model. [default: 256]")]
+NumLocalExperts = Annotated[int | None, typer.Option(min=1, help="Experts of this rank. [default: 32]")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Experts chosen for each token. [default: 8]")]
+NGroup = Annotated[int | None, typer.Option(min=1, help="Groups of experts. [default: 8]")]
+TopkGroup = Annotated[int | None, typer.Option(min=1, help="Groups kept for each token. [default: 4]")]
+HiddenSize = Annotated[int | None, typer.Option(min=1, help="[default: 7168]")]
+IntermediateSize = Annotated[int | None, typer.Option(min=1, help="[default: 2048]")]
+GateFirst = Annotated[
+    bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
+]
+PolicyPath = Annotated[Path | None, typer.Option(help="A policy file, or a folder of them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def problem_from(base: MoEProblem, **given: int | bool | None) -> MoEProblem:
+    """``base`` with the options that were given; ValueError if they contradict one another."""
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def this_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def policy_in(path: Path | None) -> Policy | None:
+    """The policy if ``path`` is a file; ``None`` for a folder or nothing."""
+    return None if path is None or path.is_dir() else load_policy(path)
+
+
+def known_policies() -> list[tuple[Path, Policy]]:
+    """Every policy that is looked up: the user's own, then the shipped ones."""
+    return [*policies_in(user_policy_dir()), *policies_in(shipped_policy_dir())]
+
+
+def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str]:
+    """The policy that a command is to speak of, and where it came from.
+
+    Raises
+    ------
+    ValueError
+        There is none; the message lists the devices that have one.
+    PolicyError
+        As `find_policy`.
+    """
+    loaded = policy_in(path)
+    if device is None and loaded is not None:
+        device = loaded.device
+    if device is None and torch.cuda.is_available():
+        device = DeviceKey.of("cuda").name
+    known = "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
+    if device is None:
+        raise ValueError(f"this machine has no GPU to explain: name one with --device. There are policies of: {known}")
+    policy, where = find_policy(problem, device, path)
+    if policy is None:
+        raise ValueError(f"no policy for device {device} and {problem.definition}. There are policies of: {known}")
+    return policy, where
+
+
+def print_json(value: object) -> None:
+    """Print ``value``; figures that aren't finite, which JSON doesn't have, become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, where that is a terminal; call what it gives with each step's name as the step begins."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        done = -1
+
+        def begin(step: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, description=step, completed=done)
+
+        yield begin
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Print warnings in one line each, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)

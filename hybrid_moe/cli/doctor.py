@@ -1,0 +1,116 @@
+"""``hybrid-moe doctor``: what this machine has, which backends work here, and why each other one doesn't."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from .. import __version__, backends
+from ..choice import Choice
+from ..policy import find_policy, policies_in, shipped_policy_dir, user_policy_dir
+from ..problem import DeviceKey
+from ..workloads import DEEPSEEK_V3
+from . import view
+from .common import Json, out, print_json, this_device
+
+_PACKAGES = ("torch", "triton", "numpy", "sglang-kernel", "sgl-deep-gemm", "flashinfer-python", "flashinfer-bench")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say which backends work here for the definition's problem, and why each other one doesn't."""
+    report = examine()
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def examine() -> dict[str, Any]:
+    """All that the command says, as a JSON object."""
+    device = this_device()
+    key = DeviceKey.of(device)
+    found, where = find_policy(DEEPSEEK_V3, key.name)
+    looked_up = [
+        {
+            "kind": kind,
+            "folder": str(folder),
+            "policies": [
+                {"path": str(p), "device": x.device, "definition": x.definition} for p, x in policies_in(folder)
+            ],
+        }
+        for kind, folder in (("your own", user_policy_dir()), ("shipped", shipped_policy_dir()))
+    ]
+    return {
+        "versions": {"hybrid-moe": __version__, "python": platform.python_version(), **_versions()},
+        "device": _device(device, key),
+        "problem": DEEPSEEK_V3.definition,
+        "backends": _backends(key),
+        "policies": {"looked_up": looked_up, "applies": found is not None, "found": where},
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _device(device: torch.device, key: DeviceKey) -> dict[str, Any]:
+    described: dict[str, Any] = {"slug": key.name, "cuda_of_torch": torch.version.cuda}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {
+            "name": properties.name,
+            "capability": list(key.capability or ()),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "gpus": torch.cuda.device_count(),
+        }
+    return described
+
+
+def _backends(key: DeviceKey) -> list[dict[str, Any]]:
+    rows = []
+    for name, backend in backends.BACKENDS.items():
+        for config in backend.configs():
+            reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, Choice(name, config))
+            rows.append({"backend": name, "config": dict(config), "works": not reasons, "reasons": list(reasons)})
+    return rows
+
+
+def _print(report: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    missing = ", ".join(name for name, version in report["versions"].items() if not version)
+    out.print(f"[bold]versions[/]  {escape(versions)}")
+    if missing:
+        out.print(f"[bold]missing[/]   {missing}")
+    device = report["device"]
+    if "name" in device:
+        capability = ".".join(map(str, device["capability"]))
+        text = f"{device['name']} (compute capability {capability}, {device['memory_gb']} GB), slug {device['slug']}"
+    else:
+        text = "no GPU that torch can use" + ("" if device["cuda_of_torch"] else ": this torch is a CPU build")
+    out.print(f"[bold]device[/]    {escape(text)}")
+    out.print(f"[bold]problem[/]   {report['problem']}\n")
+
+    table = view.table("backend", "works here", "why not")
+    for row in report["backends"]:
+        works = "[green]yes[/]" if row["works"] else "[yellow]no[/]"
+        table.add_row(escape(str(Choice(row["backend"], row["config"]))), works, escape("\n".join(row["reasons"])))
+    out.print(table)
+
+    out.print("Policies are looked up in this order:")
+    for number, place in enumerate(report["policies"]["looked_up"], start=1):
+        devices = ", ".join(policy["device"] for policy in place["policies"]) or "none"
+        out.print(f"  {number}. {place['kind']}: {escape(place['folder'])} (has: {devices})", soft_wrap=True)
+    out.print(f"Here: {escape(report['policies']['found'])}.", soft_wrap=True)
+    if not report["policies"]["applies"]:
+        out.print("Without one, the first backend above that works runs at every T.")

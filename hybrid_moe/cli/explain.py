@@ -1,0 +1,123 @@
+"""``hybrid-moe explain``: what a policy runs, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .. import backends
+from ..api import DEFAULT_ORDER
+from ..choice import Choice
+from ..policy import Policy
+from ..problem import DeviceKey, MoEProblem
+from ..select import Decision, DecisionTable, Refusals, resolve
+from ..workloads import DEEPSEEK_V3
+from . import view
+from .common import (
+    GateFirst,
+    HiddenSize,
+    IntermediateSize,
+    Json,
+    NGroup,
+    NumExperts,
+    NumLocalExperts,
+    PolicyPath,
+    TopK,
+    TopkGroup,
+    out,
+    policy_in,
+    print_json,
+    problem_from,
+    this_device,
+    wanted_policy,
+)
+
+
+def explain(
+    device: Annotated[str | None, typer.Option(help="Slug, as nvidia_b200. [default: this machine's GPU]")] = None,
+    num_tokens: Annotated[int | None, typer.Option(help="T; without it, every regime is shown.")] = None,
+    policy: PolicyPath = None,
+    here: Annotated[bool, typer.Option("--here", help="Pass over what this machine can't run.")] = False,
+    num_experts: NumExperts = None,
+    num_local_experts: NumLocalExperts = None,
+    top_k: TopK = None,
+    n_group: NGroup = None,
+    topk_group: TopkGroup = None,
+    hidden_size: HiddenSize = None,
+    intermediate_size: IntermediateSize = None,
+    gate_first: GateFirst = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a device's policy runs, and why.
+
+    Speaks of the policy, whatever is installed here; --here applies what this machine can and can't run.
+    """
+    loaded = policy_in(policy)
+    problem = problem_from(
+        DEEPSEEK_V3 if loaded is None else loaded.problem,
+        num_experts=num_experts,
+        num_local_experts=num_local_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        gate_first=gate_first,
+    )
+    found, where = wanted_policy(device, problem, policy)
+    refusals = _refusals(found, problem) if here else {}
+    table = resolve(found, problem, DeviceKey(found.device), refusals=refusals, fallback_order=DEFAULT_ORDER)
+    if num_tokens is not None:
+        decision = table.decision(num_tokens)
+        if as_json:
+            print_json(decision.to_dict())
+        else:
+            _print_decision(decision, found, where)
+    elif as_json:
+        data = found.model_dump(mode="json")
+        names = ("device", "definition", "default", "default_reason", "regimes")
+        regrets = ("training_regret", "leave_one_out_regret")
+        print_json({name: data[name] for name in (*names, *regrets)})
+    else:
+        _print_regimes(found, where, table if here else None)
+
+
+def _refusals(policy: Policy, problem: MoEProblem) -> Refusals:
+    key = DeviceKey.of(this_device())
+    return {c: backends.not_supported_reasons(problem, key, c) for c in (*policy.candidates, *DEFAULT_ORDER)}
+
+
+def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
+    out.print(f"[bold]T = {decision.num_tokens}[/] on {policy.device}: [bold green]{escape(str(decision.choice))}[/]")
+    regret = view.percent(decision.expected_regret)
+    out.print(f"regime {view.regime_text(decision)}, expected regret {regret}")
+    out.print(escape(where), soft_wrap=True)
+    for reason in decision.reasons:
+        out.print(f"  - {escape(reason)}")
+    if decision.evidence:
+        out.print("\nSlowdown against the fastest at each T measured:")
+        out.print(view.evidence(decision.evidence, decision.choice))
+
+
+def _print_regimes(policy: Policy, where: str, here: DecisionTable | None) -> None:
+    out.print(f"[bold]{policy.device}[/], {policy.definition}\n{escape(where)}", soft_wrap=True)
+    runs_here: dict[str, Choice] | None = None
+    if here is not None:
+        runs_here = {regime.label: here.choice(regime.min_tokens) for regime in policy.regimes}
+        runs_here["otherwise"] = here.choice(outside(policy))
+    out.print(view.regimes(policy, runs_here))
+    out.print(view.regret("training regret", policy.training_regret))
+    out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))
+
+
+def outside(policy: Policy) -> int:
+    """The least T above 0 that is in no regime; 0 if the regimes hold all others."""
+    after = 1
+    for regime in policy.regimes:
+        if after in regime:
+            if regime.max_tokens is None:
+                return 0
+            after = regime.max_tokens + 1
+    return after

@@ -1,0 +1,73 @@
+"""``hybrid-moe learn``: from benchmark records to a policy file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.markup import escape
+
+from ..learn import learn_from_files
+from ..policy import LearnerOptions, Policy, describe, policy_path, save_policy, user_policy_dir
+from ..records import problem_of_definition
+from . import view
+from .common import Json, out, print_json
+
+
+def learn(
+    records: Annotated[list[Path], typer.Argument(help="JSON Lines of benchmark records, or the published table.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="[default: your policies, which come before the shipped ones]")
+    ] = None,
+    regimes: Annotated[str, typer.Option(help="auto, or intervals of T: 1-7,14-32,901,10001-")] = "auto",
+    tie_margin: Annotated[float, typer.Option(help="Share of the speed that a tie may cost.")] = 0.05,
+    prefer: Annotated[str | None, typer.Option(help="Backend, or name[key=value], that ties go to.")] = None,
+    max_gap: Annotated[
+        float, typer.Option(help="For auto: between T whose ratio is larger there is no evidence.")
+    ] = 1.5,
+    timing: Annotated[str | None, typer.Option(help="Use these records only: cuda_graph, eager or cupti.")] = None,
+    device: Annotated[str | None, typer.Option(help="Slug of the device, where the records have several.")] = None,
+    problem: Annotated[str | None, typer.Option(help="Definition name, where the records have several.")] = None,
+    num_experts: Annotated[int, typer.Option(min=1, help="Goes with --problem, whose name leaves it out.")] = 256,
+    gate_first: Annotated[bool, typer.Option("--gate-first/--up-first", help="Goes with --problem.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a policy from benchmark records.
+
+    The same records and options give the same bytes. The file is written whole or not at all.
+    """
+    try:
+        options = LearnerOptions.model_validate(
+            {"regimes": regimes, "tie_margin": tie_margin, "prefer": prefer, "max_gap": max_gap, "timing": timing}
+        )
+    except ValidationError as error:
+        raise ValueError(describe(error)) from error
+    wanted = None
+    if problem is not None:
+        wanted = problem_of_definition(problem, num_experts=num_experts, gate_first=gate_first)
+    policy = learn_from_files(records, options, wanted, device)
+    path = policy_path(user_policy_dir(), policy.device, policy.problem) if output is None else output
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; a file name is wanted, as {policy_path(path, policy.device, policy.problem)}"
+        )
+    save_policy(policy, path)
+    if as_json:
+        print_json({"path": str(path), "policy": policy.model_dump(mode="json")})
+        return
+    print_learned(policy)
+    out.print(f"\nwritten to {escape(str(path))}", soft_wrap=True)
+
+
+def print_learned(policy: Policy) -> None:
+    """Print what was learned: regimes, reasons and regrets."""
+    files = ", ".join(f"{digest.name} ({digest.records} records)" for digest in policy.inputs)
+    out.print(f"[bold]{policy.device}[/], {policy.definition}\nlearned from {escape(files)}")
+    out.print(view.regimes(policy))
+    for regime in policy.regimes:
+        out.print(f"  {regime.label}: {escape(regime.reason)}")
+    out.print(f"  otherwise: {escape(str(policy.default))}, {escape(policy.default_reason)}\n")
+    out.print(view.regret("training regret", policy.training_regret))
+    out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))

@@ -1,0 +1,174 @@
+"""``hybrid-moe run``: the layer at full size on one workload."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal, get_args
+
+import torch
+import typer
+from rich.markup import escape
+
+from ..api import HybridMoE
+from ..problem import MoEProblem
+from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
+from . import view
+from .common import (
+    GateFirst,
+    HiddenSize,
+    IntermediateSize,
+    Json,
+    NGroup,
+    NumExperts,
+    NumLocalExperts,
+    PolicyPath,
+    TopK,
+    TopkGroup,
+    out,
+    print_json,
+    problem_from,
+    progress,
+    this_device,
+    warnings_shown,
+)
+from .execute import Load, checked, poisoned_output, simple_time
+
+
+def run(
+    workload: Annotated[str | None, typer.Option(help="One of the definition's, by the start of its UUID.")] = None,
+    num_tokens: Annotated[int | None, typer.Option(min=0, help="T. [default: 16]")] = None,
+    offset: Annotated[
+        int | None, typer.Option(min=0, help="Global index of the first local expert. [default: 0]")
+    ] = None,
+    routing: Annotated[RoutingLoad, typer.Option(help="How the tokens spread over the experts.")] = "uniform",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random data.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="A name, or name[key=value]; never falls back.")] = None,
+    policy: PolicyPath = None,
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="[default: the GPU if there is one]")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare with the float32 reference.")] = False,
+    num_experts: NumExperts = None,
+    num_local_experts: NumLocalExperts = None,
+    top_k: TopK = None,
+    n_group: NGroup = None,
+    topk_group: TopkGroup = None,
+    hidden_size: HiddenSize = None,
+    intermediate_size: IntermediateSize = None,
+    gate_first: GateFirst = None,
+    as_json: Json = False,
+) -> None:
+    """Run the layer on seeded random data: what was chosen, a simple time, and with --check whether it is right.
+
+    Exit code 1 if it is wrong.
+    """
+    problem = problem_from(
+        DEEPSEEK_V3,
+        num_experts=num_experts,
+        num_local_experts=num_local_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        gate_first=gate_first,
+    )
+    point = _workload(workload, num_tokens, offset, routing, seed, problem)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU that it can use: leave --device out, or see `hybrid-moe doctor`")
+    where = this_device() if device is None else torch.device(device)
+
+    with progress(4 + check) as begin, warnings_shown(), torch.inference_mode():
+        begin(f"making {_weight_bytes(problem) / 1e9:.2g} GB of weights")
+        weights = random_weights(problem, where)
+        begin("making the inputs")
+        inputs = make_inputs(point, problem, weights)
+        layer = HybridMoE(
+            weights.gemm1_weights,
+            weights.gemm1_weights_scale,
+            weights.gemm2_weights,
+            weights.gemm2_weights_scale,
+            inputs.routing_bias,
+            local_expert_offset=inputs.local_expert_offset,
+            routed_scaling_factor=inputs.routed_scaling_factor,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            backend=backend,
+            policy=policy,
+        )
+        decision = layer.explain(point.num_tokens)
+        output = poisoned_output(inputs, problem)
+
+        def call() -> None:
+            layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
+
+        begin(f"first call of {escape(str(decision.choice))}")
+        call()
+        correctness = None
+        if check:
+            begin("comparing with the reference")
+            correctness = checked(output, inputs, problem, decision.choice)
+        begin("timing")
+        time = simple_time(call, where)
+    load = Load.of(inputs, problem)
+
+    if as_json:
+        print_json(
+            {
+                "device": layer.device.name,
+                "problem": asdict(problem),
+                "workload": asdict(point) | asdict(load),
+                "decision": decision.to_dict(),
+                "workspace_bytes": layer.workspace_bytes(point.num_tokens),
+                "time": asdict(time),
+                "correctness": None
+                if correctness is None
+                else correctness.to_dict() | {"passed": correctness.passed, "failures": list(correctness.failures)},
+            }
+        )
+    else:
+        out.print(
+            f"[bold]{layer.device.name}[/], {problem.definition}\n"
+            f"T = {point.num_tokens}, offset {point.local_expert_offset}, {point.routing} routing: "
+            f"{load.local_rows} local rows on {load.active_experts} of {problem.num_local_experts} local experts"
+        )
+        out.print(f"[bold]runs[/]    [bold green]{escape(str(decision.choice))}[/]")
+        for reason in decision.reasons:
+            out.print(f"          - {escape(reason)}")
+        out.print(f"[bold]memory[/]  {layer.workspace_bytes(point.num_tokens) / 1e6:.1f} MB beside inputs and output")
+        out.print(f"[bold]time[/]    {time} (median of {time.runs} single calls, {time.clock})")
+        if correctness is not None:
+            verdict = (
+                "[green]pass[/]" if correctness.passed else f"[bold red]{escape('; '.join(correctness.failures))}[/]"
+            )
+            out.print(
+                f"[bold]check[/]   {verdict}: relative L2 {correctness.relative_l2:.4f}, "
+                f"cosine {correctness.cosine:.5f}, matched {view.percent(correctness.matched_ratio)}"
+            )
+    if correctness is not None and not correctness.passed:
+        raise typer.Exit(1)
+
+
+def _workload(
+    prefix: str | None, num_tokens: int | None, offset: int | None, routing: RoutingLoad, seed: int, problem: MoEProblem
+) -> Workload:
+    if prefix is not None:
+        if num_tokens is not None or offset is not None:
+            raise ValueError("--workload says T and offset: leave --num-tokens and --offset out")
+        found = [w for w in DEFINITION_WORKLOADS if w.uuid is not None and w.uuid.startswith(prefix)]
+        if len(found) != 1:
+            known = ", ".join(f"{w.uuid[:8]} (T = {w.num_tokens})" for w in DEFINITION_WORKLOADS if w.uuid)
+            raise ValueError(f"workload {prefix!r} is the start of {len(found)} UUIDs; one is wanted of: {known}")
+        num_tokens, offset, uuid = found[0].num_tokens, found[0].local_expert_offset, found[0].uuid
+    else:
+        num_tokens, offset, uuid = 16 if num_tokens is None else num_tokens, offset or 0, None
+    last = problem.num_experts - problem.num_local_experts
+    if offset > last:
+        raise ValueError(f"offset is {offset}; 0 to {last} is wanted")
+    if routing not in get_args(RoutingLoad):
+        raise ValueError(f"routing is {routing!r}; one of {', '.join(get_args(RoutingLoad))} is wanted")
+    return Workload(num_tokens, offset, routing, seed, uuid)
+
+
+def _weight_bytes(problem: MoEProblem) -> int:
+    return 3 * problem.num_local_experts * problem.hidden_size * problem.intermediate_size

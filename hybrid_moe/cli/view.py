@@ -1,0 +1,117 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from ..choice import Choice
+from ..numerics import Correctness
+from ..policy import Evidence, Policy, RegretSummary
+from ..select import Decision
+from .execute import Load, SimpleTime
+
+_VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
+_VERIFIED = {"seed_only": "published", "measured": "measured"}
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; a column named ``>name`` is justified to the right."""
+    result = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        result.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return result
+
+
+def percent(value: float | None) -> str:
+    """``0.0342`` -> ``3.4%``; a dash where it isn't known."""
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def regimes(policy: Policy, runs_here: dict[str, Choice] | None = None) -> Table:
+    """The regimes of a policy, and its default; with ``runs_here`` by regime label, what runs on this machine."""
+    extra = [] if runs_here is None else ["runs here"]
+    result = table(">T", "choice", "verdict", ">expected regret", ">T with results", "verified", *extra)
+    for r in policy.regimes:
+        result.add_row(
+            r.label,
+            escape(str(r.choice)),
+            f"[{_VERDICTS[r.verdict]}]{r.verdict}[/]",
+            percent(r.expected_regret),
+            str(len(r.evidence)),
+            _VERIFIED[r.verified],
+            *([] if runs_here is None else [escape(str(runs_here[r.label]))]),
+        )
+    result.add_row(
+        "otherwise",
+        escape(str(policy.default)),
+        "default",
+        "",
+        str(len(policy.default_evidence)),
+        "",
+        *([] if runs_here is None else [escape(str(runs_here["otherwise"]))]),
+    )
+    return result
+
+
+def regret(name: str, summary: RegretSummary | None) -> str:
+    """A regret in one line."""
+    if summary is None:
+        return f"{name}: not known (fewer than three T)"
+    worst = (
+        ""
+        if summary.worst_num_tokens is None
+        else f", worst {percent(summary.worst)} at T = {summary.worst_num_tokens}"
+    )
+    return f"{name}: mean {percent(summary.mean)}{worst} (over {summary.num_tokens} T)"
+
+
+def evidence(items: Sequence[Evidence], chosen: Choice | None = None) -> Table:
+    """The slowdown of each candidate at each T; the fastest in green, ``chosen`` in bold."""
+    names = sorted({name for item in items for name in item.slowdown})
+    result = table(">T", ">workloads", *(f">{escape(name)}" for name in names))
+    for item in items:
+        cells = []
+        for name in names:
+            slowdown = item.slowdown.get(name)
+            cell = "-" if slowdown is None else f"{slowdown:.3f}"
+            if slowdown is not None and slowdown == min(item.slowdown.values()):
+                cell = f"[green]{cell}[/]"
+            cells.append(f"[bold]{cell}[/]" if chosen is not None and name == str(chosen) else cell)
+        result.add_row(str(item.num_tokens), str(item.workloads), *cells)
+    return result
+
+
+def regime_text(decision: Decision) -> str:
+    """The bounds of the decision's regime for people."""
+    if decision.regime is None:
+        return "none"
+    low, high = decision.regime
+    return str(low) if low == high else f"{low}-{'' if high is None else high}"
+
+
+def checks() -> Table:
+    """The head of a table of checked runs, for `add_check`."""
+    heads = (">T", ">offset", ">active experts", ">local rows", "backend", ">rel L2", ">cosine", ">matched", "check")
+    return table(*heads, ">time")
+
+
+def add_check(
+    to: Table, num_tokens: int, offset: int, load: Load, choice: Choice, correctness: Correctness, time: SimpleTime
+) -> None:
+    """Add a row to `checks`."""
+    to.add_row(
+        str(num_tokens),
+        str(offset),
+        str(load.active_experts),
+        str(load.local_rows),
+        escape(str(choice)),
+        f"{correctness.relative_l2:.4f}",
+        f"{correctness.cosine:.5f}",
+        f"{correctness.matched_ratio:.4f}",
+        "[green]pass[/]" if correctness.passed else f"[bold red]{escape('; '.join(correctness.failures))}[/]",
+        str(time),
+    )

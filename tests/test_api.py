@@ -1,0 +1,543 @@
+"""The entry points on the CPU: what runs, what is refused and how, and that nothing is loaded before it is needed."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import hybrid_moe
+from hybrid_moe import (
+    BackendUnsupportedError,
+    Choice,
+    DeviceKey,
+    HybridMoE,
+    MoEProblem,
+    NoBackendError,
+    Policy,
+    PolicyError,
+    api,
+    backends,
+    fused_moe,
+    save_policy,
+)
+from hybrid_moe.backends import Backend, Runner
+from hybrid_moe.kernels import interpreter
+from hybrid_moe.numerics import Tolerance
+from hybrid_moe.policy import LearnerOptions, Regime, RegretSummary, policy_path, user_policy_dir
+from hybrid_moe.reference import moe_reference
+from hybrid_moe.workloads import Workload, make_inputs, random_weights
+
+ROOT = Path(__file__).parents[1]
+PROBLEM = MoEProblem(
+    num_experts=16, num_local_experts=4, top_k=3, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
+)
+ROUTING = dict(top_k=3, n_group=4, topk_group=2)
+REFERENCE = Choice("torch_reference")
+ACTIVATIONS = ("routing_logits", "hidden_states", "hidden_states_scale")
+
+
+def forget():
+    """Empty what the library remembers of problems, devices and policies."""
+    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_table):
+        memo.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """As serving has it: the kernels were decorated without TRITON_INTERPRET."""
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+
+
+class Spy(Backend):
+    """Fills the output with a number of its own, and counts."""
+
+    def __init__(self, name, value, reasons=()):
+        self.name, self.value, self.reasons, self.runs, self.prepared = name, value, list(reasons), [], 0
+
+    def not_supported_reasons(self, problem, device, config):
+        return self.reasons
+
+    def prepare(self, problem, device, config):
+        self.refuse_if_unsupported(problem, device, config)
+        self.prepared += 1
+        return _SpyRunner(self)
+
+
+class _SpyRunner(Runner):
+    def __init__(self, spy):
+        self.spy = spy
+
+    def run(self, inputs, output):
+        self.spy.runs.append(inputs)
+        output.fill_(self.spy.value)
+
+    def workspace_bytes(self, num_tokens):
+        return 10 * num_tokens
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    """Two backends beside the real ones."""
+    pair = Spy("one", 1.0), Spy("two", 2.0)
+    for spy in pair:
+        monkeypatch.setitem(backends.BACKENDS, spy.name, spy)
+    return pair
+
+
+def make_policy(problem=PROBLEM, device="cpu", **changes):
+    """``one`` up to 4 tokens, ``two`` from 5 to 9, and the reference elsewhere."""
+
+    def regime(low, high, name):
+        fields = dict(verdict="best", verified="measured", reason="r", expected_regret=0.0, evidence=[])
+        return Regime(min_tokens=low, max_tokens=high, choice=Choice(name), **fields)
+
+    fields = dict(
+        device=device,
+        problem=problem,
+        definition=problem.definition,
+        candidates=[Choice("one"), Choice("two"), REFERENCE],
+        default=REFERENCE,
+        default_reason="measured most",
+        default_evidence=[],
+        regimes=[regime(0, 4, "one"), regime(5, 9, "two")],
+        training_regret=RegretSummary(mean=0.0, worst=0.0, worst_num_tokens=1, num_tokens=1),
+        leave_one_out_regret=None,
+        learner=LearnerOptions(),
+        tolerance=Tolerance(),
+        inputs=[],
+        environment={},
+    )
+    return Policy(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(PROBLEM, "cpu")
+
+
+@pytest.fixture
+def inputs(weights):
+    return inputs_of(weights, 7)
+
+
+def inputs_of(weights, tokens, seed=0):
+    return make_inputs(Workload(tokens, 5, seed=seed), PROBLEM, weights)
+
+
+def layer_of(inputs, **options):
+    return HybridMoE(
+        inputs.gemm1_weights,
+        inputs.gemm1_weights_scale,
+        inputs.gemm2_weights,
+        inputs.gemm2_weights_scale,
+        inputs.routing_bias,
+        local_expert_offset=inputs.local_expert_offset,
+        routed_scaling_factor=inputs.routed_scaling_factor,
+        **ROUTING,
+        **options,
+    )
+
+
+def call(layer, inputs, **options):
+    return layer(*(getattr(inputs, name) for name in ACTIVATIONS), **options)
+
+
+# Imports
+
+
+def in_a_fresh_process(code):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_it_loads_no_kernel_library():
+    loaded = in_a_fresh_process(
+        """
+        import json, sys
+        import hybrid_moe, hybrid_moe.api, hybrid_moe.backends, hybrid_moe.workloads
+        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm")
+        print(json.dumps([m for m in sys.modules if m.startswith(wanted)]))
+        """
+    )
+    assert loaded == []
+
+
+def test_a_process_without_the_interpreter():
+    found = in_a_fresh_process(
+        """
+        import json, sys
+        from hybrid_moe import BackendUnsupportedError, DeviceKey, MoEProblem, api, backends
+        table = api.decision_table(MoEProblem(), DeviceKey("cpu"))
+        try:
+            backends.prepare(MoEProblem(), DeviceKey("cpu"), api.as_choice("triton_fused"))
+        except BackendUnsupportedError as error:
+            reasons = error.reasons
+        print(json.dumps([str(table.choice(16)), reasons, "hybrid_moe.kernels.pipeline" in sys.modules]))
+        """
+    )
+    assert found[0] == "torch_reference"
+    assert "TRITON_INTERPRET" in found[1][0]
+    assert found[2] is False
+
+
+def test_all_that_is_exported_is_there():
+    assert all(hasattr(hybrid_moe, name) for name in hybrid_moe.__all__)
+
+
+# What runs
+
+
+def test_the_cpu_runs_the_reference_by_default(no_interpreter, inputs):
+    decision = layer_of(inputs).explain(7)
+    assert (decision.choice, decision.source) == (REFERENCE, "no_policy")
+    assert decision.reasons[0] == "policy: none for cpu"
+    assert ["flashinfer_trtllm" in r or "triton_fused" in r for r in decision.reasons] == [False, True, True, False]
+    output = fused_moe(*inputs, **ROUTING)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, moe_reference(inputs, PROBLEM).bfloat16())
+
+
+def test_the_cpu_needs_no_policy(no_interpreter, inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_moe(*inputs, **ROUTING)
+
+
+def test_a_gpu_without_a_policy_says_how_to_get_one():
+    with pytest.warns(UserWarning, match="no policy for device nvidia_x .*hybrid-moe learn") as caught:
+        table = api.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
+    assert len(caught) == 1
+    assert table.choice(1).backend == "triton_fused"
+    for choice in api.DEFAULT_ORDER:
+        assert str(choice) in str(caught[0].message)
+
+
+@pytest.mark.parametrize("backend", ["triton_fused", "flashinfer_trtllm", "triton_fused[gemm=triton]"])
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, tokens):
+    inputs = inputs_of(weights, tokens)
+    for run in (lambda: fused_moe(*inputs, **ROUTING, backend=backend), lambda: layer_of(inputs, backend=backend)):
+        with pytest.raises(BackendUnsupportedError) as caught:
+            run()
+        assert caught.value.choice == api.as_choice(backend)
+        assert caught.value.reasons
+        assert any("10.0" in reason for reason in caught.value.reasons)
+        for reason in [backend.split("[")[0], "cpu", *caught.value.reasons]:
+            assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "words"),
+    [
+        ("triton", ValueError, ["'triton'", "flashinfer_trtllm, triton_fused, torch_reference"]),
+        (Choice("nothing"), ValueError, ["'nothing'", "wanted"]),
+        ("torch_reference[", ValueError, ["]"]),
+        ("torch_reference[x]", ValueError, ["'x'", "key=value"]),
+        ("torch_reference[x=1]", BackendUnsupportedError, ["option 'x' is unknown"]),
+        (Choice("triton_fused", {"gemm": "cublas"}), BackendUnsupportedError, ["gemm='cublas' is unknown", "triton"]),
+    ],
+    ids=str,
+)
+def test_a_backend_that_is_none(inputs, backend, error, words):
+    for run in (lambda: fused_moe(*inputs, **ROUTING, backend=backend), lambda: layer_of(inputs, backend=backend)):
+        with pytest.raises(error) as caught:
+            run()
+        for word in words:
+            assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["one", "one[]", Choice("one")], ids=str)
+def test_an_explicit_backend_comes_before_the_policy(spies, inputs, backend):
+    assert bool((fused_moe(*inputs, **ROUTING, backend=backend, policy=make_policy()) == 1).all())
+    assert bool((call(layer_of(inputs, backend=backend, policy=make_policy()), inputs) == 1).all())
+    assert len(spies[0].runs) == 2 and not spies[1].runs
+
+
+@pytest.mark.parametrize("where", ["object", "file", "text", "folder", "user"])
+def test_a_policy_decides_by_the_number_of_tokens(spies, weights, tmp_path, where):
+    path = policy_path(user_policy_dir() if where == "user" else tmp_path, "cpu", PROBLEM)
+    save_policy(make_policy(), path)
+    policy = dict(object=make_policy(), file=path, text=str(path), folder=tmp_path, user=None)[where]
+    layer = layer_of(inputs_of(weights, 10), policy=policy)
+    for tokens, value in ((1, 1), (4, 1), (5, 2), (9, 2)):
+        inputs = inputs_of(weights, tokens)
+        assert bool((fused_moe(*inputs, **ROUTING, policy=policy) == value).all())
+        assert bool((call(layer, inputs) == value).all())
+    inputs = inputs_of(weights, 10)
+    wanted = moe_reference(inputs, PROBLEM).bfloat16()
+    assert torch.equal(fused_moe(*inputs, **ROUTING, policy=policy), wanted)
+    assert torch.equal(call(layer, inputs), wanted)
+
+
+def test_another_policy_object_is_another_policy(spies, inputs):
+    assert bool((fused_moe(*inputs, **ROUTING, policy=make_policy()) == 2).all())
+    assert bool((fused_moe(*inputs, **ROUTING, policy=make_policy(default=Choice("one"), regimes=[])) == 1).all())
+
+
+def test_a_regime_that_cannot_run_gives_way_to_the_default(spies, inputs):
+    spies[1].reasons = ["no such card"]
+    layer = layer_of(inputs, policy=make_policy(default=Choice("one")))
+    assert bool((call(layer, inputs) == 1).all())
+    decision = layer.explain(7)
+    assert (decision.choice, decision.source, decision.regime) == (Choice("one"), "default", (5, 9))
+    assert any("two passed over" in reason and "no such card" in reason for reason in decision.reasons)
+
+
+def test_nothing_can_run(spies, inputs):
+    for spy in spies:
+        spy.reasons = [f"{spy.name} is asleep", "and old"]
+    policy = make_policy(candidates=[Choice("one"), Choice("two")], default=Choice("one"))
+    for run in (lambda: fused_moe(*inputs, **ROUTING, policy=policy), lambda: layer_of(inputs, policy=policy)):
+        with pytest.raises(NoBackendError) as caught:
+            run()
+        for word in ("one is asleep", "two is asleep", "and old", "torch_reference"):
+            assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (make_policy(device="nvidia_b200"), ["nvidia_b200", "cpu"]),
+        (make_policy(dataclasses.replace(PROBLEM, gate_first=True)), ["gate_first=True", "gate_first=False"]),
+        (make_policy(dataclasses.replace(PROBLEM, num_experts=32)), ["num_experts=32", "num_experts=16"]),
+    ],
+    ids=["device", "gate_first", "num_experts"],
+)
+def test_a_policy_for_something_else(inputs, tmp_path, policy, words):
+    save_policy(policy, tmp_path / "p.json")
+    for given in (policy, tmp_path / "p.json", tmp_path):
+        for run in (
+            lambda p=given: fused_moe(*inputs, **ROUTING, policy=p),
+            lambda p=given: layer_of(inputs, policy=p),
+        ):
+            with pytest.raises(PolicyError) as caught:
+                run()
+            for word in words:
+                assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: None, "doesn't exist"),
+        (lambda text: text[: len(text) // 2], "isn't whole JSON"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version 2; 1 is wanted"),
+    ],
+    ids=["missing", "cut", "version"],
+)
+def test_a_policy_file_that_cannot_be_used(inputs, tmp_path, spoil, message):
+    path = tmp_path / "p.json"
+    save_policy(make_policy(), path)
+    text = spoil(path.read_text())
+    path.unlink() if text is None else path.write_text(text)
+    for run in (lambda: fused_moe(*inputs, **ROUTING, policy=path), lambda: layer_of(inputs, policy=path)):
+        with pytest.raises(PolicyError, match=message) as caught:
+            run()
+        assert str(path) in str(caught.value)
+
+
+def test_a_broken_policy_of_the_user_is_no_silent_default(inputs):
+    path = policy_path(user_policy_dir(), "cpu", PROBLEM)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(PolicyError, match="isn't whole JSON"):
+        fused_moe(*inputs, **ROUTING)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("run", ["function", "layer"])
+def test_a_given_output_is_written_and_returned(inputs, run):
+    output = torch.full((7, 256), float("nan"), dtype=torch.bfloat16)
+    if run == "function":
+        result = fused_moe(*inputs, **ROUTING, backend=REFERENCE, output=output)
+    else:
+        result = call(layer_of(inputs, backend=REFERENCE), inputs, output=output)
+    assert result is output
+    assert torch.equal(output, moe_reference(inputs, PROBLEM).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (torch.zeros(7, 256), TypeError, "output has dtype torch.float32; torch.bfloat16 is wanted"),
+        (torch.zeros(6, 256, dtype=torch.bfloat16), ValueError, r"output has shape \[6, 256\]; \[7, 256\] is wanted"),
+        (torch.zeros(7, 512, dtype=torch.bfloat16)[:, ::2], ValueError, "output has strides"),
+        (torch.zeros(7, 256, dtype=torch.bfloat16, device="meta"), ValueError, "output is on meta; cpu is wanted"),
+        (None, None, None),
+    ],
+    ids=["dtype", "shape", "strides", "device", "none"],
+)
+def test_a_wrong_output_is_refused_before_anything_runs(spies, inputs, output, error, message):
+    layer = layer_of(inputs, backend="one")
+    for run in (
+        lambda: fused_moe(*inputs, **ROUTING, backend="one", output=output),
+        lambda: call(layer, inputs, output=output),
+    ):
+        if error is None:
+            assert run().shape == (7, 256)
+            continue
+        with pytest.raises(error, match=message):
+            run()
+        assert not spies[0].runs
+
+
+def test_each_call_returns_a_tensor_of_its_own(inputs):
+    layer = layer_of(inputs, backend=REFERENCE)
+    one, two = call(layer, inputs), call(layer, inputs)
+    assert one.data_ptr() != two.data_ptr()
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", None])
+def test_no_tokens(no_interpreter, weights, backend):
+    inputs = inputs_of(weights, 0)
+    layer = layer_of(inputs, backend=backend)
+    output = torch.empty((0, 256), dtype=torch.bfloat16)
+    for result in (fused_moe(*inputs, **ROUTING, backend=backend), call(layer, inputs)):
+        assert result.shape == (0, 256) and result.dtype == torch.bfloat16
+    assert fused_moe(*inputs, **ROUTING, backend=backend, output=output) is output
+    assert layer.workspace_bytes(0) == 0
+    assert layer.explain(0).choice == REFERENCE
+
+
+def test_no_tokens_run_nothing(spies, weights):
+    inputs = inputs_of(weights, 0)
+    fused_moe(*inputs, **ROUTING, backend="one")
+    call(layer_of(inputs, policy=make_policy()), inputs)
+    assert not spies[0].runs and not spies[1].runs
+
+
+# Inputs: all their checks are in test_problem.py
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("hidden_states", lambda t: t.half(), TypeError, "hidden_states has dtype torch.float16"),
+        ("routing_logits", lambda t: t.bfloat16(), TypeError, "routing_logits has dtype torch.bfloat16"),
+        ("routing_logits", lambda t: t[:-1], ValueError, r"routing_logits has shape \[6, 16\]; \[7, 16\] is wanted"),
+        ("hidden_states_scale", lambda t: t.t(), ValueError, r"hidden_states_scale has shape \[7, 2\]; \[2, 7\]"),
+        ("hidden_states_scale", lambda t: t.to("meta"), ValueError, "hidden_states_scale is on meta; cpu is wanted"),
+        ("hidden_states", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "hidden_states has strides"),
+        ("hidden_states", lambda t: t.float().numpy(), TypeError, "hidden_states is a ndarray"),
+    ],
+)
+def test_wrong_activations(spies, inputs, name, change, error, message):
+    wrong = inputs._replace(**{name: change(getattr(inputs, name))})
+    layer = layer_of(inputs, backend="one")
+    for run in (lambda: fused_moe(*wrong, **ROUTING, backend="one"), lambda: call(layer, wrong)):
+        with pytest.raises(error, match=message):
+            run()
+    assert not spies[0].runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(local_expert_offset=13), ValueError, "local_expert_offset is 13; 0 to 12 is wanted"),
+        (dict(local_expert_offset=-1), ValueError, "local_expert_offset is -1"),
+        (dict(local_expert_offset=0.5), TypeError, "local_expert_offset is 0.5; an int is wanted"),
+        (dict(gemm1_weights=torch.zeros(4, 256, 256)), TypeError, "gemm1_weights has dtype torch.float32"),
+        (dict(gemm2_weights_scale=torch.zeros(4, 1, 2)), ValueError, r"gemm2_weights_scale has shape \[4, 1, 2\]"),
+        (dict(routing_bias=torch.zeros(16)), TypeError, "routing_bias has dtype torch.float32; torch.bfloat16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_layer(inputs, changes, error, message):
+    wrong = inputs._replace(**changes)
+    for run in (lambda: fused_moe(*wrong, **ROUTING), lambda: layer_of(wrong)):
+        with pytest.raises(error, match=message):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(top_k=9), "top_k is 9; at most the 8 experts of topk_group=2"),
+        (dict(n_group=3), "n_group is 3"),
+        (dict(topk_group=5), "topk_group is 5"),
+        (dict(top_k=2.0), "top_k is 2.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_routing_options(inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        fused_moe(*inputs, **(ROUTING | options))
+
+
+# The layer
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_the_layer_is_the_function(weights, gate_first):
+    first = inputs_of(weights, 1)
+    layer = layer_of(first, gate_first=gate_first, backend=REFERENCE)
+    assert layer.problem == dataclasses.replace(PROBLEM, gate_first=gate_first)
+    assert layer.device == DeviceKey("cpu")
+    problem = layer.problem
+    for tokens in (1, 6, 33):
+        inputs = inputs_of(weights, tokens, seed=tokens)._replace(routing_bias=first.routing_bias)
+        wanted = fused_moe(*inputs, **ROUTING, gate_first=gate_first, backend=REFERENCE)
+        assert torch.equal(call(layer, inputs), wanted)
+        assert torch.equal(wanted, moe_reference(inputs, problem).bfloat16())
+
+
+def test_the_layer_holds_its_weights_and_copies_none(spies, inputs):
+    call(layer_of(inputs, backend="one"), inputs)
+    (seen,) = spies[0].runs
+    for name in seen._fields:
+        assert getattr(seen, name) is getattr(inputs, name)
+
+
+def test_the_layer_prepares_once_all_that_can_be_chosen(spies, inputs):
+    layer = layer_of(inputs, policy=make_policy())
+    assert [spy.prepared for spy in spies] == [1, 1]
+    for _ in range(3):
+        call(layer, inputs)
+    layer_of(inputs, policy=make_policy())
+    assert [spy.prepared for spy in spies] == [1, 1]
+    assert len(spies[1].runs) == 3
+
+
+def test_the_layer_explains_itself(spies, inputs):
+    layer = layer_of(inputs, policy=make_policy())
+    for tokens, choice, source, regime in (
+        (0, Choice("one"), "regime", (0, 4)),
+        (7, Choice("two"), "regime", (5, 9)),
+        (10, REFERENCE, "default", None),
+    ):
+        decision = layer.explain(tokens)
+        assert (decision.choice, decision.source, decision.regime) == (choice, source, regime)
+        assert decision.num_tokens == tokens and decision.reasons
+        assert layer.choice(tokens) == choice
+        json.dumps(decision.to_dict())
+    assert layer.workspace_bytes(7) == 70
+    with pytest.raises(ValueError, match="num_tokens is -1"):
+        layer.explain(-1)
+
+
+def test_the_layer_explains_an_explicit_backend(inputs):
+    decision = layer_of(inputs, backend="torch_reference").explain(3)
+    assert (decision.choice, decision.source, decision.regime) == (REFERENCE, "explicit", None)
+    assert decision.to_dict()["backend"] == "torch_reference"

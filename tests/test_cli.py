@@ -1,0 +1,433 @@
+"""The command line: what scripts read from it, its exit codes, and one whole demo."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hybrid_moe import api, backends
+from hybrid_moe.backends.base import Backend, Runner
+from hybrid_moe.choice import Choice
+from hybrid_moe.cli import app, demo
+from hybrid_moe.cli.common import print_json
+from hybrid_moe.cli.demo import SMALL
+from hybrid_moe.policy import load_policy
+from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.records import BenchRecord, append_record
+from hybrid_moe.select import Decision
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
+SHIPPED = ROOT / "policies" / "nvidia_b200" / f"{MoEProblem().definition}.json"
+B200_OPTIONS = ["--regimes", "1-7,14-32,52-80,901,10001-", "--tie-margin", "0.05", "--prefer", "triton_fused"]
+SMALL_OPTIONS = [
+    *("--num-experts", "32", "--num-local-experts", "8", "--top-k", "4", "--n-group", "4"),
+    *("--topk-group", "2", "--hidden-size", "512", "--intermediate-size", "256"),
+]
+
+
+def cli(*arguments, code=0):
+    """Run the command; an exception that isn't an exit is a failure of the test."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def cli_json(*arguments, code=0):
+    return json.loads(cli(*arguments, "--json", code=code).stdout)
+
+
+def fails(*arguments):
+    """The message of a user error: exit code 2, nothing on stdout, no traceback."""
+    result = cli(*arguments, code=2)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+# ---- explain ----
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "backend", "config", "regime"),
+    [
+        (13, "flashinfer_trtllm", {}, None),
+        (14, "triton_fused", {"gemm": "sgl_kernel"}, {"min_tokens": 14, "max_tokens": 32}),
+        (16, "triton_fused", {"gemm": "sgl_kernel"}, {"min_tokens": 14, "max_tokens": 32}),
+        (32, "triton_fused", {"gemm": "sgl_kernel"}, {"min_tokens": 14, "max_tokens": 32}),
+        (33, "flashinfer_trtllm", {}, None),
+        (901, "flashinfer_trtllm", {}, {"min_tokens": 901, "max_tokens": 901}),
+        (20000, "flashinfer_trtllm", {}, {"min_tokens": 10001, "max_tokens": None}),
+    ],
+)
+def test_explain_b200(num_tokens, backend, config, regime):
+    found = cli_json("explain", "--device", "nvidia_b200", "--num-tokens", num_tokens)
+    decision = Decision(Choice("any"), 1, None, "explicit", (), (), None)
+    assert list(found) == list(decision.to_dict())
+    assert (found["backend"], found["config"], found["regime"]) == (backend, config, regime)
+    assert found["num_tokens"] == num_tokens
+    assert found["source"] == ("default" if regime is None else "regime")
+    assert found["reasons"]
+
+
+def test_explain_says_what_t_16_costs():
+    found = cli_json("explain", "--device", "nvidia_b200", "--num-tokens", 16)
+    slowdown = {e["num_tokens"]: e["slowdown"][f"{found['backend']}[gemm=sgl_kernel]"] for e in found["evidence"]}
+    assert slowdown == {
+        14: 1.0,
+        15: 1.0,
+        16: pytest.approx(32.04 / 26.44, rel=1e-5),
+        32: pytest.approx(32.25 / 31.44, rel=1e-5),
+    }
+    assert found["expected_regret"] == pytest.approx(sum(slowdown.values()) / 4 - 1, rel=1e-5)
+
+
+def test_explain_for_people():
+    text = cli("explain", "--device", "nvidia_b200", "--num-tokens", 16).stdout
+    assert "triton_fused[gemm=sgl_kernel]" in text and "regime 14-32" in text and "5.9%" in text and "1.212" in text
+
+
+def test_explain_all_regimes():
+    text = cli("explain", "--device", "nvidia_b200").stdout
+    for label in ("1-7", "14-32", "52-80", "901", "10001-", "otherwise"):
+        assert f" {label} " in text
+    found = cli_json("explain", "--device", "nvidia_b200")
+    assert found["device"] == "nvidia_b200" and len(found["regimes"]) == 5
+
+
+def test_explain_takes_device_and_problem_from_a_policy_file():
+    assert cli_json("explain", "--policy", SHIPPED, "--num-tokens", 14)["backend"] == "triton_fused"
+
+
+def test_explain_here_applies_what_this_machine_cannot_run(monkeypatch):
+    refused = {"triton_fused": ["no such GPU here"]}
+    monkeypatch.setattr(backends, "not_supported_reasons", lambda problem, key, c: tuple(refused.get(c.backend, ())))
+    arguments = ("explain", "--device", "nvidia_b200", "--num-tokens", 14)
+    assert cli_json(*arguments)["backend"] == "triton_fused"
+    found = cli_json(*arguments, "--here")
+    assert (found["backend"], found["source"]) == ("flashinfer_trtllm", "default")
+    assert "no such GPU here" in " ".join(found["reasons"])
+    assert "runs here" in cli("explain", "--device", "nvidia_b200", "--here").stdout
+
+
+def test_explain_unknown_device_lists_the_known_ones():
+    message = fails("explain", "--device", "nvidia_b300", "--num-tokens", 1)
+    assert "nvidia_b300" in message and "nvidia_b200" in message
+
+
+def test_explain_unknown_problem():
+    assert "nvidia_b200" in fails("explain", "--device", "nvidia_b200", *SMALL_OPTIONS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to explain")
+def test_explain_without_a_gpu_wants_a_device():
+    assert "--device" in fails("explain", "--num-tokens", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--num-tokens", "-1"], "0 or more"),
+        (["--top-k", "1000"], "top_k is 1000"),
+        (["--policy", "nowhere.json"], "doesn't exist"),
+    ],
+)
+def test_explain_bad_arguments(arguments, wanted):
+    assert wanted in fails("explain", "--device", "nvidia_b200", *arguments)
+
+
+# ---- learn ----
+
+
+def test_learn_gives_the_shipped_bytes(tmp_path):
+    path = tmp_path / "policy.json"
+    cli("learn", DATA, "-o", path, *B200_OPTIONS)
+    assert path.read_bytes() == SHIPPED.read_bytes()
+
+
+def test_learn_auto_without_a_margin_gives_14_and_15(tmp_path):
+    path = tmp_path / "policy.json"
+    text = cli("learn", DATA, "-o", path, "--regimes", "auto", "--tie-margin", "0").stdout
+    assert "14-15" in text
+    runs = {
+        t: cli_json("explain", "--policy", path, "--num-tokens", t)["backend"] for t in (1, 13, 14, 15, 16, 32, 901)
+    }
+    assert [t for t, backend in runs.items() if backend == "triton_fused"] == [14, 15]
+    assert set(runs.values()) == {"triton_fused", "flashinfer_trtllm"}
+
+
+def test_learn_writes_to_the_user_and_is_found_first(user_data):
+    found = cli_json("learn", DATA, "--tie-margin", "0")
+    path = Path(found["path"])
+    assert path.is_relative_to(user_data)
+    assert load_policy(path).model_dump(mode="json") == found["policy"]
+    # The shipped policy has triton_fused there.
+    assert cli_json("explain", "--device", "nvidia_b200", "--num-tokens", 16)["backend"] == "flashinfer_trtllm"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "wanted"),
+    [
+        (None, [], "No such file"),
+        ("nothing of the kind", [], "neither benchmark records"),
+        ('{"schema_version": 1, "dev', [], "line 1 is cut short"),
+        ('{"schema_version": 1}\n', [], "line 1 is no benchmark record"),
+        (DATA, ["--tie-margin", "1.5"], "tie_margin"),
+        (DATA, ["--regimes", "9-1"], "smaller bound"),
+        (DATA, ["--prefer", "nobody"], "nobody"),
+        (DATA, ["--timing", "sundial"], "timing"),
+        (DATA, ["--device", "nvidia_h100"], "nvidia_b200"),
+        (DATA, ["--problem", "moe"], "a name as moe_fp8_block_scale"),
+    ],
+)
+def test_learn_bad_input_leaves_the_file_alone(tmp_path, content, arguments, wanted):
+    source, path = tmp_path / "records", tmp_path / "policy.json"
+    if content is not None:
+        source.write_text(content.read_text() if isinstance(content, Path) else content)
+    path.write_text("before")
+    assert wanted in fails("learn", source, "-o", path, *arguments)
+    assert path.read_text() == "before"
+    assert {p.name for p in tmp_path.iterdir()} <= {"records", "policy.json", "user_data"}
+
+
+def test_learn_wants_a_file_name(tmp_path):
+    assert "is a folder" in fails("learn", DATA, "-o", tmp_path)
+
+
+# ---- run ----
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_run_checks_on_the_cpu(num_tokens):
+    arguments = ["--device", "cpu", "--backend", "torch_reference", "--num-tokens", num_tokens, *SMALL_OPTIONS]
+    found = cli_json("run", "--check", *arguments)
+    assert found["decision"]["backend"] == "torch_reference" and found["decision"]["source"] == "explicit"
+    assert found["correctness"]["passed"] and found["correctness"]["max_relative_l2"] == 0.03
+    assert found["workload"]["num_tokens"] == num_tokens
+    assert (found["workload"]["local_rows"] > 0) == (num_tokens > 0)
+    assert found["time"]["median_us"] > 0
+
+
+def test_run_for_people():
+    text = cli("run", "--device", "cpu", "--backend", "torch_reference", "--check", *SMALL_OPTIONS).stdout
+    assert "torch_reference" in text and "pass: relative L2" in text
+
+
+def test_run_without_check_says_nothing_about_it():
+    found = cli_json("run", "--device", "cpu", "--backend", "torch_reference", *SMALL_OPTIONS)
+    assert found["correctness"] is None
+
+
+class _Broken(Backend):
+    """Leaves the output as it was: the poison must show."""
+
+    name = "broken_for_tests"
+
+    def not_supported_reasons(self, problem, device, config):
+        return []
+
+    def prepare(self, problem, device, config):
+        class Nothing(Runner):
+            def run(self, inputs, output):
+                pass
+
+        return Nothing()
+
+
+def test_run_fails_on_a_wrong_result(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())
+    arguments = ["--device", "cpu", "--backend", _Broken.name, *SMALL_OPTIONS]
+    found = cli_json("run", "--check", *arguments, code=1)
+    assert not found["correctness"]["passed"] and "not finite" in " ".join(found["correctness"]["failures"])
+    assert found["correctness"]["relative_l2"] is None
+    cli("run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--workload", "zz"], "2e69caee (T = 15)"),
+        (["--workload", "2e69", "--num-tokens", "3"], "--num-tokens"),
+        (["--offset", "225"], "0 to 224"),
+        (["--top-k", "0"], "--top-k"),
+        (["--routing", "wild"], "wild"),
+        (["--hidden-size", "500"], "multiple of block"),
+        (["--backend", "nope", *SMALL_OPTIONS], "flashinfer_trtllm, triton_fused, torch_reference"),
+        (["--backend", "triton_fused[gemm=paper]", *SMALL_OPTIONS], "gemm='paper'"),
+        (["--backend", "flashinfer_trtllm", *SMALL_OPTIONS], "compute capability"),
+        (["--policy", str(SHIPPED), *SMALL_OPTIONS], "is for nvidia_b200"),
+    ],
+)
+def test_run_bad_arguments(arguments, wanted):
+    assert wanted in fails("run", "--device", "cpu", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_run_on_a_missing_gpu():
+    assert "no GPU" in fails("run", "--device", "cuda", *SMALL_OPTIONS)
+
+
+# ---- verify ----
+
+
+def cpu_policy(folder, backend):
+    """A policy for the CPU and the small problem, learned from invented records of one backend."""
+    records = folder / "records.jsonl"
+    for num_tokens in (1, 4):
+        record = BenchRecord(
+            device="cpu",
+            problem=SMALL.definition,
+            num_experts=SMALL.num_experts,
+            backend=backend,
+            num_tokens=num_tokens,
+            local_expert_offset=0,
+            routing="uniform",
+            seed=0,
+            status="passed",
+            timing="eager",
+            latency_us={"median": 100.0},
+        )
+        append_record(records, record)
+    cli("learn", records, "-o", folder / "policy.json")
+    return folder / "policy.json"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and DeviceKey.of("cuda").name == "nvidia_b200", reason="this is a B200")
+def test_verify_of_what_cannot_run_here_is_unverified():
+    found = cli_json("verify", SHIPPED)
+    assert found["passed"]
+    assert [f["status"] for f in found["findings"]] == ["verified"] + ["unverified"] * 6
+    assert all("this machine's device is" in f["reason"] for f in found["findings"][1:])
+    assert "unverified" in cli("verify", SHIPPED).stdout
+
+
+def test_verify_runs_what_can_run_here(tmp_path):
+    found = cli_json("verify", cpu_policy(tmp_path, "torch_reference"))
+    assert found["passed"] and {f["status"] for f in found["findings"]} == {"verified"}
+    assert {f["num_tokens"] for f in found["findings"]} >= {None, 1, 4}
+
+
+def test_verify_fails_on_a_wrong_result(tmp_path, monkeypatch):
+    path = cpu_policy(tmp_path, _Broken.name)
+    monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())
+    found = cli_json("verify", path, code=1)
+    assert not found["passed"]
+    assert {f["status"] for f in found["findings"][1:]} == {"failed"}
+
+
+def test_verify_of_a_backend_that_is_refused_is_unverified(tmp_path):
+    found = cli_json("verify", cpu_policy(tmp_path, "flashinfer_trtllm"))
+    assert found["passed"]
+    assert {f["status"] for f in found["findings"][1:]} == {"unverified"}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda text: text[: len(text) // 2], "isn't whole JSON"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version 2"),
+        (lambda text: "[]", "list"),
+    ],
+)
+def test_verify_of_an_unusable_file(tmp_path, change, wanted):
+    path = tmp_path / "policy.json"
+    path.write_text(change(SHIPPED.read_text()))
+    assert wanted in fails("verify", path)
+
+
+# ---- doctor and the rest ----
+
+
+def test_doctor():
+    found = cli_json("doctor")
+    assert found["versions"]["torch"] and found["versions"]["hybrid-moe"]
+    assert {row["backend"] for row in found["backends"]} == set(backends.BACKENDS)
+    for row in found["backends"]:
+        assert row["works"] == (not row["reasons"])
+    by_name = {row["backend"]: row for row in found["backends"]}
+    assert by_name["torch_reference"]["works"]
+    shipped = found["policies"]["looked_up"][1]["policies"]
+    assert "nvidia_b200" in {policy["device"] for policy in shipped}
+    assert "torch_reference" in cli("doctor").stdout
+
+
+def test_json_has_no_nan(capsys):
+    print_json({"a": math.nan, "b": [math.inf, 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5]}
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def bug(*arguments):
+        raise KeyError("bug")
+
+    monkeypatch.setattr("hybrid_moe.cli.doctor.find_policy", bug)
+    with pytest.raises(KeyError):
+        cli("doctor")
+
+
+def test_traceback_of_a_user_error_on_demand():
+    with pytest.raises(ValueError, match="nvidia_b300"):
+        cli("--traceback", "explain", "--device", "nvidia_b300")
+
+
+def in_process(*arguments):
+    """The console script's own entry, in a process of its own."""
+    command = [sys.executable, "-c", "from hybrid_moe.cli import main; main()", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_user_error_in_a_process():
+    done = in_process("explain", "--device", "nvidia_b300")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it runs the definition's workloads")
+def test_demo_without_a_gpu():
+    done = in_process("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for wanted in (
+        "Byte for byte what is shipped",
+        "nothing on B200 was measured by us",
+        "worst 21.2% at T = 16",
+        "leave-one-T-out regret",
+        "torch_reference",
+        "triton_fused[gemm=triton]",
+        "All checks passed",
+    ):
+        assert wanted in " ".join(done.stdout.split()), wanted
+
+
+def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
+    # The way that a GPU takes, at a size for a CPU.
+    monkeypatch.setattr(api, "DEFAULT_ORDER", (Choice("torch_reference"),))
+    cpu = torch.device("cpu")
+    assert demo._run_all(SMALL, demo.SMALL_WORKLOADS, [None], DeviceKey.of(cpu), cpu) == []
+    shown = capsys.readouterr().out
+    assert shown.count("pass") == len(demo.SMALL_WORKLOADS)
+
+
+@pytest.mark.gpu
+def test_demo_on_a_gpu():
+    done = in_process("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "14107" in done.stdout and "All checks passed" in done.stdout
+
+
+def test_the_example_in_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "make_inputs" in block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a GPU without a policy
+        exec(compile(example, "README.md", "exec"), {})
+    assert " taken" in capsys.readouterr().out

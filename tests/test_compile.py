@@ -1,0 +1,83 @@
+"""Every kernel of the pipeline compiles for Hopper and Blackwell, within the chip's shared memory and without spills.
+
+No GPU is needed: `compile_pipeline.py` asks Triton and ptxas. It runs in a process of its own, as the kernels of this
+one may be bound to the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_moe.kernels.grouped_gemm.tiles import tile_plan
+from hybrid_moe.problem import MoEProblem
+
+TESTS = Path(__file__).parent
+# What a block can have on sm_90 and sm_100: 227 KiB.
+SHARED_MEMORY = 232448
+KERNELS = {"route_kernel", "gemm1_swiglu_kernel", "gemm2_kernel", "combine_kernel"}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+
+@pytest.fixture(scope="module", params=[90, 100], ids=["sm_90a", "sm_100a"])
+def compiled(request):
+    """Capability, and a row for each kernel in each configuration."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), environment.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "compile_pipeline.py"), str(request.param)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def describe(row):
+    return f"{row['kernel']} {row['options']}"
+
+
+def test_it_fits_into_shared_memory(compiled):
+    _, rows = compiled
+    too_much = {describe(row): row["shared"] for row in rows if not 0 <= row["shared"] <= SHARED_MEMORY}
+    assert not too_much
+
+
+def test_no_register_is_spilled(compiled):
+    _, rows = compiled
+    spilled = {describe(row): row["spill_bytes"] for row in rows if row["spill_bytes"] != 0}
+    assert not spilled
+
+
+def test_every_kernel_of_every_plan_is_there(compiled):
+    capability, rows = compiled
+    assert {row["kernel"] for row in rows} >= KERNELS
+    problem = MoEProblem()
+    token_counts = [*range(1, 2000), *range(2000, 40_000, 99)]
+    plans = {tile_plan(problem, tokens, (capability // 10, 0)) for tokens in token_counts}
+    assert len(plans) > 1
+    for name, tiles in (
+        ("gemm1_swiglu_kernel", {plan.gemm1 for plan in plans}),
+        ("gemm2_kernel", {plan.gemm2 for plan in plans}),
+    ):
+        keys = ("BLOCK_M", "num_warps", "num_stages")
+        found = {tuple(row["options"][key] for key in keys) for row in rows if row["kernel"] == name}
+        assert found == {(tile.block_m, tile.num_warps, tile.num_stages) for tile in tiles}, name
+
+
+def test_large_tiles_use_the_chips_matrix_instructions(compiled):
+    capability, rows = compiled
+    # Smaller tiles may use the older instructions: whether they do is for measurements to decide.
+    instruction, rows_enough = {90: ("wgmma", 64), 100: ("tcgen05", 128)}[capability]
+    without = [
+        describe(row)
+        for row in rows
+        if row["kernel"].startswith("gemm") and row["options"]["BLOCK_M"] >= rows_enough and not row[instruction]
+    ]
+    assert not without

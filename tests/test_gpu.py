@@ -1,0 +1,169 @@
+"""The layer at full size on a GPU: the definition's 19 workloads, CUDA graphs, and equal bits."""
+
+import pytest
+import torch
+
+from hybrid_moe import DeviceKey, HybridMoE, api, backends, fused_moe
+from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
+from hybrid_moe.reference import has_local_work, moe_reference
+from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, make_inputs, random_weights
+
+pytestmark = pytest.mark.gpu
+
+CHOICE = api.as_choice("triton_fused")
+TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
+OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """The 1.4 GB of one rank's layer."""
+    reasons = backends.not_supported_reasons(DEEPSEEK_V3, DeviceKey.of("cuda"), CHOICE)
+    if reasons:
+        pytest.skip(f"triton_fused can't run on this GPU: {'; '.join(reasons)}")
+    return random_weights(DEEPSEEK_V3, "cuda")
+
+
+def run(inputs):
+    output = torch.full((inputs.num_tokens, 7168), float("nan"), dtype=torch.bfloat16, device="cuda")
+    assert fused_moe(*inputs, backend=CHOICE, output=output) is output
+    return output
+
+
+def assert_right(inputs, output, twin=False):
+    work = has_local_work(inputs, DEEPSEEK_V3)
+    assert bool(work.any())
+    reference = moe_reference(inputs, DEEPSEEK_V3, quantize_intermediate=twin)
+    assert check(output, reference, work, TWIN_TOLERANCE if twin else OWN_KERNELS_TOLERANCE).failures == ()
+
+
+def layer_of(inputs):
+    return HybridMoE(
+        inputs.gemm1_weights,
+        inputs.gemm1_weights_scale,
+        inputs.gemm2_weights,
+        inputs.gemm2_weights_scale,
+        inputs.routing_bias,
+        local_expert_offset=inputs.local_expert_offset,
+        routed_scaling_factor=inputs.routed_scaling_factor,
+        backend=CHOICE,
+    )
+
+
+@pytest.mark.parametrize("workload", DEFINITION_WORKLOADS, ids=lambda w: f"T{w.num_tokens}")
+def test_the_definitions_workloads(weights, workload):
+    inputs = make_inputs(workload, DEEPSEEK_V3, weights)
+    assert_right(inputs, run(inputs))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 15, 80, 901])
+def test_seeds(weights, tokens, seed):
+    inputs = make_inputs(Workload(tokens, OFFSETS[tokens], seed=seed), DEEPSEEK_V3, weights)
+    output = run(inputs)
+    assert_right(inputs, output)
+    assert_right(inputs, output, twin=True)
+
+
+@pytest.mark.parametrize("routing", ["zipf", "concentrated", "none"])
+@pytest.mark.parametrize("tokens", [1, 80, 2048])
+def test_routing_loads(weights, tokens, routing):
+    inputs = make_inputs(Workload(tokens, 96, routing), DEEPSEEK_V3, weights)
+    output = run(inputs)
+    if routing == "none":
+        assert torch.count_nonzero(output) == 0  # NaN counts as non-zero
+    else:
+        assert_right(inputs, output)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 80, 901, 14107])
+def test_same_input_same_bits(weights, tokens):
+    inputs = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
+    first = run(inputs)
+    for _ in range(3):
+        assert torch.equal(run(inputs), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 80, 901])
+def test_a_graph_replays_with_changed_data(weights, tokens):
+    static = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
+    layer = layer_of(static)
+    activations = (static.routing_logits, static.hidden_states, static.hidden_states_scale)
+    output = torch.empty((tokens, 7168), dtype=torch.bfloat16, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(*activations, output=output)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(*activations, output=output)
+
+    for seed, routing in ((3, "uniform"), (4, "concentrated"), (5, "none"), (6, "zipf")):
+        # Other experts, other counts of rows: what the graph has fixed is T alone.
+        fresh = make_inputs(Workload(tokens, OFFSETS[tokens], routing, seed), DEEPSEEK_V3, weights)
+        fresh = fresh._replace(routing_bias=static.routing_bias)
+        if routing == "none":
+            fresh.routing_logits[:] = -4.0
+            elsewhere = (static.local_expert_offset + 128) % 256
+            fresh.routing_logits[:, elsewhere : elsewhere + 32] = 4.0
+        for name in ("routing_logits", "hidden_states", "hidden_states_scale"):
+            getattr(static, name).copy_(getattr(fresh, name))
+        eager = layer(fresh.routing_logits, fresh.hidden_states, fresh.hidden_states_scale)
+        output.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(output, eager)
+        assert bool(torch.isfinite(output).all())
+        if bool(has_local_work(fresh, DEEPSEEK_V3).any()):
+            assert_right(fresh, output)
+
+
+def test_two_streams_at_once(weights):
+    cases = [make_inputs(Workload(80, 96, seed=seed), DEEPSEEK_V3, weights) for seed in range(4)]
+    wanted = [run(inputs) for inputs in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    results = []
+    for _ in range(5):
+        for stream, inputs in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(fused_moe(*inputs, backend=CHOICE))
+    torch.cuda.synchronize()
+    for number, result in enumerate(results):
+        assert torch.equal(result, wanted[number % 4])
+
+
+def test_no_synchronisation(weights):
+    inputs = make_inputs(Workload(80, 96), DEEPSEEK_V3, weights)
+    run(inputs)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = fused_moe(*inputs, backend=CHOICE)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert_right(inputs, output)
+
+
+def test_workspace(weights):
+    for tokens in (15, 901, 14107):
+        inputs = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
+        layer = layer_of(inputs)
+        output = run(inputs)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
+        torch.cuda.synchronize()
+        taken = torch.cuda.max_memory_allocated() - before
+        # Each of a handful of tensors is rounded up to 512 bytes.
+        assert 0 <= taken - layer.workspace_bytes(tokens) <= 32 * 512, tokens
+
+
+def test_tensors_on_two_devices(weights):
+    inputs = make_inputs(Workload(15, 32), DEEPSEEK_V3, weights)
+    with pytest.raises(ValueError, match="hidden_states is on cpu; cuda:0 is wanted"):
+        fused_moe(*inputs._replace(hidden_states=inputs.hidden_states.cpu()), backend=CHOICE)
+    with pytest.raises(ValueError, match="routing_bias is on cpu; cuda:0 is wanted"):
+        fused_moe(*inputs._replace(routing_bias=inputs.routing_bias.cpu()), backend=CHOICE)

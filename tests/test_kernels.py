@@ -1,0 +1,444 @@
+"""The fused pipeline at small sizes: in Triton's interpreter, or compiled where there is a GPU.
+
+Everything goes through `fused_moe`, apart from the routing and the combine, which are also tested alone. Results are
+written between guard rows, and every buffer that the pipeline doesn't initialise is filled with NaN and huge integers.
+"""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, api, backends, fused_moe
+from hybrid_moe.kernels import pipeline
+from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
+from hybrid_moe.problem import FP8
+from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
+from hybrid_moe.workloads import Workload, make_inputs, random_weights
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHOICE = api.as_choice("triton_fused")
+REFUSALS = backends.not_supported_reasons(MoEProblem(), DeviceKey.of(DEVICE), CHOICE)
+pytestmark = [
+    pytest.mark.skipif(bool(REFUSALS), reason=f"triton_fused can't run here: {'; '.join(REFUSALS)}"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # NumPy's, in the interpreter
+]
+
+# Against the reference that rounds the activation as the kernels do, what is left is bf16 and roundings that fall to
+# the other side: 0.006.
+TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
+# The rounding of the activation is 0.025 on average. Over fewer rows than this it scatters too far for a bound of 0.03.
+ENOUGH_ROWS = 16
+
+SMALL = MoEProblem(
+    num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=256
+)
+# Each differs from SMALL in what the kernels treat apart: lengths that are no powers of two, groups, extremes.
+PROBLEMS = {
+    "24 experts": dict(num_experts=24, num_local_experts=6, top_k=3, n_group=3, hidden_size=384),
+    "odd lengths": dict(num_experts=15, num_local_experts=7, top_k=5, n_group=5, topk_group=3, intermediate_size=384),
+    "one group": dict(n_group=1, topk_group=1),
+    "all groups": dict(topk_group=4),
+    "one of four groups": dict(topk_group=1),
+    "one local expert, one choice": dict(num_local_experts=1, top_k=1),
+    "all experts local": dict(num_local_experts=16),
+    "all eligible chosen": dict(num_experts=12, top_k=6),
+    "more choices than local experts": dict(num_local_experts=2, top_k=7),
+    "many experts": dict(num_experts=64, top_k=2, num_local_experts=5),
+    "smallest": dict(hidden_size=128, intermediate_size=128),
+    "gate first": dict(gate_first=True),
+}
+
+
+def problem_named(name):
+    return dataclasses.replace(SMALL, **PROBLEMS[name])
+
+
+@contextlib.contextmanager
+def uninitialised_memory_filled():
+    """`torch.empty` gives NaN and the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def run(problem, inputs):
+    """The pipeline's result, written between guard rows."""
+    tokens = inputs.num_tokens
+    guarded = torch.full((tokens + 2, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    output = guarded[1 : tokens + 1]
+    with uninitialised_memory_filled():
+        result = fused_moe(
+            *inputs,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            output=output,
+            backend=CHOICE,
+        )
+    assert result is output
+    assert bool(guarded[[0, -1]].isnan().all())
+    return output
+
+
+def assert_right(problem, inputs):
+    """Run it, compare with the reference by the one rule, and return the result."""
+    output = run(problem, inputs)
+    work = has_local_work(inputs, problem)
+    twin = check(output, moe_reference(inputs, problem, quantize_intermediate=True), work, TWIN_TOLERANCE)
+    assert twin.failures == ()
+    if int(local_rows_per_expert_and_token(inputs, problem).sum()) >= ENOUGH_ROWS:
+        assert check(output, moe_reference(inputs, problem), work, OWN_KERNELS_TOLERANCE).failures == ()
+    return output
+
+
+def inputs_of(problem, tokens, offset=0, routing="uniform", seed=0):
+    weights = random_weights(problem, DEVICE, seed)
+    return make_inputs(Workload(tokens, offset, routing, seed), problem, weights)
+
+
+def token_of(inputs, token):
+    """The same layer for one token of these."""
+    return inputs._replace(
+        routing_logits=inputs.routing_logits[token : token + 1],
+        hidden_states=inputs.hidden_states[token : token + 1],
+        hidden_states_scale=inputs.hidden_states_scale[:, token : token + 1],
+    )
+
+
+def chosen_by_all(problem, tokens, experts, offset):
+    """Inputs of which every token chooses these experts first."""
+    inputs = inputs_of(problem, tokens, offset)
+    # Far enough for a group with one of them to win over groups with none.
+    inputs.routing_logits[:] -= 6
+    inputs.routing_logits[:, experts] += 18
+    return inputs._replace(routing_bias=torch.zeros_like(inputs.routing_bias))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [1, 2, 3, 4, 5, 16, 17, 33, 64, 65, 161],
+)
+def test_token_counts(tokens):
+    # Between one row for several experts and forty for each: through every tile of the table.
+    assert_right(SMALL, inputs_of(SMALL, tokens, 4, seed=tokens))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems(name):
+    problem = problem_named(name)
+    offset = (problem.num_experts - problem.num_local_experts) // 2
+    inputs = inputs_of(problem, 13, offset)
+    assert_right(problem, inputs)
+    busiest = int(local_rows_per_expert_and_token(inputs, problem).sum(dim=1).argmax())
+    assert_right(problem, token_of(inputs, busiest))
+    assert_right(problem, inputs_of(problem, 26, offset, seed=1))
+
+
+@pytest.mark.parametrize("offset", [0, 3, 17, 18])
+def test_offsets(offset):
+    problem = problem_named("24 experts")
+    assert_right(problem, inputs_of(problem, 21, offset))
+
+
+@pytest.mark.parametrize("offset", [0, 37, 224])
+def test_the_definitions_routing(offset):
+    problem = MoEProblem(hidden_size=256, intermediate_size=128)
+    assert_right(problem, inputs_of(problem, 11, offset))
+
+
+@pytest.mark.parametrize(("tokens", "local"), [(1, 3), (19, 0), (65, 3)])
+def test_all_tokens_on_one_expert(tokens, local):
+    problem = dataclasses.replace(SMALL, num_experts=24, top_k=1)
+    inputs = chosen_by_all(problem, tokens, [5 + local], 5)
+    rows = local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist()
+    assert rows == [tokens if expert == local else 0 for expert in range(4)]
+    assert_right(problem, inputs)
+
+
+def test_all_tokens_on_the_same_experts():
+    inputs = chosen_by_all(SMALL, 20, [4, 5, 6, 7], 4)
+    assert local_rows_per_expert_and_token(inputs, SMALL).all()
+    assert_right(SMALL, inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 26])
+def test_no_local_expert(tokens):
+    output = run(SMALL, inputs_of(SMALL, tokens, 4, "none"))
+    assert torch.count_nonzero(output) == 0  # NaN counts as non-zero
+
+
+def test_rows_that_fill_no_tile():
+    # Experts with 0, 1, 15, 16, 17 and 64 rows.
+    problem = dataclasses.replace(SMALL, num_experts=24, num_local_experts=6, top_k=1)
+    inputs = inputs_of(problem, 70, 6)
+    rows = torch.full((70,), 0)
+    wanted = torch.arange(6).repeat_interleave(torch.tensor([0, 1, 15, 16, 17, 21]))
+    rows[torch.randperm(70, generator=torch.Generator().manual_seed(0))] = wanted
+    logits = torch.full((70, 24), -4.0, device=DEVICE)
+    logits[torch.arange(70), 6 + rows] = 4.0
+    inputs = inputs._replace(routing_logits=logits, routing_bias=torch.zeros_like(inputs.routing_bias))
+    assert local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist() == [0, 1, 15, 16, 17, 21]
+    assert_right(problem, inputs)
+
+
+def test_strides():
+    inputs = inputs_of(SMALL, 7, 4)
+    wanted = run(SMALL, inputs)
+
+    def rows_apart(tensor, by):
+        rows, columns = tensor.shape
+        wide = torch.full((rows, columns + by), 7.0, device=DEVICE).to(tensor.dtype)
+        wide[:, :columns] = tensor
+        return wide[:, :columns]
+
+    scale = inputs.hidden_states_scale
+    for changes in (
+        dict(hidden_states_scale=scale.t().contiguous().t()),
+        dict(hidden_states_scale=scale.repeat_interleave(2, dim=0).repeat_interleave(3, dim=1)[::2, ::3]),
+        dict(hidden_states=rows_apart(inputs.hidden_states, 128)),
+        dict(hidden_states=rows_apart(inputs.hidden_states, 3)),
+        dict(routing_logits=rows_apart(inputs.routing_logits, 16)),
+        dict(routing_logits=rows_apart(inputs.routing_logits, 1)),
+    ):
+        assert not all(tensor.is_contiguous() for tensor in changes.values())
+        assert torch.equal(run(SMALL, inputs._replace(**changes)), wanted)
+
+
+def test_tensors_at_odd_addresses():
+    # Slices of larger buffers: their first element is aligned to its own size and to no more.
+    inputs = inputs_of(SMALL, 9, 4)
+    wanted = run(SMALL, inputs)
+
+    def moved(tensor):
+        buffer = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+        place = buffer[1:].view(tensor.shape)
+        assert place.data_ptr() % 16
+        return place.copy_(tensor)
+
+    every = {name: moved(getattr(inputs, name)) for name in inputs._fields[:8]}
+    for changes in (*({name: tensor} for name, tensor in every.items()), every):
+        assert torch.equal(run(SMALL, inputs._replace(**changes)), wanted)
+    output = moved(torch.zeros_like(wanted))
+    routing = dict(top_k=SMALL.top_k, n_group=SMALL.n_group, topk_group=SMALL.topk_group)
+    assert torch.equal(fused_moe(*inputs, **routing, output=output, backend=CHOICE), wanted)
+    assert torch.equal(run(SMALL, inputs), wanted)
+
+
+def test_one_row_of_hidden_states_for_all_tokens():
+    inputs = inputs_of(SMALL, 12, 4)
+    assert_right(SMALL, inputs._replace(hidden_states=inputs.hidden_states[:1].expand(12, -1)))
+
+
+def test_gate_first_is_swapped_weights():
+    inputs = inputs_of(SMALL, 20, 4)
+    half = SMALL.intermediate_size
+    swapped = inputs._replace(
+        gemm1_weights=torch.cat([inputs.gemm1_weights[:, half:], inputs.gemm1_weights[:, :half]], dim=1),
+        gemm1_weights_scale=inputs.gemm1_weights_scale.roll(half // 128, dims=1),
+    )
+    assert torch.equal(run(dataclasses.replace(SMALL, gate_first=True), swapped), run(SMALL, inputs))
+
+
+@pytest.mark.parametrize("tokens", [5, 26])
+def test_equal_logits(tokens):
+    problem = problem_named("24 experts")
+    inputs = inputs_of(problem, tokens, 0)
+    bias = torch.zeros_like(inputs.routing_bias)
+    equal = inputs._replace(routing_logits=torch.zeros_like(inputs.routing_logits), routing_bias=bias)
+    rows = local_rows_per_expert_and_token(equal, problem).sum(dim=0).tolist()
+    assert rows == [tokens, tokens, tokens, 0, 0, 0]
+    assert_right(problem, equal)
+    few = torch.tensor([-2.0, 0.0, 1.0], device=DEVICE)
+    index = torch.randint(0, 3, (tokens, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert_right(problem, equal._replace(routing_logits=few[index]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("tokens", [6, 26])
+def test_data_as_flashinfer_bench_makes_it(tokens, seed):
+    # fp8 values are randn clamped to +-2, scales and bias are randn: negative scales, outputs far above one.
+    problem = problem_named("24 experts")
+    generator = torch.Generator().manual_seed(seed)
+    inputs = inputs_of(problem, tokens, 0, seed=seed)
+
+    def noise(tensor):
+        values = torch.randn(tensor.shape, generator=generator)
+        return (values.clamp(-2, 2) if tensor.dtype == FP8 else values).to(tensor.dtype).to(DEVICE)
+
+    names = [name for name in inputs._fields[:8] if name != "routing_logits"]
+    inputs = inputs._replace(**{name: noise(getattr(inputs, name)) for name in names})
+    ids, _ = route(inputs.routing_logits, inputs.routing_bias, 1.0, problem)
+    popular = int(torch.bincount(ids.flatten(), minlength=24).argmax())
+    inputs = inputs._replace(local_expert_offset=min(popular, 18), routed_scaling_factor=1.0)
+    assert float(assert_right(problem, inputs).abs().max()) > 100
+
+
+@pytest.mark.parametrize("tokens", [26])
+def test_same_input_same_bits(tokens):
+    inputs = inputs_of(SMALL, tokens, 4, "zipf")
+    assert torch.equal(run(SMALL, inputs), run(SMALL, inputs))
+
+
+def test_the_layer_gives_the_same_bits():
+    inputs = inputs_of(SMALL, 20, 4)
+    layer = HybridMoE(
+        inputs.gemm1_weights,
+        inputs.gemm1_weights_scale,
+        inputs.gemm2_weights,
+        inputs.gemm2_weights_scale,
+        inputs.routing_bias,
+        local_expert_offset=4,
+        routed_scaling_factor=inputs.routed_scaling_factor,
+        top_k=4,
+        n_group=4,
+        topk_group=2,
+        backend=CHOICE,
+    )
+    output = layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale)
+    assert torch.equal(output, run(SMALL, inputs))
+    assert layer.workspace_bytes(20) > 0
+
+
+def test_columns_in_pieces(monkeypatch):
+    # What large T do at full size, for the sake of memory.
+    tokens = 9
+    problem = dataclasses.replace(problem_named("24 experts"), hidden_size=512)
+    inputs = inputs_of(problem, tokens, 6)
+    whole = assert_right(problem, inputs)
+    rows = pipeline.row_capacity(problem, tokens)
+    for columns in (256, 128):
+        monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", rows * columns * 2)
+        assert pipeline.column_chunk(problem, rows) == columns
+        assert torch.equal(run(problem, inputs), whole)
+
+
+@st.composite
+def cases(draw):
+    n_group = draw(st.integers(1, 5))
+    group_size = draw(st.integers(2, 9))
+    topk_group = draw(st.integers(1, n_group))
+    num_experts = n_group * group_size
+    num_local_experts = draw(st.integers(1, min(9, num_experts)))
+    problem = MoEProblem(
+        num_experts=num_experts,
+        num_local_experts=num_local_experts,
+        top_k=draw(st.integers(1, min(8, topk_group * group_size))),
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=128 * draw(st.integers(1, 3)),
+        intermediate_size=128 * draw(st.integers(1, 3)),
+        gate_first=draw(st.booleans()),
+    )
+    tokens = draw(st.integers(2, 32))
+    offset = draw(st.integers(0, num_experts - num_local_experts))
+    return problem, tokens, offset, draw(st.integers(0, 1000))
+
+
+@pytest.mark.interpreter
+@given(cases())
+@settings(max_examples=6)
+def test_any_problem(case):
+    problem, tokens, offset, seed = case
+    inputs = inputs_of(problem, tokens, offset, seed=seed)
+    assert_right(problem, inputs)
+
+
+# Routing alone
+
+
+def launch_of(problem):
+    return backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)._launch
+
+
+def routing_inputs(problem, logits, bias, offset, factor=2.5):
+    """Inputs with nothing in them but what routing reads."""
+    hidden = torch.empty((logits.shape[0], problem.hidden_size), dtype=FP8)
+    rest = [torch.empty(0)] * 5
+    return MoEInputs(*(t.to(DEVICE) for t in (logits, bias.bfloat16(), hidden, *rest)), offset, factor)
+
+
+def assert_routed(problem, inputs):
+    """Each token's choices and weights are the reference's, and each local pair has a place of its own."""
+    with uninitialised_memory_filled():
+        routed = pipeline.route(inputs, problem, launch_of(problem))
+    ids, weights = (
+        t.cpu() for t in route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
+    )
+    e, tokens = problem.num_local_experts, inputs.num_tokens
+    local = ids - inputs.local_expert_offset
+    is_local = (local >= 0) & (local < e)
+    pair = routed.pair.cpu().long()
+    assert pair.shape == (tokens, problem.top_k)
+    assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
+    torch.testing.assert_close(routed.pair_weight.cpu(), weights, rtol=1e-5, atol=1e-7)
+
+    counts = torch.bincount(local[is_local], minlength=e)
+    assert torch.equal(routed.counts.cpu().long(), counts)
+    slots = routed.slot_token.cpu()
+    for expert in range(e):
+        # Its slots are numbered without gaps, and each leads back to its token.
+        token, choice = (pair % e == expert).logical_and(pair >= 0).nonzero(as_tuple=True)
+        slot = pair[token, choice] // e
+        assert sorted(slot.tolist()) == list(range(int(counts[expert])))
+        assert torch.equal(slots[expert, slot].long(), token)
+
+
+@pytest.mark.parametrize("name", [*PROBLEMS, "definition"])
+def test_routing(name):
+    problem = MoEProblem() if name == "definition" else problem_named(name)
+    generator = torch.Generator().manual_seed(1)
+    # Apart from one another by far more than the rounding of the exponential, and so are sums of two.
+    spread = torch.linspace(-3, 5, problem.num_experts)
+    for tokens in (1, 33):
+        logits = torch.stack([spread[torch.randperm(len(spread), generator=generator)] for _ in range(tokens)])
+        bias = torch.randint(-2, 3, (problem.num_experts,), generator=generator) / 8
+        last = problem.num_experts - problem.num_local_experts
+        for offset in {last // 3, last} if tokens == 1 else {last // 2}:
+            assert_routed(problem, routing_inputs(problem, logits, bias, offset))
+
+
+@pytest.mark.interpreter
+@given(st.data())
+@settings(max_examples=10)
+def test_routing_with_equal_scores(data):
+    problem = problem_named(data.draw(st.sampled_from(["24 experts", "odd lengths", "one group", "all groups"])))
+    row = st.lists(st.sampled_from([-2.0, 0.0, 1.0]), min_size=problem.num_experts, max_size=problem.num_experts)
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    repeats = data.draw(st.sampled_from([1, 32 // len(rows) + 1]))
+    offset = data.draw(st.integers(0, problem.num_experts - problem.num_local_experts))
+    bias = torch.zeros(problem.num_experts)
+    assert_routed(problem, routing_inputs(problem, torch.tensor(rows * repeats), bias, offset))
+
+
+def test_routing_of_extreme_logits():
+    logits = torch.tensor([[-1e30, 1e30, 0.0, -torch.inf] * 4, [torch.inf] * 16, [-200.0] * 16, [200.0] * 16])
+    assert_routed(SMALL, routing_inputs(SMALL, logits, torch.zeros(16), 0))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 26])
+def test_combine(tokens):
+    problem = problem_named("24 experts")
+    inputs = inputs_of(problem, tokens, 5)
+    launch = launch_of(problem)
+    capacity, hidden = pipeline.row_capacity(problem, tokens), problem.hidden_size
+    output = torch.full((tokens, hidden), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    rows = torch.randn((capacity, hidden), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    with uninitialised_memory_filled():
+        routed = pipeline.route(inputs, problem, launch)
+        for first in range(0, hidden, 128):
+            pipeline.combine(rows[:, first : first + 128].contiguous(), routed, problem, launch, output, first)
+
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), routed.counts.cpu().cumsum(0)])
+    pair, e = routed.pair.cpu().long(), problem.num_local_experts
+    picked = rows.cpu().float()[torch.where(pair >= 0, start[pair % e] + pair // e, 0)]
+    picked[pair < 0] = 0
+    wanted = (picked * routed.pair_weight.cpu().unsqueeze(2)).sum(dim=1)
+    torch.testing.assert_close(output.cpu().float(), wanted, rtol=2**-7, atol=1e-6)

@@ -1,0 +1,566 @@
+"""Other libraries' grouped GEMMs: our kernels around them, and the calls, on emulations that read memory as they do."""
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
+from hybrid_moe.kernels import interpreter, pipeline
+from hybrid_moe.kernels.grouped_gemm import libraries
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_capacity
+from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, rows_bytes, swiglu
+from hybrid_moe.kernels.grouped_gemm.sgl_gemm import FEW_ROWS, SglGroupedGemm, _shown_rows
+from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
+from hybrid_moe.problem import FP8, DeviceKey, MoEProblem
+from hybrid_moe.reference import (
+    dequantize_blocks,
+    dequantize_rows,
+    has_local_work,
+    local_rows_per_expert_and_token,
+    moe_reference,
+    quantize_rows,
+)
+from hybrid_moe.workloads import Workload, make_inputs, random_weights
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+
+# Odd numbers of experts, choices and 128 blocks.
+SMALL = MoEProblem(
+    num_experts=20,
+    num_local_experts=5,
+    top_k=3,
+    n_group=4,
+    topk_group=2,
+    hidden_size=384,
+    intermediate_size=256,
+)
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = pipeline.Launch(multiprocessors=4, pdl=False)
+HOPPER = DeviceKey("gpu_x", (9, 0))
+BLACKWELL = DeviceKey("gpu_y", (10, 0))
+
+SGL_SCHEMA = (
+    "fp8_blockwise_scaled_grouped_mm(Tensor output, Tensor a_ptrs, Tensor b_ptrs, Tensor out_ptrs, "
+    "Tensor a_scales_ptrs, Tensor b_scales_ptrs, Tensor a, Tensor b, Tensor scales_a, Tensor scales_b, "
+    "Tensor stride_a, Tensor stride_b, Tensor stride_c, Tensor layout_sfa, Tensor layout_sfb, "
+    "Tensor problem_sizes, Tensor expert_offsets, Tensor workspace) -> ()"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def repaired_interpreter():
+    interpreter.repair()
+
+
+@pytest.fixture(autouse=True)
+def forget_libraries():
+    libraries._sgl_load_reasons.cache_clear()
+    libraries._deep_gemm_load_reasons.cache_clear()
+    yield
+    libraries._sgl_load_reasons.cache_clear()
+    libraries._deep_gemm_load_reasons.cache_clear()
+
+
+# ---- The libraries, in torch --------------------------------------------------------------------------------------
+
+
+def memory(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What lies at an address, rows packed."""
+    items = torch.Size(shape).numel()
+    if items == 0:
+        return torch.empty(shape, dtype=dtype)
+    buffer = (ctypes.c_uint8 * (items * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def emulated_sgl(
+    output,
+    a_ptrs,
+    b_ptrs,
+    out_ptrs,
+    a_scales_ptrs,
+    b_scales_ptrs,
+    a,
+    b,
+    scales_a,
+    scales_b,
+    stride_a,
+    stride_b,
+    stride_c,
+    layout_sfa,
+    layout_sfb,
+    problem_sizes,
+    expert_offsets,
+    workspace,
+):
+    """sgl-kernel's checks; its addresses, from the first elements and the sizes alone; then the product, by address."""
+    experts = expert_offsets.shape[0]
+    assert problem_sizes.dtype == torch.int32 and tuple(problem_sizes.shape) == (experts, 3)
+    assert a.dtype == FP8 and b.dtype == FP8 and output.dtype == torch.bfloat16
+    assert scales_a.dtype == scales_b.dtype == torch.float32
+    assert {s.dtype for s in (stride_a, stride_b, stride_c)} == {torch.int64}
+    assert layout_sfa.dtype == layout_sfb.dtype == expert_offsets.dtype == torch.int32
+    assert (output.dim(), a.dim(), b.dim(), scales_a.dim(), scales_b.dim()) == (2, 2, 3, 2, 3)
+    assert layout_sfa.dim() == layout_sfb.dim() == 2 and workspace.dim() == 1
+    assert output.shape[1] % 128 == 0 and a.shape[1] % 128 == 0
+    # The kernels read these as packed arrays.
+    for packed in (problem_sizes, expert_offsets, stride_a, stride_b, stride_c, layout_sfa, layout_sfb, a_ptrs):
+        assert packed.is_contiguous()
+    assert layout_sfa.nbytes >= experts * 20 and workspace.nbytes >= 90_000
+    for e in range(experts):
+        _, n, k = problem_sizes[e].tolist()
+        offset = int(expert_offsets[e])
+        a_ptrs[e] = a.data_ptr() + offset * k
+        b_ptrs[e] = b.data_ptr() + e * k * n
+        out_ptrs[e] = output.data_ptr() + offset * n * 2
+        a_scales_ptrs[e] = scales_a.data_ptr() + offset * k // 128 * 4
+        b_scales_ptrs[e] = scales_b.data_ptr() + e * k * n // 128 // 128 * 4
+    for e in range(experts):
+        m, n, k = problem_sizes[e].tolist()
+        assert (int(stride_a[e]), int(stride_b[e]), int(stride_c[e])) == (k, k, n)
+        x = memory(int(a_ptrs[e]), (m, k), FP8)
+        x_scale = memory(int(a_scales_ptrs[e]), (m, k // 128), torch.float32)
+        w = memory(int(b_ptrs[e]), (n, k), FP8)
+        w_scale = memory(int(b_scales_ptrs[e]), (n // 128, k // 128), torch.float32)
+        product = dequantize_rows(x, x_scale.t()) @ dequantize_blocks(w, w_scale).t()
+        memory(int(out_ptrs[e]), (m, n), torch.bfloat16).copy_(product)
+
+
+def emulated_deep_gemm(
+    a,
+    b,
+    d,
+    grouped_layout,
+    recipe=None,
+    recipe_a=None,
+    recipe_b=None,
+    compiled_dims="nk",
+    disable_ue8m0_cast=False,
+    use_psum_layout=False,
+    ensure_zero_padding=True,
+    expected_m_for_psum_layout=None,
+    own_transposition=False,
+):
+    """DeepGEMM's checks on Hopper, and its whole tiles: what is in the rows of padding comes out of them as well."""
+    (x, sfa), (w, sfb) = a, b
+    assert recipe is recipe_a is recipe_b is None and compiled_dims == "nk"
+    assert type(expected_m_for_psum_layout) is (int if use_psum_layout else type(None))
+    (m, k), (groups, n, _) = x.shape, w.shape
+    assert x.dtype == w.dtype == FP8 and sfa.dtype == sfb.dtype == torch.float32 and d.dtype == torch.bfloat16
+    assert x.stride(1) == 1 and w.stride() == (n * k, k, 1) and tuple(d.shape) == (m, n) and d.stride(1) == 1
+    # MN-major and aligned for TMA, or else the library launches a transposition of its own.
+    assert tuple(sfa.shape) == (m, k // 128)
+    assert sfa.stride() == (1, -(-m // 4) * 4) or (own_transposition and sfa.is_contiguous())
+    assert tuple(sfb.shape) == (groups, n // 128, k // 128) and sfb.is_contiguous()
+    for tensor in (x, w, sfa, d):
+        assert tensor.data_ptr() % 16 == 0
+    assert grouped_layout.dtype == torch.int32 and grouped_layout.is_contiguous()
+    assert tuple(grouped_layout.shape) == ((groups,) if use_psum_layout else (m,))
+    if not use_psum_layout:
+        for start in range(0, m, 64):
+            group = int(grouped_layout[start])  # the first row of a warp group's 64 speaks for all
+            if group >= 0:
+                assert int(grouped_layout[start // 128 * 128]) == group
+                x_rows = dequantize_rows(x[start : start + 64], sfa[start : start + 64].t())
+                d[start : start + 64] = (x_rows @ dequantize_blocks(w[group], sfb[group]).t()).bfloat16()
+        return
+    last = 0
+    for group, end in enumerate(grouped_layout.tolist()):
+        start = -(-last // 128) * 128
+        assert end >= start  # the number of tiles is unsigned
+        tiles = -(-(end - start) // 128)
+        stop = start + tiles * 128
+        assert stop <= m
+        x_rows = dequantize_rows(x[start:stop], sfa[start:stop].t())
+        d[start:stop] = (x_rows @ dequantize_blocks(w[group], sfb[group]).t()).bfloat16()
+        last = end
+
+
+@pytest.fixture
+def sgl_library():
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define(SGL_SCHEMA)
+    library.impl("fp8_blockwise_scaled_grouped_mm", emulated_sgl, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def deep_gemm_library(monkeypatch):
+    module = types.SimpleNamespace(
+        m_grouped_fp8_gemm_nt_contiguous=emulated_deep_gemm, get_mk_alignment_for_contiguous_layout=lambda: 128
+    )
+    monkeypatch.setattr(libraries, "deep_gemm", lambda: module)
+
+
+# ---- Our kernels --------------------------------------------------------------------------------------------------
+
+
+def routed_inputs(tokens, problem=SMALL, routing="uniform", seed=0, offset=5):
+    weights = random_weights(problem, "cpu", seed)
+    workload = Workload(tokens, offset, routing=routing, seed=seed)
+    inputs = make_inputs(workload, problem, weights)
+    return inputs, pipeline.route(inputs, problem, LAUNCH)
+
+
+def strided(inputs):
+    """The same values in rows with gaps, and scales of a row side by side."""
+    wide = torch.zeros(inputs.num_tokens, inputs.hidden_states.shape[1] + 48, dtype=torch.uint8).view(FP8)
+    hidden = wide[:, 16 : 16 + inputs.hidden_states.shape[1]]
+    hidden.copy_(inputs.hidden_states)
+    return inputs._replace(hidden_states=hidden, hidden_states_scale=inputs.hidden_states_scale.t().contiguous().t())
+
+
+def rows_of_experts(routed, problem, align):
+    """``(expert, slot, token, row)`` of every pair, and the row where each expert starts and ends."""
+    start, bounds, pairs = 0, [], []
+    for e, count in enumerate(routed.counts.tolist()):
+        pairs += [(e, slot, int(routed.slot_token[e, slot]), start + slot) for slot in range(count)]
+        bounds.append((start, start + count))
+        start += -(-count // align) * align
+    return pairs, bounds, start
+
+
+@pytest.mark.parametrize("align", [1, 128])
+@pytest.mark.parametrize("change", [lambda inputs: inputs, strided], ids=["packed", "strided"])
+@pytest.mark.parametrize(
+    "tokens, routing", [(1, "uniform"), (7, "uniform"), (40, "zipf"), (33, "concentrated"), (3, "none")]
+)
+def test_gather(tokens, routing, change, align):
+    inputs, routed = routed_inputs(tokens, routing=routing)
+    inputs = change(inputs)
+    rows = Rows.allocate(
+        SMALL, padded_capacity(SMALL, tokens, align), torch.device("cpu"), align=align, row_major_scales=align == 1
+    )
+    rows.gathered.view(torch.uint8).fill_(0x7F)
+    rows.gathered_scale.fill_(float("nan"))
+    tables = gather(inputs, routed, SMALL, LAUNCH, rows, problem_tables=True)
+    pairs, bounds, total = rows_of_experts(routed, SMALL, align)
+    assert len(pairs) == int(local_rows_per_expert_and_token(inputs, SMALL).sum())
+    assert tables.start.tolist() == [start for start, _ in bounds] + [total]
+    assert tables.end.tolist() == [end for _, end in bounds]
+    assert total <= rows.gathered.shape[0]
+    got, wanted = rows.gathered.view(torch.uint8), inputs.hidden_states.contiguous().view(torch.uint8)
+    untouched = torch.ones(got.shape[0], dtype=torch.bool)
+    for _, _, token, row in pairs:
+        assert torch.equal(got[row], wanted[token])
+        assert torch.equal(rows.gathered_scale[row], inputs.hidden_states_scale[:, token])
+        untouched[row] = False
+    assert bool((got[untouched] == 0x7F).all()) and bool(rows.gathered_scale[untouched].isnan().all())
+    h, i = SMALL.hidden_size, SMALL.intermediate_size
+    counts = routed.counts.tolist()
+    assert tables.problem_sizes.tolist() == [[[c, 2 * i, h] for c in counts], [[c, h, i] for c in counts]]
+    assert tables.strides.tolist() == [[h] * 5, [i] * 5, [2 * i] * 5]
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("align", [1, 128])
+@pytest.mark.parametrize("intermediate", [128, 384, 1024])
+def test_swiglu(intermediate, align, gate_first):
+    problem = dataclasses.replace(SMALL, intermediate_size=intermediate, gate_first=gate_first)
+    counts = torch.tensor([3, 0, 130 if align > 1 else 11, 1, 0], dtype=torch.int32)
+    routed = dataclasses.replace(routed_inputs(1)[1], counts=counts)
+    capacity = 5 * 128 if align > 1 else 20
+    rows = Rows.allocate(problem, capacity, torch.device("cpu"), align=align, row_major_scales=align == 1)
+    rows.gemm1.fill_(float("nan"))
+    rows.activated.view(torch.uint8).fill_(0x55)
+    rows.activated_scale.fill_(-1.0)
+    exist = torch.zeros(capacity, dtype=torch.bool)
+    start = 0
+    for count in counts.tolist():
+        exist[start : start + count] = True
+        start += -(-count // align) * align
+    values = torch.randn(int(exist.sum()), 2 * intermediate, generator=torch.Generator().manual_seed(1)) * 3
+    values[0] = 0.0
+    rows.gemm1[exist] = values.bfloat16()
+    swiglu(routed, problem, LAUNCH, rows)
+
+    first, second = values.bfloat16().float().split(intermediate, dim=1)
+    up, gate = (second, first) if gate_first else (first, second)
+    wanted, scale = quantize_rows(torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(rows.activated_scale[exist], scale.t(), rtol=1e-5, atol=0)
+    got = dequantize_rows(rows.activated[exist], rows.activated_scale[exist].t())
+    # One step of e4m3, where exp() rounds differently.
+    torch.testing.assert_close(got, dequantize_rows(wanted, scale), rtol=0.13, atol=1e-4)
+    assert float((got - dequantize_rows(wanted, scale)).norm() / got.norm()) < 1e-3
+    assert bool((rows.activated.view(torch.uint8)[~exist] == 0x55).all())
+    assert bool((rows.activated_scale[~exist] == -1.0).all())
+
+
+# ---- The providers ------------------------------------------------------------------------------------------------
+
+CASES = [
+    (1, "uniform", False),
+    (7, "uniform", True),
+    (40, "zipf", False),
+    (150, "concentrated", False),
+    (5, "none", False),
+]
+
+
+def run_and_check(gemm, tokens, routing, gate_first, change=lambda inputs: inputs):
+    problem = dataclasses.replace(SMALL, gate_first=gate_first)
+    inputs, _ = routed_inputs(tokens, problem, routing, seed=tokens)
+    inputs = change(inputs)
+    output = torch.full((tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16)
+    routed = pipeline.route(inputs, problem, LAUNCH, gemm.num_tickets(problem, tokens))
+    gemm.run(inputs, routed, problem, LAUNCH, output)
+    result = check(output, moe_reference(inputs, problem), has_local_work(inputs, problem), OWN_KERNELS_TOLERANCE)
+    assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("tokens, routing, gate_first", CASES)
+def test_sgl_kernel(sgl_library, tokens, routing, gate_first):
+    run_and_check(SglGroupedGemm(), tokens, routing, gate_first)
+
+
+@pytest.mark.parametrize("tokens, routing, gate_first", CASES)
+def test_deep_gemm(deep_gemm_library, tokens, routing, gate_first):
+    run_and_check(DeepGemmGroupedGemm(), tokens, routing, gate_first)
+
+
+def test_strided_inputs(sgl_library, deep_gemm_library):
+    for gemm in (SglGroupedGemm(), DeepGemmGroupedGemm()):
+        run_and_check(gemm, 9, "uniform", False, strided)
+
+
+def test_sgl_kernel_sees_few_rows_where_few_are_expected(sgl_library, monkeypatch):
+    full = MoEProblem()
+    capacity = {tokens: pipeline.row_capacity(full, tokens) for tokens in (1, 256, 512, 513, 14107)}
+    shown = {tokens: _shown_rows(full, tokens, rows) for tokens, rows in capacity.items()}
+    assert shown == {1: 8, 256: FEW_ROWS, 512: FEW_ROWS, 513: capacity[513], 14107: capacity[14107]}
+    # Fewer rows shown than there are: the result is the same.
+    from hybrid_moe.kernels.grouped_gemm import sgl_gemm
+
+    monkeypatch.setattr(sgl_gemm, "FEW_ROWS", 4)
+    run_and_check(SglGroupedGemm(), 40, "zipf", False)
+
+
+def test_workspace_bytes():
+    full = MoEProblem()
+    per_row = 7168 + 2 * 4096 + 2048 + (56 + 16) * 4
+    assert rows_bytes(full, 1) == per_row == 17_696
+    sgl, deep = SglGroupedGemm().workspace_bytes(full, 14107), DeepGemmGroupedGemm().workspace_bytes(full, 14107)
+    assert 112_856 * per_row < sgl < 112_856 * per_row + 200_000
+    assert 116_864 * per_row < deep < 116_864 * per_row + 1000
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 200])
+def test_padded_capacity_is_the_worst_routing(tokens):
+    rows, experts = pipeline.row_capacity(SMALL, tokens), SMALL.num_local_experts
+    worst = 0
+    # One row more than a full tile for as many experts as the rows allow, the rest in whole tiles for the last.
+    for active in range(1, min(rows, experts) + 1):
+        left = rows - (active - 1)
+        worst = max(worst, (active - 1) * ALIGN + -(-left // ALIGN) * ALIGN)
+    assert padded_capacity(SMALL, tokens, ALIGN) >= worst
+    assert padded_capacity(SMALL, tokens, ALIGN) - worst <= ALIGN
+
+
+# ---- The peers ----------------------------------------------------------------------------------------------------
+
+
+def emulated_prepare_moe_input(ids, offsets, blockscale, sizes1, sizes2, to_rows, of_pairs, experts, n, k):
+    """The library's sort; the places of ids that it doesn't have stay unwritten."""
+    assert ids.dtype == torch.int32 and blockscale is None
+    start = 0
+    for e in range(experts):
+        pairs = (ids.flatten() == e).nonzero().flatten()
+        offsets[e], offsets[e + 1] = start, start + len(pairs)
+        sizes1[e] = torch.tensor([len(pairs), 2 * n, k])
+        sizes2[e] = torch.tensor([len(pairs), k, n])
+        to_rows[start : start + len(pairs)] = (pairs // ids.shape[1]).int()
+        of_pairs[pairs] = torch.arange(start, start + len(pairs), dtype=torch.int32)
+        start += len(pairs)
+
+
+def emulated_quantize(x, q, s, group, eps, low, high, ue8m0, fused, masked):
+    assert (group, low, high, ue8m0, fused, masked) == (128, -448.0, 448.0, False, False, None)
+    values, scale = quantize_rows(x)
+    q.copy_(values)
+    s.copy_(scale.t())
+
+
+def emulated_combine(rows, output, permutation, factors):
+    assert factors.dtype == output.dtype
+    picked = rows[permutation.long()].view(*factors.shape, -1).float()
+    output.copy_((picked * factors.float().unsqueeze(2)).sum(dim=1))
+
+
+@pytest.mark.parametrize("tokens, routing, gate_first", CASES)
+def test_sgl_peer(monkeypatch, sgl_library, tokens, routing, gate_first):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.peers import sgl_pipeline
+
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    for schema, function in (
+        (
+            "prepare_moe_input(Tensor topk_ids, Tensor expert_offsets, Tensor? blockscale_offsets, "
+            "Tensor problem_sizes1, Tensor problem_sizes2, Tensor input_permutation, Tensor output_permutation, "
+            "int num_experts, int n, int k) -> ()",
+            emulated_prepare_moe_input,
+        ),
+        (
+            "shuffle_rows(Tensor input, Tensor dst2src_map, Tensor output) -> ()",
+            lambda x, rows, out: out.view(torch.uint8).copy_(x.view(torch.uint8)[rows.long()]),
+        ),
+        (
+            "silu_and_mul(Tensor! out, Tensor input) -> ()",
+            lambda out, x: out.copy_(torch.nn.functional.silu(x.chunk(2, 1)[0].float()) * x.chunk(2, 1)[1]),
+        ),
+        (
+            "sgl_per_token_group_quant_8bit_v2(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, "
+            "float eps, float fp8_min, float fp8_max, bool scale_ue8m0, bool fuse_silu_and_mul, Tensor? masked_m) "
+            "-> ()",
+            emulated_quantize,
+        ),
+        (
+            "apply_shuffle_mul_sum(Tensor input, Tensor output, Tensor permutation, Tensor? factors) -> ()",
+            emulated_combine,
+        ),
+    ):
+        library.define(schema)
+        name = schema.split("(")[0]
+        library.impl(name, lambda *args, function=function: [function(*args), None][1], "CPU")
+    try:
+        check_peer(sgl_pipeline.run, tokens, routing, gate_first)
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+@pytest.mark.parametrize("tokens, routing, gate_first", CASES)
+def test_deep_gemm_peer(monkeypatch, tokens, routing, gate_first, read_back):
+    module = types.ModuleType("deep_gemm")
+    module.m_grouped_fp8_gemm_nt_contiguous = functools.partial(emulated_deep_gemm, own_transposition=True)
+    module.get_mk_alignment_for_contiguous_layout = lambda: 128
+    monkeypatch.setitem(sys.modules, "deep_gemm", module)
+    monkeypatch.delitem(sys.modules, "benchmarks.peers.deep_gemm_pipeline", raising=False)
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.peers import deep_gemm_pipeline
+
+    check_peer(functools.partial(deep_gemm_pipeline.run, read_back=read_back), tokens, routing, gate_first)
+
+
+def check_peer(run, tokens, routing, gate_first):
+    problem = dataclasses.replace(SMALL, gate_first=gate_first)
+    inputs = make_inputs(Workload(tokens, 5, routing, tokens), problem, random_weights(problem, "cpu"))
+    output = torch.full((tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16)
+    run(inputs, problem, output)
+    result = check(output, moe_reference(inputs, problem), has_local_work(inputs, problem), DEFAULT_TOLERANCE)
+    assert result.passed, result.failures
+
+
+# ---- Refusals -----------------------------------------------------------------------------------------------------
+
+
+def hide(monkeypatch, *names):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in names else found(name, *rest))
+
+
+def install(monkeypatch, name, load):
+    """Make ``name`` look installed; ``load()`` is called where it would be imported."""
+    found, imported = importlib.util.find_spec, importlib.import_module
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: object() if n == name else found(n, *rest))
+    monkeypatch.setattr(importlib, "import_module", lambda n, *rest: load() if n == name else imported(n, *rest))
+
+
+def never():
+    raise AssertionError("loaded before the capability was asked")
+
+
+def fail(error):
+    def load():
+        raise error
+
+    return load
+
+
+def test_capability_comes_before_the_library(monkeypatch):
+    install(monkeypatch, "sgl_kernel", never)
+    install(monkeypatch, "deep_gemm", never)
+    old, cpu = DeviceKey("gpu_z", (8, 0)), DeviceKey("cpu")
+    (reason,) = SglGroupedGemm().not_supported_reasons(SMALL, old)
+    assert reason == "device gpu_z has compute capability 8.0; 9.0 or 10.0 or 10.3 is wanted"
+    (reason,) = DeepGemmGroupedGemm().not_supported_reasons(SMALL, BLACKWELL)
+    assert reason == "device gpu_y has compute capability 10.0; 9.0 is wanted"
+    for gemm in (SglGroupedGemm(), DeepGemmGroupedGemm()):
+        (reason,) = gemm.not_supported_reasons(SMALL, cpu)
+        assert "compute capability none" in reason
+
+
+def test_missing_libraries(monkeypatch):
+    hide(monkeypatch, "sgl_kernel", "deep_gemm")
+    (reason,) = SglGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+    assert reason == "sgl_kernel is not installed: pip install 'hybrid-moe[sgl]'"
+    (reason,) = DeepGemmGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+    assert reason == "deep_gemm is not installed: pip install 'hybrid-moe[deepgemm]'"
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, AssertionError])
+@pytest.mark.parametrize("name, gemm", [("sgl_kernel", SglGroupedGemm), ("deep_gemm", DeepGemmGroupedGemm)])
+def test_a_library_that_does_not_load(monkeypatch, name, gemm, error):
+    install(monkeypatch, name, fail(error("undefined symbol: x\nand more")))
+    (reason,) = gemm().not_supported_reasons(SMALL, HOPPER)
+    assert reason == f"{name} doesn't load: undefined symbol: x"
+
+
+def test_a_bug_in_a_library_is_no_reason(monkeypatch):
+    install(monkeypatch, "sgl_kernel", fail(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        SglGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+
+
+def test_libraries_without_the_function(monkeypatch):
+    install(monkeypatch, "sgl_kernel", lambda: None)
+    (reason,) = SglGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+    assert reason.startswith("this sgl_kernel has no op fp8_blockwise_scaled_grouped_mm")
+    old = types.SimpleNamespace(m_grouped_fp8_gemm_nt_contiguous=lambda a, b, d, m_indices: None)
+    for module in (types.SimpleNamespace(), old):
+        libraries._deep_gemm_load_reasons.cache_clear()
+        with monkeypatch.context() as patch:
+            install(patch, "deep_gemm", lambda module=module: module)
+            (reason,) = DeepGemmGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+            assert "with use_psum_layout: pip install" in reason
+
+
+def test_deep_gemm_wants_a_compiler(monkeypatch, tmp_path):
+    install(
+        monkeypatch, "deep_gemm", lambda: types.SimpleNamespace(m_grouped_fp8_gemm_nt_contiguous=emulated_deep_gemm)
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("DG_JIT_USE_NVRTC", raising=False)
+    (reason,) = DeepGemmGroupedGemm().not_supported_reasons(SMALL, HOPPER)
+    assert "nvcc" in reason and "CUDA_HOME" in reason
+    libraries._deep_gemm_load_reasons.cache_clear()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert DeepGemmGroupedGemm().not_supported_reasons(SMALL, HOPPER) == []
+
+
+def test_an_op_that_is_there_already_needs_no_package(monkeypatch, sgl_library):
+    hide(monkeypatch, "sgl_kernel")
+    assert SglGroupedGemm().not_supported_reasons(SMALL, HOPPER) == []
+    assert SglGroupedGemm().not_supported_reasons(MoEProblem(), BLACKWELL) == []
+    many = MoEProblem(num_experts=2048, num_local_experts=2048)
+    (reason,) = SglGroupedGemm().not_supported_reasons(many, HOPPER)
+    assert reason == "num_local_experts is 2048; at most 1024 is wanted"
+
+
+def test_each_gemm_is_a_candidate(monkeypatch):
+    hide(monkeypatch, "sgl_kernel", "deep_gemm")
+    backend = TritonFused()
+    configs = list(backend.configs())
+    assert configs == [{"gemm": gemm} for gemm in GEMMS] and configs[0] == backend.default_config
+    reasons = {c["gemm"]: backend.not_supported_reasons(MoEProblem(), HOPPER, c) for c in configs}
+    assert reasons["triton"] == []
+    assert len(reasons["sgl_kernel"]) == len(reasons["deep_gemm"]) == 1

@@ -8,14 +8,14 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 
-@triton.jit(do_not_specialize=["first_column"])
+@triton.jit(do_not_specialize=["first_block"])
 def combine_kernel(
     rows_ptr,  # [rows, COLUMNS] bfloat16: the second GEMM's result for each pair
     counts_ptr,  # [E] int32
     pair_ptr,  # [T, TOP_K] int32
     pair_weight_ptr,  # [T, TOP_K] float32
-    output_ptr,  # [T, HIDDEN] bfloat16; columns [first_column, first_column + COLUMNS) are written
-    first_column,
+    output_ptr,  # [T, HIDDEN] bfloat16; COLUMNS columns from 128 * first_block on are written
+    first_block,  # counted in 128s, so that the stores are known to be aligned
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -47,7 +47,7 @@ def combine_kernel(
             if not BRANCH or pair >= 0:
                 weight = tl.load(pair_weight_ptr + token * TOP_K + k)
                 row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
-                wanted = tl.broadcast_to(pair >= 0, (BLOCK_N,))
+                wanted = pair + tl.zeros((BLOCK_N,), tl.int32) >= 0
                 value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
                 total += value.to(tl.float32) * weight
-        tl.store(output_ptr + token * HIDDEN + first_column + column, total.to(tl.bfloat16))
+        tl.store(output_ptr + token * HIDDEN + first_block * 128 + column, total.to(tl.bfloat16))

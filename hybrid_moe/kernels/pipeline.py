@@ -179,7 +179,7 @@ def combine(
     blocks = columns // block_n
     grid = (tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))
     constants = _combine_constants(problem, launch, columns, block_n, align, tokens >= COMBINE_BRANCH_TOKENS)
-    arguments = (rows, routed.counts, routed.pair, routed.pair_weight, output, first_column)
+    arguments = (rows, routed.counts, routed.pair, routed.pair_weight, output, first_column // problem.block)
     COMBINE.launch(grid, arguments, constants, output.device, output.data_ptr() % 16 == 0)
 
 

@@ -43,14 +43,15 @@ class TilePlan:
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     (0.04, TilePlan(Tile(16, 32, 4, 3, 4), Tile(16, 64, 4, 2, 4))),
-    (4.0, TilePlan(Tile(16, 32, 2, 2, 2), Tile(16, 128, 4, 2, 2))),
+    (1.0, TilePlan(Tile(16, 32, 4, 2, 2), Tile(16, 128, 4, 2, 2))),
+    (4.0, TilePlan(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1))),
     (40.0, TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(64, 128, 4, 3, 1, 4))),
-    (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 2), Tile(64, 128, 4, 3, 1, 2))),
-    (float("inf"), TilePlan(Tile(128, 128, 8, 3, 1, 2), Tile(128, 256, 8, 4, 1, 2))),
+    (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
+    (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )
 # Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
-    *TILES_SM90[:3],
+    *TILES_SM90[:4],
     (float("inf"), TilePlan(Tile(128, 64, 8, 4, 1, 2), Tile(128, 128, 8, 4, 1, 2))),
 )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from hybrid_moe.bench import Case, environment_of, measure
 from hybrid_moe.choice import Choice
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE
@@ -30,7 +32,10 @@ def main() -> None:
     parser.add_argument("--routing", default="uniform", help="routing load (see hybrid_moe.workloads)")
     parser.add_argument("--tokens", type=int, nargs="*", help="only these T")
     parser.add_argument("--copies", type=int, default=3, help="weight copies in rotation, 1.4 GB each")
+    parser.add_argument("--load-library", type=Path, help="a library of torch operators to load first, as sgl-kernel's")
     options = parser.parse_args()
+    if options.load_library:
+        torch.ops.load_library(options.load_library)
 
     candidates = [Choice.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
     workloads = [w for w in DEFINITION_WORKLOADS if not options.tokens or w.num_tokens in options.tokens]
@@ -44,7 +49,8 @@ def main() -> None:
     environment = environment_of(ceilings)
     print(environment, flush=True)
     copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
-    print(f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':28} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
+    head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
+    print(f"{head} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
     for number, workload in enumerate(sorted(workloads, key=lambda w: w.num_tokens)):
         case = Case.make(workload, DEEPSEEK_V3, copies)
         shift = number % len(candidates)
@@ -53,7 +59,8 @@ def main() -> None:
             for record in records:
                 append_record(options.output, record)
             graph, eager = records
-            head = f"{workload.num_tokens:6} {case.work.local_rows:6} {case.work.active_experts:4} {graph.floor_us:8.1f} {choice!s:28}"
+            work = case.work
+            head = f"{workload.num_tokens:6} {work.local_rows:6} {work.active_experts:4} {graph.floor_us:8.1f} {choice!s:30}"
             if graph.latency_us is None or eager.latency_us is None:
                 print(head, graph.status, graph.reason, flush=True)
                 continue

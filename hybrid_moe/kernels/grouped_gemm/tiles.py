@@ -21,6 +21,9 @@ class Tile:
         128 blocks of the sum in one stage: neighbouring loads of one weight row, which memory serves better together.
     programs_per_multiprocessor
         Grid bound: programs share the tiles, so more of them than are resident only add start-up work.
+    few
+        ``(block_m, num_stages, k_unroll)`` of the tile for an expert with at most ``block_m`` rows, the rest being
+        equal: rows per expert are known on the device alone. ``(0, 1, 1)`` for none.
     """
 
     block_m: int
@@ -29,6 +32,7 @@ class Tile:
     num_stages: int
     k_unroll: int = 1
     programs_per_multiprocessor: int = 32
+    few: tuple[int, int, int] = (0, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class TilePlan:
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     (0.04, TilePlan(Tile(16, 32, 4, 3, 4), Tile(16, 64, 4, 2, 4))),
-    (1.0, TilePlan(Tile(16, 32, 4, 2, 2), Tile(16, 128, 4, 2, 2))),
-    (4.0, TilePlan(Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1))),
+    (0.5, TilePlan(Tile(16, 32, 4, 2, 2), Tile(16, 128, 4, 2, 2))),
+    (4.0, TilePlan(Tile(64, 32, 4, 3, 1, few=(16, 2, 2)), Tile(64, 64, 4, 3, 1, few=(16, 2, 2)))),
     (40.0, TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(64, 128, 4, 3, 1, 4))),
     (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
     (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
@@ -69,8 +73,13 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
 
 def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
     """The tile with its unrolling and width cut down to what divides this problem's sizes."""
-    unroll = next(u for u in range(tile.k_unroll, 0, -1) if inner // block % u == 0)
-    return replace(tile, k_unroll=unroll, block_n=tile.block_n if columns % tile.block_n == 0 else block)
+
+    def unroll(wanted: int) -> int:
+        return next(u for u in range(wanted, 0, -1) if inner // block % u == 0)
+
+    few = (*tile.few[:2], unroll(tile.few[2]))
+    block_n = tile.block_n if columns % tile.block_n == 0 else block
+    return replace(tile, k_unroll=unroll(tile.k_unroll), block_n=block_n, few=few)
 
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:

@@ -47,6 +47,100 @@ def quantize_block(value):
     return scaled.to(tl.float8e4nv), scale
 
 
+@triton.jit
+def gemm1_tile(
+    hidden_ptr,
+    hidden_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    slot_token_ptr,
+    out_ptr,
+    out_scale_ptr,
+    unquantized_ptr,
+    tickets_ptr,
+    stride_scale_k,
+    stride_scale_t,
+    num_tokens,
+    capacity,
+    at,
+    rows,
+    rows_before,
+    tiles_before,
+    tile_m,
+    tile_n,
+    STRIDE_HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    K_UNROLL: tl.constexpr,
+):
+    """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
+    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
+    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
+    k = tl.arange(0, BLOCK_K)
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = slot < rows
+    token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
+    hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
+    hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
+    up_at = weight_at + UP * HIDDEN
+    gate_at = weight_at + GATE * HIDDEN
+    block_n = tile_n * BLOCK_N // 128
+    scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
+    up_scale_at = scale_at + UP // 128 * K_BLOCKS
+    gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
+
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Scales are loaded one block ahead: their latency would stall every promotion.
+    next_row_scale = tl.load(hidden_scale_at, mask=real, other=0.0)
+    next_up_scale = tl.load(up_scale_at)
+    next_gate_scale = tl.load(gate_scale_at)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
+        for unrolled in tl.static_range(K_UNROLL):
+            block = step * K_UNROLL + unrolled
+            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
+            next_up_scale = tl.load(up_scale_at + ahead)
+            next_gate_scale = tl.load(gate_scale_at + ahead)
+            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            w_up = tl.load(up_at + block * BLOCK_K)
+            w_gate = tl.load(gate_at + block * BLOCK_K)
+            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
+            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
+
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    row = (rows_before + slot).to(tl.int64)
+    row_at = row[:, None] * INTERMEDIATE
+    scale_out = out_scale_ptr + block_n.to(tl.int64) * capacity + row
+    if BLOCK_N == 128:
+        quantized, scale = quantize_block(value)
+        tl.store(out_ptr + row_at + column[None, :], quantized, mask=real[:, None])
+        tl.store(scale_out, scale, mask=real)
+    else:
+        tl.store(unquantized_ptr + row_at + column[None, :], value, mask=real[:, None])
+        # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
+        tl.debug_barrier()
+        ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
+        ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
+        if ticket == 128 // BLOCK_N - 1:
+            wide = row_at + (block_n * 128 + k)[None, :]
+            # Past the first-level cache, which other multiprocessors' stores don't reach.
+            whole = tl.load(unquantized_ptr + wide, mask=real[:, None], other=0.0, cache_modifier=".cg")
+            quantized, scale = quantize_block(whole)
+            tl.store(out_ptr + wide, quantized, mask=real[:, None])
+            tl.store(scale_out, scale, mask=real)
+
+
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
 def gemm1_swiglu_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
@@ -71,81 +165,110 @@ def gemm1_swiglu_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    FEW_M: tl.constexpr,
+    FEW_STAGES: tl.constexpr,
+    FEW_UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns."""
-    BLOCK_K: tl.constexpr = 128
-    K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
-    TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
-    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
-    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
+    """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns.
+
+    An expert with at most FEW_M rows (0: none) takes a tile of FEW_M rows instead, with a pipeline of its own.
+    """
     tl.static_assert(128 % BLOCK_N == 0)
-    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
+    TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
     expert = tl.arange(0, E_POW2)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
-    k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
-        slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = slot < rows
-        token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
-        hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
-        hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
-        up_at = weight_at + UP * HIDDEN
-        gate_at = weight_at + GATE * HIDDEN
-        block_n = tile_n * BLOCK_N // 128
-        scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
-        up_scale_at = scale_at + UP // 128 * K_BLOCKS
-        gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
-
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # Scales are loaded one block ahead: their latency would stall every promotion.
-        next_row_scale = tl.load(hidden_scale_at, mask=real, other=0.0)
-        next_up_scale = tl.load(up_scale_at)
-        next_gate_scale = tl.load(gate_scale_at)
-        for step in range(K_BLOCKS // K_UNROLL):
-            for unrolled in tl.static_range(K_UNROLL):
-                block = step * K_UNROLL + unrolled
-                row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
-                ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-                next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
-                next_up_scale = tl.load(up_scale_at + ahead)
-                next_gate_scale = tl.load(gate_scale_at + ahead)
-                x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-                w_up = tl.load(up_at + block * BLOCK_K)
-                w_gate = tl.load(gate_at + block * BLOCK_K)
-                up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
-                gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
-
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        row = (rows_before + slot).to(tl.int64)
-        row_at = row[:, None] * INTERMEDIATE
-        scale_out = out_scale_ptr + block_n.to(tl.int64) * capacity + row
-        if BLOCK_N == 128:
-            quantized, scale = quantize_block(value)
-            tl.store(out_ptr + row_at + column[None, :], quantized, mask=real[:, None])
-            tl.store(scale_out, scale, mask=real)
+        if FEW_M > 0 and rows <= FEW_M:
+            gemm1_tile(
+                hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
+                at, rows, rows_before, tiles_before, tile_m, tile_n,
+                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, FEW_M, BLOCK_N,
+                FEW_STAGES, FEW_UNROLL,
+            )  # fmt: skip
         else:
-            tl.store(unquantized_ptr + row_at + column[None, :], value, mask=real[:, None])
-            # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
-            tl.debug_barrier()
-            ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
-            ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
-            if ticket == 128 // BLOCK_N - 1:
-                wide = row_at + (block_n * 128 + k)[None, :]
-                # Past the first-level cache, which other multiprocessors' stores don't reach.
-                whole = tl.load(unquantized_ptr + wide, mask=real[:, None], other=0.0, cache_modifier=".cg")
-                quantized, scale = quantize_block(whole)
-                tl.store(out_ptr + wide, quantized, mask=real[:, None])
-                tl.store(scale_out, scale, mask=real)
+            gemm1_tile(
+                hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
+                at, rows, rows_before, tiles_before, tile_m, tile_n,
+                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+            )  # fmt: skip
+
+
+@triton.jit
+def gemm2_tile(
+    activated_ptr,
+    activated_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    out_ptr,
+    first_column,
+    capacity,
+    at,
+    rows,
+    rows_before,
+    tile_m,
+    tile_n,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    K_UNROLL: tl.constexpr,
+):
+    """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
+    TWO: tl.constexpr = BLOCK_N == 256
+    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
+    tl.static_assert(128 % WIDTH == 0)
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
+    k = tl.arange(0, BLOCK_K)
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = slot < rows
+    row = (rows_before + slot).to(tl.int64)
+    activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
+    activated_scale_at = activated_scale_ptr + row
+    column = tile_n * BLOCK_N + tl.arange(0, WIDTH)
+    weight_row = first_column + column
+    weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
+    scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
+
+    total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
+    next_scale = tl.load(scale_at)
+    if TWO:
+        right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        next_right_scale = tl.load(scale_at + K_BLOCKS)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
+        for unrolled in tl.static_range(K_UNROLL):
+            block = step * K_UNROLL + unrolled
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            row_scale, scale = next_row_scale, next_scale
+            next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
+            next_scale = tl.load(scale_at + ahead)
+            x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            w = tl.load(weight_at + block * BLOCK_K)
+            total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
+            if TWO:
+                right_scale = next_right_scale
+                next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
+                w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
+                right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
+
+    out_at = out_ptr + row[:, None] * COLUMNS + column[None, :]
+    tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
+    if TWO:
+        tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["first_column", "capacity"])
@@ -165,64 +288,37 @@ def gemm2_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    FEW_M: tl.constexpr,
+    FEW_STAGES: tl.constexpr,
+    FEW_UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
 
     A tile of 256 columns is two of 128 side by side: each has its own weight scale, and they share the rows, which
-    saves a quarter of the traffic from L2.
+    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`.
     """
-    BLOCK_K: tl.constexpr = 128
-    K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
-    TWO: tl.constexpr = BLOCK_N == 256
-    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
-    tl.static_assert(128 % WIDTH == 0)
     tl.static_assert(COLUMNS % BLOCK_N == 0)
-    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
     expert = tl.arange(0, E_POW2)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
-    k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
-        slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = slot < rows
-        row = (rows_before + slot).to(tl.int64)
-        activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
-        activated_scale_at = activated_scale_ptr + row
-        column = tile_n * BLOCK_N + tl.arange(0, WIDTH)
-        weight_row = first_column + column
-        weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
-        scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
-
-        total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
-        next_scale = tl.load(scale_at)
-        if TWO:
-            right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-            next_right_scale = tl.load(scale_at + K_BLOCKS)
-        for step in range(K_BLOCKS // K_UNROLL):
-            for unrolled in tl.static_range(K_UNROLL):
-                block = step * K_UNROLL + unrolled
-                ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-                row_scale, scale = next_row_scale, next_scale
-                next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
-                next_scale = tl.load(scale_at + ahead)
-                x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-                w = tl.load(weight_at + block * BLOCK_K)
-                total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
-                if TWO:
-                    right_scale = next_right_scale
-                    next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
-                    w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
-                    right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
-
-        out_at = out_ptr + row[:, None] * COLUMNS + column[None, :]
-        tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
-        if TWO:
-            tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])
+        if FEW_M > 0 and rows <= FEW_M:
+            gemm2_tile(
+                activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, first_column, capacity,
+                at, rows, rows_before, tile_m, tile_n,
+                HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL,
+            )  # fmt: skip
+        else:
+            gemm2_tile(
+                activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, first_column, capacity,
+                at, rows, rows_before, tile_m, tile_n,
+                HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+            )  # fmt: skip

@@ -140,10 +140,10 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "K_UNROLL": tile.k_unroll,
+        **_pipelines(tile),
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps, "num_stages": tile.num_stages})
+    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +156,18 @@ def _gemm2_constants(problem: MoEProblem, launch: Launch, tile: Tile, columns: i
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": block_n,
-        "K_UNROLL": tile.k_unroll,
+        **_pipelines(tile),
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps, "num_stages": tile.num_stages})
+    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+
+
+def _pipelines(tile: Tile) -> dict[str, int]:
+    few_m, few_stages, few_unroll = tile.few
+    return {
+        "NUM_STAGES": tile.num_stages,
+        "K_UNROLL": tile.k_unroll,
+        "FEW_M": few_m,
+        "FEW_STAGES": few_stages,
+        "FEW_UNROLL": few_unroll,
+    }

@@ -211,9 +211,7 @@ def as_choice(backend: str | Choice) -> Choice:
     return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
 
 
-def decision_table(
-    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None
-) -> DecisionTable:
+def decision_table(problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
     Warns where a GPU has no policy, and says how to get one.

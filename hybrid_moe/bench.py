@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +27,10 @@ CALLS_PER_GRAPH = 12
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "sgl-deep-gemm", "hybrid-moe")
 
 
+# From an input on given weights to the call that writes its output: what is timed is that call alone.
+Prepare = Callable[[MoEInputs], Callable[[torch.Tensor], object]]
+
+
 @dataclass(slots=True)
 class Case:
     """A workload made ready to measure: inputs on each weight copy, and what the first should give.
@@ -33,8 +39,10 @@ class Case:
     ----------
     inputs
         One for each copy of the weights; same routing, other hidden states.
+    checked
+        ``[N]`` indices of the tokens that the reference holds.
     reference, has_work
-        For the first of them: ``[T, H]`` float32 and ``[T]`` bool.
+        For those tokens of the first inputs: ``[N, H]`` float32 and ``[N]`` bool.
     work
         Rows, active experts, bytes and operations.
     """
@@ -42,69 +50,89 @@ class Case:
     workload: Workload
     problem: MoEProblem
     inputs: list[MoEInputs]
+    checked: torch.Tensor
     reference: torch.Tensor
     has_work: torch.Tensor
     work: Work
 
     @classmethod
-    def make(cls, workload: Workload, problem: MoEProblem, copies: Sequence[LayerWeights]) -> Case:
-        """Draw the inputs and compute the reference, on the weights' device."""
+    def make(
+        cls, workload: Workload, problem: MoEProblem, copies: Sequence[LayerWeights], sample: int | None = None
+    ) -> Case:
+        """Draw the inputs and compute the reference, on the weights' device.
+
+        ``sample`` limits the reference to so many tokens, drawn at random: tokens don't depend on one another, and in
+        float32 all 14107 of the largest workload take half a minute.
+        """
         inputs = [make_inputs(workload, problem, copies[0])]
         for number, weights in enumerate(copies[1:], start=1):
             other = make_inputs(workload, problem, weights)
-            # Other hidden states for the same routing: shifted tokens.
+            # Other hidden states for the same routing: shifted columns.
             inputs.append(
-                other._replace(
-                    routing_logits=inputs[0].routing_logits.clone(),
-                    hidden_states=other.hidden_states.view(torch.uint8).roll(number, dims=1).view(FP8),
-                )
+                other._replace(hidden_states=other.hidden_states.view(torch.uint8).roll(number, dims=1).view(FP8))
+            )
+        first, device = inputs[0], inputs[0].hidden_states.device
+        checked = torch.arange(workload.num_tokens, device=device)
+        if sample is not None and sample < workload.num_tokens:
+            generator = torch.Generator().manual_seed(workload.seed)
+            checked = torch.randperm(workload.num_tokens, generator=generator)[:sample].sort().values.to(device)
+            first = first._replace(
+                routing_logits=first.routing_logits[checked],
+                hidden_states=first.hidden_states.view(torch.uint8)[checked].view(FP8),
+                hidden_states_scale=first.hidden_states_scale[:, checked],
             )
         return cls(
             workload,
             problem,
             inputs,
-            moe_reference(inputs[0], problem),
-            has_local_work(inputs[0], problem),
+            checked,
+            moe_reference(first, problem),
+            has_local_work(first, problem),
             Work.of(inputs[0], problem),
         )
 
 
-def layer(inputs: MoEInputs, problem: MoEProblem, choice: Choice) -> HybridMoE:
-    """A prepared layer of a case's weights, with an explicit backend."""
-    return HybridMoE(
-        inputs.gemm1_weights,
-        inputs.gemm1_weights_scale,
-        inputs.gemm2_weights,
-        inputs.gemm2_weights_scale,
-        inputs.routing_bias,
-        local_expert_offset=inputs.local_expert_offset,
-        routed_scaling_factor=inputs.routed_scaling_factor,
-        top_k=problem.top_k,
-        n_group=problem.n_group,
-        topk_group=problem.topk_group,
-        gate_first=problem.gate_first,
-        backend=choice,
-    )
+def preparing(problem: MoEProblem, choice: Choice) -> Prepare:
+    """How one of our candidates is prepared: a `HybridMoE` with an explicit backend, called with ready inputs."""
 
-
-def check_call(case: Case, run: Callable[[MoEInputs, torch.Tensor], object], tolerance: Tolerance) -> Correctness:
-    """Run once on a poisoned output and compare with the reference."""
-    output = torch.full(case.reference.shape, float("nan"), dtype=torch.bfloat16, device=case.reference.device)
-    run(case.inputs[0], output)
-    return check(output, case.reference, case.has_work, tolerance)
-
-
-def calls_of(case: Case, choice: Choice) -> list[Call]:
-    """The calls that one graph or loop holds, in rotation over the weight copies."""
-    problem = case.problem
-    prepared = [(layer(i, problem, choice), i, torch.empty_like(case.reference, dtype=torch.bfloat16)) for i in case.inputs]
-    calls: list[Call] = []
-    for number in range(CALLS_PER_GRAPH):
-        moe, i, out = prepared[number % len(prepared)]
-        calls.append(
-            lambda moe=moe, i=i, out=out: moe(i.routing_logits, i.hidden_states, i.hidden_states_scale, output=out)
+    def prepare(inputs: MoEInputs) -> Callable[[torch.Tensor], object]:
+        moe = HybridMoE(
+            inputs.gemm1_weights,
+            inputs.gemm1_weights_scale,
+            inputs.gemm2_weights,
+            inputs.gemm2_weights_scale,
+            inputs.routing_bias,
+            local_expert_offset=inputs.local_expert_offset,
+            routed_scaling_factor=inputs.routed_scaling_factor,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            backend=choice,
         )
-    return calls
+        return lambda output: moe(
+            inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output
+        )
+
+    return prepare
+
+
+def check_call(case: Case, run: Callable[[torch.Tensor], object], tolerance: Tolerance) -> Correctness:
+    """Run once on a poisoned output and compare with the reference."""
+    shape = (case.workload.num_tokens, case.problem.hidden_size)
+    output = torch.full(shape, float("nan"), dtype=torch.bfloat16, device=case.reference.device)
+    run(output)
+    return check(output[case.checked], case.reference, case.has_work, tolerance)
+
+
+def calls_of(case: Case, prepare: Prepare) -> list[Call]:
+    """The calls that one graph or loop holds, in rotation over the weight copies."""
+    shape = (case.workload.num_tokens, case.problem.hidden_size)
+    ready = [
+        (prepare(inputs), torch.empty(shape, dtype=torch.bfloat16, device=case.reference.device))
+        for inputs in case.inputs
+    ]
+    return [functools.partial(*ready[number % len(ready)]) for number in range(CALLS_PER_GRAPH)]
 
 
 def measure(
@@ -113,13 +141,17 @@ def measure(
     ceilings: Ceilings,
     environment: dict[str, EnvironmentValue],
     *,
-    timings: Sequence[str] = ("cuda_graph", "eager"),
+    prepare: Prepare | None = None,
+    timings: Sequence[Literal["cuda_graph", "eager"]] = ("cuda_graph", "eager"),
     tolerance: Tolerance = DEFAULT_TOLERANCE,
     runs: int = 15,
 ) -> Iterator[BenchRecord]:
-    """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed."""
+    """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed.
+
+    ``prepare`` says how to run what isn't a registered backend; ``choice.backend`` is then ``peer:<name>``.
+    """
     workload, problem = case.workload, case.problem
-    common = {
+    common: dict[str, Any] = {
         "device": DeviceKey.of(case.reference.device).name,
         "problem": problem.definition,
         "backend": choice.backend,
@@ -136,23 +168,20 @@ def measure(
         "environment": environment,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    prepare = prepare or preparing(problem, choice)
     try:
-        moe = layer(case.inputs[0], problem, choice)
+        run = prepare(case.inputs[0])
     except BackendUnsupportedError as error:
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="unsupported", reason="; ".join(error.reasons))
         return
-    correctness = check_call(
-        case,
-        lambda i, out: moe(i.routing_logits, i.hidden_states, i.hidden_states_scale, output=out),
-        tolerance,
-    )
-    common["correctness"] = RecordCorrectness(**correctness.to_dict())
+    correctness = check_call(case, run, tolerance)
+    common["correctness"] = RecordCorrectness(**correctness.to_dict(), **{"tokens": len(case.checked)})
     if not correctness.passed:
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="failed", reason="; ".join(correctness.failures))
         return
-    calls = calls_of(case, choice)
+    calls = calls_of(case, prepare)
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -161,9 +190,8 @@ def measure(
             yield BenchRecord(**common, timing="cuda_graph", status="passed", latency_us=time_graph(calls, runs))
         else:
             device, host = time_eager(calls, runs)
-            yield BenchRecord(
-                **common, timing="eager", status="passed", latency_us=device, host_us=host.model_dump(mode="json")
-            )
+            common["host_us"] = host.model_dump(mode="json")
+            yield BenchRecord(**common, timing="eager", status="passed", latency_us=device)
 
 
 def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
@@ -175,7 +203,10 @@ def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
         except metadata.PackageNotFoundError:
             continue
     driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return versions | {
         "python": platform.python_version(),

@@ -82,7 +82,8 @@ class MoEProblem:
             if getattr(self, name) % self.block:
                 raise ValueError(f"{name} is {getattr(self, name)}; a multiple of block={self.block} is wanted")
         if self.routing_method not in ROUTING_METHODS:
-            raise ValueError(f"routing_method is {self.routing_method!r}; one of {', '.join(ROUTING_METHODS)} is wanted")
+            known = ", ".join(ROUTING_METHODS)
+            raise ValueError(f"routing_method is {self.routing_method!r}; one of {known} is wanted")
         if not isinstance(self.gate_first, bool):
             raise ValueError(f"gate_first is {self.gate_first!r}; True or False is wanted")
         if self.num_local_experts > self.num_experts:
@@ -176,7 +177,7 @@ class MoEProblem:
             ) from None
         if not 0 <= offset <= last:
             raise ValueError(
-                f"local_expert_offset is {offset}; 0 to {last} is wanted, as {e} of {self.num_experts} experts are local"
+                f"local_expert_offset is {offset}; 0 to {last} is wanted: {e} of {self.num_experts} experts are local"
             )
 
     def check_activations(self, inputs: MoEInputs) -> None:
@@ -255,7 +256,9 @@ def _check(
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")
     if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {list(tensor.stride())}; a contiguous tensor is wanted: call .contiguous()")
+        raise ValueError(
+            f"{name} has strides {list(tensor.stride())}; a contiguous tensor is wanted: call .contiguous()"
+        )
 
 
 @dataclass(frozen=True, slots=True)

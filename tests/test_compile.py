@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compile_pipeline import TOKEN_COUNTS
 
 from hybrid_moe.kernels.grouped_gemm.tiles import tile_plan
 from hybrid_moe.problem import MoEProblem
@@ -18,6 +19,8 @@ from hybrid_moe.problem import MoEProblem
 TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.
 SHARED_MEMORY = 232448
+# Spilled registers go through memory: a tile that needs them is too large.
+SPILL_BYTES = 0
 KERNELS = {"route_kernel", "gemm1_swiglu_kernel", "gemm2_kernel", "combine_kernel"}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -51,7 +54,7 @@ def test_it_fits_into_shared_memory(compiled):
 
 def test_no_register_is_spilled(compiled):
     _, rows = compiled
-    spilled = {describe(row): row["spill_bytes"] for row in rows if row["spill_bytes"] != 0}
+    spilled = {describe(row): row["spill_bytes"] for row in rows if row["spill_bytes"] > SPILL_BYTES}
     assert not spilled
 
 
@@ -59,16 +62,19 @@ def test_every_kernel_of_every_plan_is_there(compiled):
     capability, rows = compiled
     assert {row["kernel"] for row in rows} >= KERNELS
     problem = MoEProblem()
-    token_counts = [*range(1, 2000), *range(2000, 40_000, 99)]
-    plans = {tile_plan(problem, tokens, (capability // 10, 0)) for tokens in token_counts}
-    assert len(plans) > 1
+
+    def plans(token_counts):
+        return {tile_plan(problem, tokens, (capability // 10, 0)) for tokens in token_counts}
+
+    every = plans([*range(1, 2000), *range(2000, 100_000, 99)])
+    assert len(every) > 1
+    assert plans(TOKEN_COUNTS) == every
     for name, tiles in (
-        ("gemm1_swiglu_kernel", {plan.gemm1 for plan in plans}),
-        ("gemm2_kernel", {plan.gemm2 for plan in plans}),
+        ("gemm1_swiglu_kernel", {plan.gemm1 for plan in every}),
+        ("gemm2_kernel", {plan.gemm2 for plan in every}),
     ):
-        keys = ("BLOCK_M", "num_warps", "num_stages")
-        found = {tuple(row["options"][key] for key in keys) for row in rows if row["kernel"] == name}
-        assert found == {(tile.block_m, tile.num_warps, tile.num_stages) for tile in tiles}, name
+        found = {(row["options"]["BLOCK_M"], row["options"]["num_warps"]) for row in rows if row["kernel"] == name}
+        assert found == {(tile.block_m, tile.num_warps) for tile in tiles}, name
 
 
 def test_large_tiles_use_the_chips_matrix_instructions(compiled):

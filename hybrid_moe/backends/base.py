@@ -60,9 +60,7 @@ class Backend(ABC):
             With all of `not_supported_reasons`, if there are any.
         """
 
-    def refuse_if_unsupported(
-        self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
-    ) -> None:
+    def refuse_if_unsupported(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> None:
         """Raise `BackendUnsupportedError` unless `not_supported_reasons` is empty."""
         reasons = self.not_supported_reasons(problem, device, config)
         if reasons:

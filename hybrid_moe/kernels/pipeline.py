@@ -66,9 +66,7 @@ class GroupedGemm(ABC):
         """Every reason why it can't run; an empty list means that it can."""
 
     @abstractmethod
-    def run(
-        self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor
-    ) -> None:
+    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:

@@ -46,9 +46,7 @@ class TritonGroupedGemm(GroupedGemm):
             return 0
         return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
 
-    def run(
-        self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor
-    ) -> None:
+    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """Launch GEMM1, then GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, inputs.num_tokens)
         activated, scale = gemm1(inputs, routed, problem, launch, plan.gemm1)

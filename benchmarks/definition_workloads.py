@@ -91,7 +91,8 @@ def main() -> None:
         for choice in candidates[shift:] + candidates[:shift]:
             peer = PEERS.get(choice.backend)
             tolerance = DEFAULT_TOLERANCE if peer else OWN_KERNELS_TOLERANCE
-            records = list(measure(case, choice, ceilings, environment, prepare=peer, tolerance=tolerance))
+            runs = 15 if workload.num_tokens <= 4096 else 5
+            records = list(measure(case, choice, ceilings, environment, prepare=peer, tolerance=tolerance, runs=runs))
             for record in records:
                 append_record(options.output, record)
             show(case, choice, *records)

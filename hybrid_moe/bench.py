@@ -132,7 +132,11 @@ def calls_of(case: Case, prepare: Prepare) -> list[Call]:
         (prepare(inputs), torch.empty(shape, dtype=torch.bfloat16, device=case.reference.device))
         for inputs in case.inputs
     ]
-    return [functools.partial(*ready[number % len(ready)]) for number in range(CALLS_PER_GRAPH)]
+    calls: list[Call] = []
+    for number in range(CALLS_PER_GRAPH):
+        run, output = ready[number % len(ready)]
+        calls.append(functools.partial(run, output))
+    return calls
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
@@ -60,6 +61,7 @@ TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None = None) -> TilePlan:
     """The plan for ``num_tokens``: a function of the shapes alone, so that a captured graph keeps it."""
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts

@@ -141,8 +141,7 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: i
 
 @functools.lru_cache(maxsize=256)
 def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> tuple[Constants, Constants]:
-    # Not launched programmatically: the routing reads the logits without waiting, so all before them must be done.
-    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "launch_pdl": False, "num_warps": 4})
+    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,

@@ -20,7 +20,8 @@ from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 @triton.jit(do_not_specialize=["num_counters"])
 def clear_kernel(counters_ptr, num_counters, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Set counters to zero. Grid: (1,). Launched without waiting, it holds back only the routing's atomic adds."""
+    """Set counters to zero. Grid: (1,). It holds back only the routing's atomic adds, not its reading of the logits."""
+    wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     for first in range(0, num_counters, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -56,7 +57,7 @@ def route_kernel(
     GROUP_SIZE_POW2: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T,), one warp each. Must follow `clear_kernel`: logits are read before that has finished."""
+    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished."""
     NEG_INF: tl.constexpr = float("-inf")
     let_next_kernel_start(PDL)
 

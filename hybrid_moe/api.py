@@ -11,11 +11,13 @@ import torch
 from . import backends
 from .choice import Choice
 from .policy import Policy, find_policy
-from .problem import DeviceKey, MoEInputs, MoEProblem
+from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
 from .select import Decision, DecisionTable, explicit, resolve
 
 # What runs where no policy speaks: the first of these that is supported.
-DEFAULT_ORDER: tuple[Choice, ...] = tuple(Choice(name) for name in backends.BACKENDS)
+DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
+# On the CPU the reference: the kernels run there in Triton's interpreter alone, for tests.
+CPU_ORDER: tuple[Choice, ...] = DEFAULT_ORDER[::-1]
 
 
 def fused_moe(
@@ -67,7 +69,8 @@ def fused_moe(
     backend
         A name (``"triton_fused"``), ``"name[key=value]"`` or a `Choice`. It runs, or raises: never falls back.
     policy
-        A `Policy`, a policy file or a directory of them; by default the user's own, then the shipped one.
+        A `Policy`, a policy file or a directory of them; by default the user's own, then the shipped one. Files are
+        read once in a process.
 
     Returns
     -------
@@ -151,6 +154,15 @@ class HybridMoE:
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
     ) -> None:
+        check_ranks(
+            {
+                "gemm1_weights": gemm1_weights,
+                "gemm1_weights_scale": gemm1_weights_scale,
+                "gemm2_weights": gemm2_weights,
+                "gemm2_weights_scale": gemm2_weights_scale,
+                "routing_bias": routing_bias,
+            }
+        )
         empty = MoEInputs(
             torch.empty((0, *routing_bias.shape[-1:]), device=routing_bias.device),
             routing_bias,
@@ -224,9 +236,10 @@ def decision_table(problem: MoEProblem, device: DeviceKey, policy: Policy | str 
             "hybrid-moe learn RECORDS.jsonl",
             stacklevel=3,
         )
-    candidates = [*(found.candidates if found else ()), *DEFAULT_ORDER]
+    order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
+    candidates = [*(found.candidates if found else ()), *order]
     refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
-    return resolve(found, problem, device, refusals=refusals, fallback_order=DEFAULT_ORDER)
+    return resolve(found, problem, device, refusals=refusals, fallback_order=order)
 
 
 class _Identity:

@@ -97,13 +97,14 @@ def check(
         raise ValueError(f"output has shape {list(output.shape)}; {list(reference.shape)} is wanted, the reference's")
     failures = []
     idle = output[~has_local_work]
+    idle_error = float(idle.float().abs().max()) if idle.numel() else 0.0
     if idle.numel() and not bool((idle == 0).all()):
         count = int((idle != 0).any(dim=1).sum())
         failures.append(f"{count} of {idle.shape[0]} tokens without local work are not exactly zero")
 
     out, ref = output[has_local_work].float(), reference[has_local_work].float()
     if not out.numel():
-        return Correctness(0.0, 1.0, 1.0, 0.0, tolerance, tuple(failures))
+        return Correctness(0.0, 1.0, 1.0, idle_error, tolerance, tuple(failures))
     if not bool(torch.isfinite(out).all()):
         count = int((~torch.isfinite(out)).sum())
         failures.append(f"{count} of {out.numel()} elements are not finite")
@@ -121,7 +122,8 @@ def check(
         failures.append(f"matched ratio {matched:.4f} is below {tolerance.required_matched_ratio}")
     if not relative_l2 <= tolerance.max_relative_l2:
         failures.append(f"relative L2 {relative_l2:.4f} is above {tolerance.max_relative_l2}")
-    return Correctness(relative_l2, cosine, matched, float(error.max()), tolerance, tuple(failures))
+    largest = max(float(error.max()), idle_error)
+    return Correctness(relative_l2, cosine, matched, largest, tolerance, tuple(failures))
 
 
 def _norm(x: torch.Tensor) -> float:

@@ -7,8 +7,11 @@ The field names and the tensor layouts are those of the flashinfer-bench definit
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -133,18 +136,14 @@ class MoEProblem:
         TypeError
             An argument is no tensor, or has the wrong dtype.
         """
-        sizes = {
-            "routing_logits": 2,
-            "hidden_states": 2,
-            "gemm1_weights": 3,
-            "gemm2_weights": 3,
-        }
-        for name, ndim in sizes.items():
-            tensor = getattr(inputs, name)
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
-            if tensor.ndim != ndim:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
+        # The four whose shapes say what the problem is; the others are then checked against it.
+        sources = ("routing_logits", "hidden_states", "gemm1_weights", "gemm2_weights")
+        check_ranks({name: getattr(inputs, name) for name in sources})
+        for name, size in (("hidden_states", inputs.hidden_states), ("gemm2_weights", inputs.gemm2_weights)):
+            if size.shape[-1] % 128:
+                raise ValueError(
+                    f"{name} has shape {list(size.shape)}; a last size that is a multiple of 128 is wanted"
+                )
         problem = cls(
             num_experts=inputs.routing_logits.shape[1],
             num_local_experts=inputs.gemm1_weights.shape[0],
@@ -168,17 +167,20 @@ class MoEProblem:
         _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
         _check("gemm2_weights_scale", inputs.gemm2_weights_scale, (e, h // b, i // b), torch.float32, device, True)
         _check("routing_bias", inputs.routing_bias, (self.num_experts,), torch.bfloat16, device, contiguous=True)
-        last = self.num_experts - e
-        try:
-            offset = operator.index(inputs.local_expert_offset)
-        except TypeError:
-            raise TypeError(
-                f"local_expert_offset is {inputs.local_expert_offset!r}; an int is wanted, as it decides the launch"
-            ) from None
+        last, offset = self.num_experts - e, inputs.local_expert_offset
+        # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
+        if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
+            raise TypeError(f"local_expert_offset is {offset!r}; an int is wanted: it decides the launch")
+        offset = operator.index(offset)
         if not 0 <= offset <= last:
             raise ValueError(
                 f"local_expert_offset is {offset}; 0 to {last} is wanted: {e} of {self.num_experts} experts are local"
             )
+        factor = inputs.routed_scaling_factor
+        if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):
+            raise TypeError(f"routed_scaling_factor is {factor!r}; a float is wanted")
+        if not math.isfinite(factor):
+            raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
 
     def check_activations(self, inputs: MoEInputs) -> None:
         """Check the tensors that change from call to call."""
@@ -237,6 +239,30 @@ class MoEInputs(NamedTuple):
     def num_tokens(self) -> int:
         """Number of tokens T."""
         return self.hidden_states.shape[0]
+
+
+_RANKS = {
+    "routing_logits": 2,
+    "routing_bias": 1,
+    "hidden_states": 2,
+    "hidden_states_scale": 2,
+    "gemm1_weights": 3,
+    "gemm1_weights_scale": 3,
+    "gemm2_weights": 3,
+    "gemm2_weights_scale": 3,
+}
+
+
+def check_ranks(arguments: Mapping[str, object]) -> None:
+    """Check that those of the definition's tensors that are given are tensors with the right number of dimensions."""
+    for name, ndim in _RANKS.items():
+        if name not in arguments:
+            continue
+        tensor = arguments[name]
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
 
 
 def _check(

@@ -31,12 +31,12 @@ class Workload:
         How the tokens spread over the experts:
 
         ``uniform``
-            logits N(0, 1), bias 0.1 N(0, 1); the first seed from ``seed`` on that gives local work (at T = 1: three
-            active local experts, the mean given that there is any).
+            logits N(0, 1), bias 0.1 N(0, 1); the first seed from ``10000 * seed`` on that gives local work (at T = 1:
+            three active local experts where possible).
         ``zipf``
             as ``uniform``, and the popularity of the local experts falls as 1/rank.
         ``concentrated``
-            every token chooses the same four local experts, and the rest elsewhere if the groups allow it.
+            every token chooses the same local experts, up to four of one group, and the rest elsewhere if it can.
         ``none``
             no token chooses a local expert.
     seed
@@ -158,39 +158,74 @@ def make_routing(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor,
     """
     if workload.routing not in ROUTING_LOADS:
         raise ValueError(f"routing is {workload.routing!r}; one of {', '.join(ROUTING_LOADS)} is wanted")
+    if workload.num_tokens < 0:
+        raise ValueError(f"num_tokens is {workload.num_tokens}; 0 or more is wanted")
     first, count = workload.local_expert_offset, problem.num_local_experts
-    local = slice(first, first + count)
-    if workload.routing in ("uniform", "zipf"):
-        wanted = min(3, problem.max_local_rows_per_token) if workload.num_tokens == 1 else 0
-        for seed in range(workload.seed * 10_000, (workload.seed + 1) * 10_000):
-            logits, bias = _normal_routing(workload.num_tokens, problem, seed)
-            if workload.routing == "zipf":
-                # A shift by log(popularity) of the logit multiplies the odds.
-                logits[:, local] += 2.0 - torch.log(torch.arange(1, count + 1, dtype=torch.float32))
-            ids, _ = route(logits, bias, 1.0, problem)
-            rows = int(((ids >= first) & (ids < first + count)).sum())
-            if workload.num_tokens == 0 or (rows == wanted if wanted else rows > 0):
-                return logits, bias
-        raise ValueError(f"no seed gives local work at {workload}; give more tokens or more local experts")
+    if not 0 <= first <= problem.num_experts - count:
+        raise ValueError(f"local_expert_offset is {first}; 0 to {problem.num_experts - count} is wanted")
+    make = {"uniform": _drawn, "zipf": _drawn, "concentrated": _concentrated, "none": _elsewhere}[workload.routing]
+    return make(workload, problem)
 
+
+def _drawn(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """``uniform`` and ``zipf``: the first seed with local work, at T = 1 with three local rows if one of 300 has so."""
+    first, count = workload.local_expert_offset, problem.num_local_experts
+    wanted = min(3, problem.max_local_rows_per_token)
+    fallback = None
+    for seed in range(workload.seed * 10_000, workload.seed * 10_000 + 300):
+        logits, bias = _normal_routing(workload.num_tokens, problem, seed)
+        if workload.routing == "zipf":
+            # A shift by log(popularity) of the logit multiplies the odds.
+            popularity = torch.log(torch.arange(1, count + 1, dtype=torch.float32))
+            logits[:, first : first + count] += 2.0 - popularity
+        if workload.num_tokens == 0:
+            return logits, bias
+        rows = int(_is_local(logits, bias, workload, problem).sum())
+        if rows == wanted or (rows and workload.num_tokens > 1):
+            return logits, bias
+        if rows and fallback is None:
+            fallback = logits, bias
+    if fallback is None:
+        raise ValueError(f"no seed gives local work at {workload}; give more tokens, or another load")
+    return fallback
+
+
+def _concentrated(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    first, count = workload.local_expert_offset, problem.num_local_experts
     logits, bias = _normal_routing(workload.num_tokens, problem, workload.seed)
-    if workload.routing == "concentrated":
-        # The two best of a group rank it: four strong experts, in one group if they all lie in it, are always kept.
-        hot = min(4, count, problem.top_k)
-        logits[:, first : first + hot] += 12.0
-        others = torch.ones(problem.num_experts, dtype=torch.bool)
-        others[local] = False
-        logits[:, others] += 6.0
-        bias.zero_()
-    else:
-        logits[:, local] -= 30.0
-        bias.zero_()
-        bias[local] = -1.0
-    ids, _ = route(logits, bias, 1.0, problem)
-    is_local = (ids >= first) & (ids < first + count)
-    if workload.routing == "none" and bool(is_local.any()):
+    # Groups are ranked by their two best: the hot experts are those local ones that lie in one group, so that it is
+    # always kept.
+    local = torch.arange(first, first + count)
+    groups = local // problem.group_size
+    hot = local[groups == groups.mode().values][: min(4, problem.top_k)]
+    others = torch.ones(problem.num_experts, dtype=torch.bool)
+    others[local] = False
+    logits[:, others] += 3.0
+    others[: groups.mode().values * problem.group_size] = False
+    others[(groups.mode().values + 1) * problem.group_size :] = False
+    logits[:, others] += 9.0
+    logits[:, hot] = 30.0  # a score of exactly one; no other reaches it
+    bias.zero_()
+    if int(_is_local(logits, bias, workload, problem).sum()) < workload.num_tokens * len(hot):
+        raise ValueError(f"routing 'concentrated' can't be made for {problem} at offset {first}: its group isn't kept")
+    return logits, bias
+
+
+def _elsewhere(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    local = slice(workload.local_expert_offset, workload.local_expert_offset + problem.num_local_experts)
+    logits, bias = _normal_routing(workload.num_tokens, problem, workload.seed)
+    logits[:, local] -= 30.0
+    bias.zero_()
+    bias[local] = -1.0
+    if bool(_is_local(logits, bias, workload, problem).any()):
         raise ValueError(f"routing 'none' can't be made for {problem}: too few experts are elsewhere")
     return logits, bias
+
+
+def _is_local(logits: torch.Tensor, bias: torch.Tensor, workload: Workload, problem: MoEProblem) -> torch.Tensor:
+    ids, _ = route(logits, bias, 1.0, problem)
+    first = workload.local_expert_offset
+    return (ids >= first) & (ids < first + problem.num_local_experts)
 
 
 def _normal_routing(num_tokens: int, problem: MoEProblem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,18 +1,23 @@
 """One pipeline of this package's Triton kernels, with a pluggable grouped GEMM.
 
-Launches: routing and sorting; GEMM1 with gather, SwiGLU and quantisation; GEMM2; combine. Weights stay in the
-definition's layout. Nothing is read back to the host: grids depend on the shapes alone.
+Launches: clearing of counters, routing and sorting; GEMM1 with gather, SwiGLU and quantisation; GEMM2; combine. A
+library's grouped GEMM (`gemm` other than ``"triton"``) has a gather before and SwiGLU with quantisation between. Weights
+stay in the definition's layout. Nothing is read back to the host: grids depend on the shapes alone.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..problem import DeviceKey, MoEInputs, MoEProblem
 from .base import Backend, ConfigValue, Runner
+
+if TYPE_CHECKING:
+    from ..kernels.pipeline import GroupedGemm
 
 GEMMS = ("triton", "sgl_kernel", "deep_gemm")
 # Hopper and data-centre Blackwell: what the kernels are compiled and tested for.
@@ -46,7 +51,7 @@ class TritonFused(Backend):
             )
         if not reasons:
             gemm = str(config.get("gemm", self.default_config["gemm"]))
-            reasons.extend(_gemm(gemm).not_supported_reasons(problem, device))
+            reasons.extend(_gemm(gemm, device).not_supported_reasons(problem, device))
         return reasons
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
@@ -59,12 +64,12 @@ def _text(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
-def _gemm(name: str):
+def _gemm(name: str, device: DeviceKey) -> GroupedGemm:
     # Imported where used: `import hybrid_moe` imports no kernel library.
     if name == "triton":
         from ..kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 
-        return TritonGroupedGemm()
+        return TritonGroupedGemm(device.capability)
     if name == "sgl_kernel":
         from ..kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 
@@ -79,7 +84,7 @@ class _TritonRunner(Runner):
         from ..kernels import interpreter, pipeline
 
         self._problem = problem
-        self._gemm = _gemm(gemm)
+        self._gemm = _gemm(gemm, device)
         self._route = pipeline.route
         if interpreter.interpreting():
             interpreter.repair()

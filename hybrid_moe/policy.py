@@ -425,7 +425,7 @@ def find_policy(
             return found[1], f"{kind} {found[0]}"
     return None, (
         f"no policy for {device} with {_describe_problem(problem)} in {user} or {shipped}; "
-        "`hybrid-moe regenerate` measures and learns one"
+        "`hybrid-moe learn` makes one from measurements"
     )
 
 

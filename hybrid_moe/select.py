@@ -221,7 +221,7 @@ def choose(
     if unmeasured:
         hint = (
             f"\nNot measured on {device.name}, but able to run: {', '.join(unmeasured)}; name one as backend=, "
-            "or measure it with `hybrid-moe regenerate`"
+            "or measure it there and learn the policy anew (`hybrid-moe learn`)"
         )
     others = [c for c in fallback_order if c not in tried and refusals.get(c)]
     raise NoBackendError(_nothing(device, [*policy.candidates, *others], refusals) + hint)

@@ -208,7 +208,7 @@ def test_lookup_order(dirs, tmp_path):
     problem = MoEProblem()
     found, where = find_policy(problem, "gpu_x")
     assert found is None
-    assert str(user) in where and str(shipped) in where and "hybrid-moe regenerate" in where
+    assert str(user) in where and str(shipped) in where and "hybrid-moe learn" in where
 
     save_policy(make_policy(default_reason="shipped"), policy_path(shipped, "gpu_x", problem))
     found, where = find_policy(problem, "gpu_x")

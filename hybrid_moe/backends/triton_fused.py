@@ -1,8 +1,8 @@
 """One pipeline of this package's Triton kernels, with a pluggable grouped GEMM.
 
-Launches: clearing of counters, routing and sorting; GEMM1 with gather, SwiGLU and quantisation; GEMM2; combine. A
-library's grouped GEMM (`gemm` other than ``"triton"``) has a gather before and SwiGLU with quantisation between. Weights
-stay in the definition's layout. Nothing is read back to the host: grids depend on the shapes alone.
+Launches: clearing of counters; routing and sorting; GEMM1 with gather, SwiGLU and quantisation; GEMM2; combine. A
+library's grouped GEMM (`gemm` other than ``"triton"``) has a gather before and SwiGLU with quantisation between its
+two. Weights stay in the definition's layout. Nothing is read back to the host: grids depend on the shapes alone.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from ..launch import Constants, Kernel
 from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
-from .triton import gemm1_swiglu_kernel, gemm2_kernel
+from .triton_kernels import gemm1_swiglu_kernel, gemm2_kernel
 
 
 class TritonGroupedGemm(GroupedGemm):

@@ -185,6 +185,32 @@ class HybridMoE:
         choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
         self._runners = {choice: backends.prepare(self.problem, self.device, choice) for choice in choices}
 
+    @classmethod
+    def from_inputs(
+        cls,
+        inputs: MoEInputs,
+        problem: MoEProblem,
+        *,
+        backend: str | Choice | None = None,
+        policy: Policy | str | Path | None = None,
+    ) -> HybridMoE:
+        """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all."""
+        return cls(
+            inputs.gemm1_weights,
+            inputs.gemm1_weights_scale,
+            inputs.gemm2_weights,
+            inputs.gemm2_weights_scale,
+            inputs.routing_bias,
+            local_expert_offset=inputs.local_expert_offset,
+            routed_scaling_factor=inputs.routed_scaling_factor,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            backend=backend,
+            policy=policy,
+        )
+
     def __call__(
         self,
         routing_logits: torch.Tensor,

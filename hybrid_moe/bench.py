@@ -96,20 +96,7 @@ def preparing(problem: MoEProblem, choice: Choice) -> Prepare:
     """How one of our candidates is prepared: a `HybridMoE` with an explicit backend, called with ready inputs."""
 
     def prepare(inputs: MoEInputs) -> Callable[[torch.Tensor], object]:
-        moe = HybridMoE(
-            inputs.gemm1_weights,
-            inputs.gemm1_weights_scale,
-            inputs.gemm2_weights,
-            inputs.gemm2_weights_scale,
-            inputs.routing_bias,
-            local_expert_offset=inputs.local_expert_offset,
-            routed_scaling_factor=inputs.routed_scaling_factor,
-            top_k=problem.top_k,
-            n_group=problem.n_group,
-            topk_group=problem.topk_group,
-            gate_first=problem.gate_first,
-            backend=choice,
-        )
+        moe = HybridMoE.from_inputs(inputs, problem, backend=choice)
         return lambda output: moe(
             inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output
         )

@@ -139,17 +139,7 @@ def inputs_of(weights, tokens, seed=0):
 
 
 def layer_of(inputs, **options):
-    return HybridMoE(
-        inputs.gemm1_weights,
-        inputs.gemm1_weights_scale,
-        inputs.gemm2_weights,
-        inputs.gemm2_weights_scale,
-        inputs.routing_bias,
-        local_expert_offset=inputs.local_expert_offset,
-        routed_scaling_factor=inputs.routed_scaling_factor,
-        **ROUTING,
-        **options,
-    )
+    return HybridMoE.from_inputs(inputs, PROBLEM, **options)
 
 
 def call(layer, inputs, **options):

@@ -38,16 +38,7 @@ def assert_right(inputs, output, twin=False):
 
 
 def layer_of(inputs):
-    return HybridMoE(
-        inputs.gemm1_weights,
-        inputs.gemm1_weights_scale,
-        inputs.gemm2_weights,
-        inputs.gemm2_weights_scale,
-        inputs.routing_bias,
-        local_expert_offset=inputs.local_expert_offset,
-        routed_scaling_factor=inputs.routed_scaling_factor,
-        backend=CHOICE,
-    )
+    return HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend=CHOICE)
 
 
 @pytest.mark.parametrize("workload", DEFINITION_WORKLOADS, ids=lambda w: f"T{w.num_tokens}")

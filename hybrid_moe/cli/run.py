@@ -81,21 +81,7 @@ def run(
         weights = random_weights(problem, where)
         begin("making the inputs")
         inputs = make_inputs(point, problem, weights)
-        layer = HybridMoE(
-            weights.gemm1_weights,
-            weights.gemm1_weights_scale,
-            weights.gemm2_weights,
-            weights.gemm2_weights_scale,
-            inputs.routing_bias,
-            local_expert_offset=inputs.local_expert_offset,
-            routed_scaling_factor=inputs.routed_scaling_factor,
-            top_k=problem.top_k,
-            n_group=problem.n_group,
-            topk_group=problem.topk_group,
-            gate_first=problem.gate_first,
-            backend=backend,
-            policy=policy,
-        )
+        layer = HybridMoE.from_inputs(inputs, problem, backend=backend, policy=policy)
         decision = layer.explain(point.num_tokens)
         output = poisoned_output(inputs, problem)
 

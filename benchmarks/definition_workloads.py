@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peers import deep_gemm_pipeline, sgl_pipeline
 
+from hybrid_moe import backends
 from hybrid_moe.bench import Case, Prepare, check_call, environment_of, measure, preparing
 from hybrid_moe.choice import BackendUnsupportedError, Choice
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE
-from hybrid_moe.problem import MoEInputs
+from hybrid_moe.problem import DeviceKey, MoEInputs
 from hybrid_moe.records import BenchRecord, append_record
 from hybrid_moe.timing import measure_ceilings
 from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, ROUTING_LOADS, Workload, random_weights
@@ -30,12 +30,16 @@ SAMPLED_TOKENS = 1024
 
 def sgl_peer(inputs: MoEInputs):
     """The pipeline of sgl-kernel's pieces."""
+    from peers import sgl_pipeline  # where used, as the libraries may be missing
+
     prepared = sgl_pipeline.prepare(inputs, DEEPSEEK_V3)
     return lambda output: sgl_pipeline.run(inputs, DEEPSEEK_V3, output, prepared)
 
 
 def deep_gemm_peer(inputs: MoEInputs):
     """The pipeline of DeepGEMM and torch."""
+    from peers import deep_gemm_pipeline
+
     return lambda output: deep_gemm_pipeline.run(inputs, DEEPSEEK_V3, output)
 
 
@@ -61,10 +65,9 @@ def main() -> None:
     parser.add_argument("--load-library", type=Path, help="a library of torch operators to load first, as sgl-kernel's")
     parser.add_argument("--version-of-library", default="", help="its package and version, as sglang-kernel=0.4.5")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("an NVIDIA GPU is wanted; torch finds none")
 
-    candidates = [Choice.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
-    if options.all:
-        candidates = [*OURS, *map(Choice, PEERS)]
     workloads = [w for w in DEFINITION_WORKLOADS if not options.tokens or w.num_tokens in options.tokens]
     known = {w.num_tokens for w in workloads}
     extra = options.tokens or (BETWEEN if options.between else ())
@@ -77,6 +80,12 @@ def main() -> None:
         torch.ops.load_library(options.load_library)
         package, _, version = options.version_of_library.partition("=")
         environment[package] = version
+    candidates = [Choice.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
+    if options.all:
+        # A peer runs where its library does, which our pipeline around the same library knows.
+        device = DeviceKey.of("cuda")
+        supported = [c.config["gemm"] for c in OURS if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
+        candidates = [*OURS, *(Choice(name) for name in PEERS if name.removeprefix("peer:") in supported)]
     print(environment, flush=True)
     copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"

@@ -138,8 +138,8 @@ def inputs_of(weights, tokens, seed=0):
     return make_inputs(Workload(tokens, 5, seed=seed), PROBLEM, weights)
 
 
-def layer_of(inputs, **options):
-    return HybridMoE.from_inputs(inputs, PROBLEM, **options)
+def layer_of(inputs, gate_first=False, **options):
+    return HybridMoE.from_inputs(inputs, dataclasses.replace(PROBLEM, gate_first=gate_first), **options)
 
 
 def call(layer, inputs, **options):

@@ -9,6 +9,7 @@ one process and in rotating order. Writes one BenchRecord a line and prints a ta
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def main() -> None:
     copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
     print(f"{head} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
+    all_right = True
     for number, workload in enumerate(workloads):
         case = Case.make(workload, DEEPSEEK_V3, copies, SAMPLED_TOKENS if options.sample else None)
         others = [
@@ -113,7 +115,21 @@ def main() -> None:
                     continue
                 if not result.passed:
                     print(f"WRONG at seed {other.workload.seed}: {choice} {result}", flush=True)
+                    # The learner then drops the candidate at this T: its speed at the first seed counts for nothing.
+                    wrong = records[0].model_copy(
+                        update={
+                            "seed": other.workload.seed,
+                            "workload": None,
+                            "status": "failed",
+                            "reason": "; ".join(result.failures),
+                            "latency_us": None,
+                        }
+                    )
+                    append_record(options.output, wrong)
+                    all_right = False
         del case, others
+    if not all_right:
+        sys.exit(1)
 
 
 def show(case: Case, choice: Choice, graph: BenchRecord, eager: BenchRecord) -> None:

@@ -160,7 +160,7 @@ def compile_all(jobs: list[tuple[str, Tile, int]], workers: int) -> set[tuple[st
     bad, seen = set(), {}
     for which, tile, tokens in jobs:
         chunk = column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)) if which == "gemm2" else 0
-        seen.setdefault((which, tile, chunk, tokens == 1, tokens % 16 == 0, tokens % 2), tokens)
+        seen.setdefault((which, tile, chunk), tokens)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, key[0], key[1], tokens): key for key, tokens in seen.items()}
         for future in as_completed(futures):

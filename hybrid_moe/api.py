@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import backends
-from .choice import Choice
+from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, find_policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
 from .select import Decision, DecisionTable, explicit, resolve
@@ -164,7 +164,7 @@ class HybridMoE:
             }
         )
         empty = MoEInputs(
-            torch.empty((0, *routing_bias.shape[-1:]), device=routing_bias.device),
+            torch.empty((0, *routing_bias.shape[-1:]), dtype=torch.float32, device=routing_bias.device),
             routing_bias,
             gemm1_weights.new_empty((0, *gemm1_weights.shape[-1:])),
             gemm1_weights_scale.new_empty((gemm1_weights_scale.shape[-1], 0)),
@@ -249,10 +249,12 @@ def as_choice(backend: str | Choice) -> Choice:
     return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
 
 
-def decision_table(problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None) -> DecisionTable:
+def decision_table(
+    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None, *, stacklevel: int = 3
+) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
-    Warns where a GPU has no policy, and says how to get one.
+    Warns where a GPU has no policy, and says how to get one; ``stacklevel`` is that of the warning's place.
     """
     found, _ = find_policy(problem, device.name, policy)
     if found is None and device.name != "cpu":
@@ -260,12 +262,28 @@ def decision_table(problem: MoEProblem, device: DeviceKey, policy: Policy | str 
             f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
             f"{', '.join(map(str, DEFAULT_ORDER))} runs at every token count. Learn one from measurements on this GPU: "
             "hybrid-moe learn RECORDS.jsonl",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
     candidates = [*(found.candidates if found else ()), *order]
     refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
-    return resolve(found, problem, device, refusals=refusals, fallback_order=order)
+    while True:
+        table = resolve(found, problem, device, refusals=refusals, fallback_order=order)
+        # Some refuse only when they are prepared, as a library that is installed but doesn't load.
+        late = {
+            choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))
+        }
+        if not late:
+            return table
+        refusals |= late
+
+
+def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
+    try:
+        backends.prepare(problem, device, choice)
+    except BackendUnsupportedError as error:
+        return tuple(error.reasons)
+    return ()
 
 
 class _Identity:
@@ -287,7 +305,7 @@ class _Identity:
 
 @functools.lru_cache(maxsize=256)
 def _cached_table(problem: MoEProblem, device: DeviceKey, policy: _Identity) -> DecisionTable:
-    return decision_table(problem, device, policy.value)
+    return decision_table(problem, device, policy.value, stacklevel=4)
 
 
 def _output(problem: MoEProblem, inputs: MoEInputs, output: torch.Tensor | None) -> torch.Tensor:

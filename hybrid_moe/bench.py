@@ -153,6 +153,7 @@ def measure(
         "seed": workload.seed,
         "workload": workload.uuid,
         "num_experts": problem.num_experts,
+        "gate_first": problem.gate_first,
         "local_rows": case.work.local_rows,
         "active_experts": case.work.active_experts,
         "floor_us": round(case.work.floor_us(ceilings), 3),

@@ -139,10 +139,11 @@ class BenchRecord(_Model):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What was measured and how: a run that is resumed skips the keys that it has. Hashable."""
+        """What was measured and how: two records with one key are two measurements of the same. Hashable."""
         config = tuple(sorted(self.config.items()))
         workload = (self.num_tokens, self.local_expert_offset, self.routing, self.seed)
-        return (self.device, self.problem, self.backend, config, *workload, self.timing)
+        problem = (self.problem, self.num_experts or 256, bool(self.gate_first))
+        return (self.device, *problem, self.backend, config, *workload, self.timing)
 
 
 def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:

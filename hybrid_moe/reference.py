@@ -48,7 +48,8 @@ def route(
         kept = _top_lower_index_first(group_scores, problem.topk_group)
         eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
         dropped = ~eligible.repeat_interleave(problem.group_size, dim=1)
-        biased = biased.masked_fill(dropped, torch.finfo(torch.float32).min)
+        # A dropped group comes after even an expert that a bias of -inf masks.
+        biased = biased.clamp_min(torch.finfo(torch.float32).min).masked_fill(dropped, -torch.inf)
     ids = _top_lower_index_first(biased, problem.top_k)
     weights = scores.gather(1, ids)
     weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20) * routed_scaling_factor

@@ -109,7 +109,7 @@ def measure_ceilings() -> Ceilings:
     block = 8192
     source = torch.randint(0, 100, (2**30,), dtype=torch.int32, device="cuda")
     sink = torch.empty(block, dtype=torch.int32, device="cuda")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     def read() -> None:
         _read_kernel[(multiprocessors * 8,)](source, sink, source.numel() // block, BLOCK=block, num_warps=8)

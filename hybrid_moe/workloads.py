@@ -107,15 +107,22 @@ def _random_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     e, b = problem.num_local_experts, problem.block
     values = torch.empty((e, *shape), dtype=FP8, device=device)
-    scale = torch.empty((e, shape[0] // b, shape[1] // b), device=device)
+    scale = torch.empty((e, shape[0] // b, shape[1] // b), dtype=torch.float32, device=device)
     for expert in range(e):
-        blocks = torch.randn((shape[0] // b, b, shape[1] // b, b), device=device, generator=generator)
+        blocks = torch.randn(
+            (shape[0] // b, b, shape[1] // b, b), dtype=torch.float32, device=device, generator=generator
+        )
         scale[expert] = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
         values[expert] = (blocks / scale[expert][:, None, :, None]).reshape(shape).to(FP8)
         # Blocks of a trained layer differ in size: vary the scales, or a wrong block index would go unseen.
-        spread = torch.rand(scale[expert].shape, device=device, generator=generator) + 0.5
+        spread = torch.rand(scale[expert].shape, dtype=torch.float32, device=device, generator=generator) + 0.5
         scale[expert] *= std * spread
     return values, scale
+
+
+def _normal(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> torch.Tensor:
+    # The dtype is said outright: models are loaded under other default dtypes.
+    return torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
 
 
 def make_inputs(
@@ -130,10 +137,10 @@ def make_inputs(
     logits, bias = make_routing(workload, problem)
     generator = torch.Generator(device).manual_seed(workload.seed + 1)
     tokens, blocks = workload.num_tokens, problem.hidden_size // problem.block
-    pieces = torch.randn((tokens, blocks, problem.block), device=device, generator=generator)
+    pieces = _normal((tokens, blocks, problem.block), device, generator)
     scale = pieces.abs().amax(dim=2) / FP8_MAX
     hidden = (pieces / scale.unsqueeze(2)).to(FP8).reshape(tokens, problem.hidden_size)
-    spread = torch.rand((tokens, blocks), device=device, generator=generator) + 0.5
+    spread = torch.rand((tokens, blocks), dtype=torch.float32, device=device, generator=generator) + 0.5
     return MoEInputs(
         routing_logits=logits.to(device),
         routing_bias=bias.to(device),
@@ -230,6 +237,6 @@ def _is_local(logits: torch.Tensor, bias: torch.Tensor, workload: Workload, prob
 
 def _normal_routing(num_tokens: int, problem: MoEProblem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    bias = 0.1 * torch.randn(problem.num_experts, generator=generator)
-    logits = torch.randn((num_tokens, problem.num_experts), generator=generator)
+    bias = 0.1 * torch.randn(problem.num_experts, dtype=torch.float32, generator=generator)
+    logits = torch.randn((num_tokens, problem.num_experts), dtype=torch.float32, generator=generator)
     return logits, bias.bfloat16()

@@ -22,6 +22,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
+from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
 
@@ -110,6 +112,13 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
         routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
         gemm.run(inputs, routed, problem, launch, output)
+        # Around a library's grouped GEMM: sgl-kernel's scales are row-major and its rows unpadded, DeepGEMM's neither.
+        for align, row_major in ((1, True), (128, False)):
+            capacity = padded_capacity(problem, tokens, align)
+            rows = Rows.allocate(problem, capacity, output.device, align=align, row_major_scales=row_major)
+            gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
+            swiglu(routed, problem, launch, rows)
+            pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

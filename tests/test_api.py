@@ -531,3 +531,32 @@ def test_the_layer_explains_an_explicit_backend(inputs):
     decision = layer_of(inputs, backend="torch_reference").explain(3)
     assert (decision.choice, decision.source, decision.regime) == (REFERENCE, "explicit", None)
     assert decision.to_dict()["backend"] == "torch_reference"
+
+
+def test_another_default_dtype(inputs):
+    """Serving code loads models under a default dtype of bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        output = call(layer_of(inputs, backend=REFERENCE), inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(output, fused_moe(*inputs, **ROUTING, backend=REFERENCE))
+
+
+def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, inputs, monkeypatch):
+    """A library may be installed and not load: that is known when it is prepared, and the next candidate runs."""
+
+    def refuse(self, problem, device, config):
+        raise BackendUnsupportedError(Choice(self.name, config), ["its library doesn't load"])
+
+    stub = backends.BACKENDS["flashinfer_trtllm"]
+    monkeypatch.setattr(type(stub), "not_supported_reasons", lambda *_: [])
+    monkeypatch.setattr(type(stub), "prepare", refuse)
+    monkeypatch.setattr(api, "CPU_ORDER", (Choice("flashinfer_trtllm"), api.as_choice("torch_reference")))
+    backends.not_supported_reasons.cache_clear()
+    try:
+        decision = layer_of(inputs).explain(7)
+    finally:
+        backends.not_supported_reasons.cache_clear()
+    assert decision.choice == api.as_choice("torch_reference")
+    assert any("its library doesn't load" in reason for reason in decision.reasons)

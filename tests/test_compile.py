@@ -22,7 +22,15 @@ SHARED_MEMORY = 232448
 # Spilled registers go through memory: a tile that needs more is too large. On Hopper the largest tiles keep a few
 # addresses there, and were measured faster than smaller tiles without.
 SPILL_BYTES = {90: 64, 100: 0}
-KERNELS = {"route_kernel", "gemm1_swiglu_kernel", "gemm2_kernel", "combine_kernel"}
+KERNELS = {
+    "clear_kernel",
+    "route_kernel",
+    "gemm1_swiglu_kernel",
+    "gemm2_kernel",
+    "combine_kernel",
+    "gather_kernel",
+    "swiglu_quantize_kernel",
+}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
@@ -75,8 +83,11 @@ def test_every_kernel_of_every_plan_is_there(compiled):
         ("gemm1_swiglu_kernel", {plan.gemm1 for plan in every}),
         ("gemm2_kernel", {plan.gemm2 for plan in every}),
     ):
-        found = {(row["options"]["BLOCK_M"], row["options"]["num_warps"]) for row in rows if row["kernel"] == name}
-        assert found == {(tile.block_m, tile.num_warps) for tile in tiles}, name
+        keys = ("BLOCK_M", "BLOCK_N", "num_warps", "NUM_STAGES", "K_UNROLL", "FEW_M", "FEW_STAGES", "FEW_UNROLL")
+        found = {tuple(row["options"][key] for key in keys) for row in rows if row["kernel"] == name}
+        assert found == {
+            (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll, *tile.few) for tile in tiles
+        }, name
 
 
 def test_large_tiles_use_the_chips_matrix_instructions(compiled):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from hybrid_moe import DeviceKey, HybridMoE, api, backends, fused_moe
+from hybrid_moe import Choice, DeviceKey, HybridMoE, api, backends, fused_moe
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.reference import has_local_work, moe_reference
 from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, make_inputs, random_weights
 
 pytestmark = pytest.mark.gpu
 
-CHOICE = api.as_choice("triton_fused")
+CHOICES = [api.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
 TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
 OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
 
@@ -18,15 +18,21 @@ OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
 @pytest.fixture(scope="session")
 def weights():
     """The 1.4 GB of one rank's layer."""
-    reasons = backends.not_supported_reasons(DEEPSEEK_V3, DeviceKey.of("cuda"), CHOICE)
-    if reasons:
-        pytest.skip(f"triton_fused can't run on this GPU: {'; '.join(reasons)}")
     return random_weights(DEEPSEEK_V3, "cuda")
 
 
-def run(inputs):
+@pytest.fixture(params=CHOICES, ids=str)
+def choice(request):
+    """Each grouped GEMM of the pipeline; skipped with the reasons of one that can't run here."""
+    reasons = backends.not_supported_reasons(DEEPSEEK_V3, DeviceKey.of("cuda"), request.param)
+    if reasons:
+        pytest.skip(f"{request.param} can't run here: {'; '.join(reasons)}")
+    return request.param
+
+
+def run(inputs, choice):
     output = torch.full((inputs.num_tokens, 7168), float("nan"), dtype=torch.bfloat16, device="cuda")
-    assert fused_moe(*inputs, backend=CHOICE, output=output) is output
+    assert fused_moe(*inputs, backend=choice, output=output) is output
     return output
 
 
@@ -37,30 +43,30 @@ def assert_right(inputs, output, twin=False):
     assert check(output, reference, work, TWIN_TOLERANCE if twin else OWN_KERNELS_TOLERANCE).failures == ()
 
 
-def layer_of(inputs):
-    return HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend=CHOICE)
+def layer_of(inputs, choice):
+    return HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend=choice)
 
 
 @pytest.mark.parametrize("workload", DEFINITION_WORKLOADS, ids=lambda w: f"T{w.num_tokens}")
-def test_the_definitions_workloads(weights, workload):
+def test_the_definitions_workloads(weights, choice, workload):
     inputs = make_inputs(workload, DEEPSEEK_V3, weights)
-    assert_right(inputs, run(inputs))
+    assert_right(inputs, run(inputs, choice))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tokens", [1, 15, 80, 901])
-def test_seeds(weights, tokens, seed):
+def test_seeds(weights, choice, tokens, seed):
     inputs = make_inputs(Workload(tokens, OFFSETS[tokens], seed=seed), DEEPSEEK_V3, weights)
-    output = run(inputs)
+    output = run(inputs, choice)
     assert_right(inputs, output)
     assert_right(inputs, output, twin=True)
 
 
 @pytest.mark.parametrize("routing", ["zipf", "concentrated", "none"])
 @pytest.mark.parametrize("tokens", [1, 80, 2048])
-def test_routing_loads(weights, tokens, routing):
+def test_routing_loads(weights, choice, tokens, routing):
     inputs = make_inputs(Workload(tokens, 96, routing), DEEPSEEK_V3, weights)
-    output = run(inputs)
+    output = run(inputs, choice)
     if routing == "none":
         assert torch.count_nonzero(output) == 0  # NaN counts as non-zero
     else:
@@ -68,17 +74,17 @@ def test_routing_loads(weights, tokens, routing):
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 80, 901, 14107])
-def test_same_input_same_bits(weights, tokens):
+def test_same_input_same_bits(weights, choice, tokens):
     inputs = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
-    first = run(inputs)
+    first = run(inputs, choice)
     for _ in range(3):
-        assert torch.equal(run(inputs), first)
+        assert torch.equal(run(inputs, choice), first)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 80, 901])
-def test_a_graph_replays_with_changed_data(weights, tokens):
+def test_a_graph_replays_with_changed_data(weights, choice, tokens):
     static = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
-    layer = layer_of(static)
+    layer = layer_of(static, choice)
     activations = (static.routing_logits, static.hidden_states, static.hidden_states_scale)
     output = torch.empty((tokens, 7168), dtype=torch.bfloat16, device="cuda")
     side = torch.cuda.Stream()
@@ -109,38 +115,38 @@ def test_a_graph_replays_with_changed_data(weights, tokens):
             assert_right(fresh, output)
 
 
-def test_two_streams_at_once(weights):
+def test_two_streams_at_once(weights, choice):
     cases = [make_inputs(Workload(80, 96, seed=seed), DEEPSEEK_V3, weights) for seed in range(4)]
-    wanted = [run(inputs) for inputs in cases]
+    wanted = [run(inputs, choice) for inputs in cases]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
     results = []
     for _ in range(5):
         for stream, inputs in zip(streams, cases, strict=True):
             with torch.cuda.stream(stream):
-                results.append(fused_moe(*inputs, backend=CHOICE))
+                results.append(fused_moe(*inputs, backend=choice))
     torch.cuda.synchronize()
     for number, result in enumerate(results):
         assert torch.equal(result, wanted[number % 4])
 
 
-def test_no_synchronisation(weights):
+def test_no_synchronisation(weights, choice):
     inputs = make_inputs(Workload(80, 96), DEEPSEEK_V3, weights)
-    run(inputs)
+    run(inputs, choice)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = fused_moe(*inputs, backend=CHOICE)
+        output = fused_moe(*inputs, backend=choice)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert_right(inputs, output)
 
 
-def test_workspace(weights):
+def test_workspace(weights, choice):
     for tokens in (15, 901, 14107):
         inputs = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
-        layer = layer_of(inputs)
-        output = run(inputs)
+        layer = layer_of(inputs, choice)
+        output = run(inputs, choice)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -152,9 +158,9 @@ def test_workspace(weights):
         assert abs(taken - layer.workspace_bytes(tokens)) <= 32 * 512 + taken // 50, tokens
 
 
-def test_tensors_on_two_devices(weights):
+def test_tensors_on_two_devices(weights, choice):
     inputs = make_inputs(Workload(15, 32), DEEPSEEK_V3, weights)
     with pytest.raises(ValueError, match="hidden_states is on cpu; cuda:0 is wanted"):
-        fused_moe(*inputs._replace(hidden_states=inputs.hidden_states.cpu()), backend=CHOICE)
+        fused_moe(*inputs._replace(hidden_states=inputs.hidden_states.cpu()), backend=choice)
     with pytest.raises(ValueError, match="routing_bias is on cpu; cuda:0 is wanted"):
-        fused_moe(*inputs._replace(routing_bias=inputs.routing_bias.cpu()), backend=CHOICE)
+        fused_moe(*inputs._replace(routing_bias=inputs.routing_bias.cpu()), backend=choice)

@@ -370,7 +370,9 @@ def test_any_problem(case):
 
 
 def launch_of(problem):
-    return backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)._launch
+    backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)  # repairs the interpreter
+    device = torch.device(DEVICE)
+    return pipeline.launch_on(torch.device("cuda", 0) if device.type == "cuda" else device)
 
 
 def routing_inputs(problem, logits, bias, offset, factor=2.5):
@@ -457,3 +459,19 @@ def test_combine(tokens):
     picked[pair < 0] = 0
     wanted = (picked * routed.pair_weight.cpu().unsqueeze(2)).sum(dim=1)
     torch.testing.assert_close(output.cpu().float(), wanted, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [1, 10])
+def test_routing_with_masked_experts(masked):
+    """A bias of -inf masks an expert; groups of 3 and 5 leave places of no expert beside them."""
+    for problem in (
+        MoEProblem(15, 4, 6, 5, 2, 256, 128),
+        MoEProblem(24, 6, 3, 8, 4, 256, 128),
+    ):
+        generator = torch.Generator().manual_seed(masked)
+        logits = torch.randn((6, problem.num_experts), generator=generator)
+        bias = torch.full((problem.num_experts,), -4.0)
+        bias[: problem.group_size + 2] = 0.0
+        bias[torch.randperm(problem.num_experts, generator=generator)[:masked]] = -torch.inf
+        for offset in (0, problem.num_experts - problem.num_local_experts):
+            assert_routed(problem, routing_inputs(problem, logits, bias, offset))

@@ -182,16 +182,15 @@ class _TrtllmRunner(Runner):
         self._layer_arguments = layer_arguments(problem)
 
     def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
-        """Call flashinfer.
+        """Call flashinfer, which reads these three tensors as packed whatever their strides: copied where they aren't.
 
-        Raises
-        ------
-        ValueError
-            If a tensor that flashinfer reads as packed isn't contiguous.
+        A call at another T may go to a backend that takes any strides, so refusing here would be in mid-serving.
         """
-        _check_packed("routing_logits", inputs.routing_logits)
-        _check_packed("hidden_states", inputs.hidden_states)
-        _check_packed("hidden_states_scale", inputs.hidden_states_scale)
+        inputs = inputs._replace(
+            routing_logits=inputs.routing_logits.contiguous(),
+            hidden_states=inputs.hidden_states.contiguous(),
+            hidden_states_scale=inputs.hidden_states_scale.contiguous(),
+        )
         # flashinfer asks the current device, and before 0.6.16 launches on it whatever the tensors' device.
         with torch.cuda.device_of(output):
             self._moe(**inputs._asdict(), output=output, **self._layer_arguments)
@@ -209,14 +208,6 @@ class _TrtllmRunner(Runner):
         gemm1, activation, gemm2 = 2 * p.intermediate_size, p.intermediate_size, 2 * p.hidden_size
         scales = 4 * (gemm1 + activation) // p.block
         return rows * (gemm1 + activation + gemm2 + scales)
-
-
-def _check_packed(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has strides {list(tensor.stride())}; flashinfer_trtllm wants a contiguous tensor: "
-            "call .contiguous()"
-        )
 
 
 def _installed_version() -> str | None:

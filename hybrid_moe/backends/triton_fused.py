@@ -86,18 +86,16 @@ class _TritonRunner(Runner):
         self._problem = problem
         self._gemm = _gemm(gemm, device)
         self._route = pipeline.route
+        self._launch_on = pipeline.launch_on
         if interpreter.interpreting():
             interpreter.repair()
-            self._launch = pipeline.Launch(multiprocessors=4, pdl=False)
-        else:
-            count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-            self._launch = pipeline.Launch(multiprocessors=count, pdl=True)
 
     def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+        launch = self._launch_on(output.device)
         with torch.cuda.device_of(output):  # Triton launches on the current device
             tickets = self._gemm.num_tickets(self._problem, inputs.num_tokens)
-            routed = self._route(inputs, self._problem, self._launch, tickets)
-            self._gemm.run(inputs, routed, self._problem, self._launch, output)
+            routed = self._route(inputs, self._problem, launch, tickets)
+            self._gemm.run(inputs, routed, self._problem, launch, output)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         p = self._problem

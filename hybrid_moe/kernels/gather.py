@@ -8,9 +8,10 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 
-@triton.jit
+# Strides that follow T: one binary serves every T, so that none is compiled while serving.
+@triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "stride_rows_scale_r", "stride_rows_scale_k"])
 def gather_kernel(
-    hidden_ptr,  # [T, HIDDEN] e4m3, rows stride_hidden apart
+    hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
     counts_ptr,  # [E] int32
     pair_ptr,  # [T, TOP_K] int32, see `routing.route_kernel`
@@ -20,11 +21,11 @@ def gather_kernel(
     end_ptr,  # [E] int32, out: the row after each expert's last
     problem_sizes_ptr,  # [2, E, 3] int32, out if TABLES: rows, columns and sum length of GEMM1, then of GEMM2
     strides_ptr,  # [3, E] int64, out if TABLES: HIDDEN, INTERMEDIATE, 2 * INTERMEDIATE
-    stride_hidden,
     stride_scale_k,
     stride_scale_t,
     stride_rows_scale_r,
     stride_rows_scale_k,
+    STRIDE_HIDDEN: tl.constexpr,
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -47,7 +48,7 @@ def gather_kernel(
 
     column = tl.arange(0, HIDDEN_POW2)
     block = tl.arange(0, K_BLOCKS_POW2)
-    value = tl.load(hidden_ptr + token * stride_hidden + column, mask=column < HIDDEN)
+    value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column, mask=column < HIDDEN)
     scale_at = hidden_scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k
     scale = tl.load(scale_at, mask=block < K_BLOCKS, other=0.0)
     for k in tl.static_range(TOP_K):

@@ -14,8 +14,8 @@ from .combine import combine_kernel
 from .launch import Constants, Kernel
 from .routing import clear_kernel, route_kernel
 
-# A column chunk of the second GEMM's result stays under this many bytes: without chunks the worst case of
-# T = 14107 would reserve 1.6 GB, though seldom touch it.
+# A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: without
+# chunks the worst case of T = 14107 would reserve 1.6 GB, though seldom touch it.
 MAX_ROWS_BYTES = 256 * 2**20
 # Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
 COMBINE_PROGRAMS = 16
@@ -44,6 +44,14 @@ class Launch:
         return {"launch_pdl": self.pdl, "enable_fp_fusion": True}
 
 
+@functools.cache
+def launch_on(device: torch.device) -> Launch:
+    """Of the device that a call's tensors are on; of no GPU in the interpreter."""
+    if device.type != "cuda":
+        return Launch(multiprocessors=4, pdl=False)
+    return Launch(torch.cuda.get_device_properties(device).multi_processor_count, pdl=True)
+
+
 @dataclass(slots=True)
 class Routed:
     """Result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`."""
@@ -70,7 +78,7 @@ class GroupedGemm(ABC):
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
-        """How many zeros `run` wants in ``routed.tickets``; the routing kernel clears them."""
+        """How many zeros `run` wants in ``routed.tickets``; `route` clears them."""
         return 0
 
     @abstractmethod

@@ -71,8 +71,9 @@ def route_kernel(
     score = 1.0 / (1.0 + tl.exp(-logits))
     biased = tl.where(real, score + bias, NEG_INF)
 
-    open_score = ordered(biased)
+    # Places of no expert lie below even a bias of -inf, which masks an expert.
     LOWEST: tl.constexpr = -0x80000000
+    open_score = tl.where(real, ordered(biased), LOWEST)
     if TOPK_GROUP < N_GROUP:
         best = tl.max(biased, axis=1)
         # The first place that holds the best: its value once more elsewhere is the second best.

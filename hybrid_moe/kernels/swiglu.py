@@ -11,7 +11,7 @@ FP8_MAX = tl.constexpr(448.0)
 MIN_AMAX = tl.constexpr(1e-10)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_scale_r", "stride_scale_k"])
 def swiglu_quantize_kernel(
     rows_ptr,  # [capacity, 2 * INTERMEDIATE] bfloat16; up and gate halves, or the other way round if GATE_FIRST
     counts_ptr,  # [E] int32

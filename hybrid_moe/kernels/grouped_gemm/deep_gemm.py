@@ -8,7 +8,7 @@ import triton
 from ...problem import DeviceKey, MoEInputs, MoEProblem
 from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
 from . import libraries
-from .library_rows import Rows, gather, rows_bytes, swiglu
+from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
 
 # Rows of the library's tile on Hopper, unless a process sets another: no tile holds two experts.
 ALIGN = 128
@@ -43,7 +43,8 @@ class DeepGemmGroupedGemm(GroupedGemm):
         )
 
     def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
-        """Launch all steps."""
+        """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
+        require_alignment(inputs, routed)
         library = libraries.deep_gemm()
         grouped_mm = getattr(library, libraries.DEEP_GEMM_FUNCTION)
         # Others in this process may have set it, and the library's tiles follow it.

@@ -98,6 +98,18 @@ class Tables:
     strides: torch.Tensor | None = None
 
 
+def require_alignment(inputs: MoEInputs, routed: Routed) -> None:
+    """Raise ValueError with the names of inputs that don't start at a multiple of 16 bytes."""
+    if routed.aligned:
+        return
+    tensors = inputs._asdict().items()
+    names = [name for name, value in tensors if isinstance(value, torch.Tensor) and value.data_ptr() % 16]
+    raise ValueError(
+        f"{', '.join(names)} don't start at a multiple of 16 bytes, as the grouped GEMM's library wants: "
+        "give tensors of their own, or backend='triton_fused[gemm=triton]'"
+    )
+
+
 def gather(
     inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows, *, problem_tables: bool
 ) -> Tables:
@@ -120,11 +132,11 @@ def gather(
         tables.end,
         tables.problem_sizes if problem_tables else bounds,
         tables.strides if problem_tables else bounds,
-        inputs.hidden_states.stride(0),
         inputs.hidden_states_scale.stride(0),
         inputs.hidden_states_scale.stride(1),
         rows.gathered_scale.stride(0),
         rows.gathered_scale.stride(1),
+        STRIDE_HIDDEN=inputs.hidden_states.stride(0),
         E=e,
         E_POW2=pow2(e),
         TOP_K=problem.top_k,

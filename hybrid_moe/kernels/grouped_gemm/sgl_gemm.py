@@ -7,7 +7,7 @@ import torch
 from ...problem import DeviceKey, MoEInputs, MoEProblem
 from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
 from . import libraries
-from .library_rows import Rows, gather, rows_bytes, swiglu
+from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
 
 # What SGLang reserves for CUTLASS.
 WORKSPACE_BYTES = 90_000
@@ -47,7 +47,8 @@ class SglGroupedGemm(GroupedGemm):
         return rows_bytes(problem, row_capacity(problem, num_tokens)) + tables + WORKSPACE_BYTES
 
     def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
-        """Launch all steps."""
+        """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
+        require_alignment(inputs, routed)
         grouped_mm = libraries.sgl_grouped_mm()
         e, device = problem.num_local_experts, output.device
         rows = Rows.allocate(problem, row_capacity(problem, inputs.num_tokens), device, align=1, row_major_scales=True)

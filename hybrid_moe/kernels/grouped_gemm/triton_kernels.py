@@ -109,7 +109,7 @@ def gemm1_tile(
             block = step * K_UNROLL + unrolled
             row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
             ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            next_row_scale = tl.load(hidden_scale_at + ahead * stride_scale_k, mask=real, other=0.0)
+            next_row_scale = tl.load(hidden_scale_at + ahead.to(tl.int64) * stride_scale_k, mask=real, other=0.0)
             next_up_scale = tl.load(up_scale_at + ahead)
             next_gate_scale = tl.load(gate_scale_at + ahead)
             x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)

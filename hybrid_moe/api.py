@@ -246,6 +246,8 @@ class HybridMoE:
 
 def as_choice(backend: str | Choice) -> Choice:
     """A full `Choice` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
+    if not isinstance(backend, str | Choice):
+        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Choice is wanted")
     return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
 
 
@@ -256,6 +258,8 @@ def decision_table(
 
     Warns where a GPU has no policy, and says how to get one; ``stacklevel`` is that of the warning's place.
     """
+    if not isinstance(policy, Policy | str | Path | None):
+        raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
     found, _ = find_policy(problem, device.name, policy)
     if found is None and device.name != "cpu":
         warnings.warn(

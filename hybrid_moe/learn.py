@@ -593,7 +593,7 @@ def _check_records(
         raise ValueError(f"records are of several devices: {devices}; name one as device=")
     timings = _found(r.timing for r in records)
     if "," in timings:
-        raise ValueError(f"records are timed in several ways: {timings}; name one as timing= of the options")
+        raise ValueError(f"records are timed in several ways: {timings}; name one as timing= of the options (--timing)")
     passed = [r for r in records if r.status == "passed"]
     if not passed:
         raise ValueError(f"none of the {len(records)} records passed; found: {_found(r.status for r in records)}")

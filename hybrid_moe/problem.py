@@ -144,6 +144,10 @@ class MoEProblem:
                 raise ValueError(
                     f"{name} has shape {list(size.shape)}; a last size that is a multiple of 128 is wanted"
                 )
+        experts, hidden_size = inputs.gemm1_weights.shape[0], inputs.hidden_states.shape[1]
+        if inputs.gemm2_weights.shape[:2] != (experts, hidden_size):
+            wanted = [experts, hidden_size, inputs.gemm2_weights.shape[2]]
+            raise ValueError(f"gemm2_weights has shape {list(inputs.gemm2_weights.shape)}; {wanted} is wanted")
         problem = cls(
             num_experts=inputs.routing_logits.shape[1],
             num_local_experts=inputs.gemm1_weights.shape[0],

@@ -190,7 +190,7 @@ def _parse_records(path: Path, content: bytes) -> list[BenchRecord]:
         last = content.count(b"\n") + 1
         raise ValueError(
             f"{path}, line {last} is cut short (no newline at its end), as by a run that was interrupted: "
-            "delete that line, then resume the run"
+            "delete that line"
         )
     records = []
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -219,7 +219,7 @@ def append_record(path: str | Path, record: BenchRecord) -> None:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                raise ValueError(f"{path} ends in the middle of a line: delete its last line, then resume the run")
+                raise ValueError(f"{path} ends in the middle of a line: delete its last line first")
         written = file.write(line)
         if written != len(line):
             raise OSError(f"{path} took {written} of {len(line)} bytes; is the disk full?")

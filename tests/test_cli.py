@@ -19,7 +19,7 @@ from hybrid_moe.choice import Choice
 from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json
 from hybrid_moe.cli.demo import SMALL
-from hybrid_moe.policy import load_policy
+from hybrid_moe.policy import load_policy, user_policy_dir
 from hybrid_moe.problem import DeviceKey, MoEProblem
 from hybrid_moe.records import BenchRecord, append_record
 from hybrid_moe.select import Decision
@@ -241,6 +241,9 @@ class _Broken(Backend):
             def run(self, inputs, output):
                 pass
 
+            def workspace_bytes(self, num_tokens):
+                return 0
+
         return Nothing()
 
 
@@ -431,3 +434,25 @@ def test_the_example_in_the_readme_runs(capsys):
         warnings.simplefilter("ignore")  # a GPU without a policy
         exec(compile(example, "README.md", "exec"), {})
     assert " taken" in capsys.readouterr().out
+
+
+def test_help_shows_brackets():
+    for command, texts in {"run": ("[default: 16]", "name[key=value]"), "learn": ("[default: auto]",)}.items():
+        flat = " ".join(cli(command, "--help").output.replace("│", " ").split())
+        for text in texts:
+            assert text in flat, (command, text)
+
+
+def test_doctor_survives_a_policy_that_cannot_be_read():
+    broken = user_policy_dir() / "gpu_x" / "policy.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text('{"schema_version": 2}')
+    report = json.loads(cli("doctor", "--json").output)
+    assert any("schema_version" in problem for problem in report["policies"]["unreadable"])
+    assert "mended or removed" in cli("doctor").output
+
+
+def test_verify_fails_for_what_no_backend_is_called(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text(SHIPPED.read_text().replace("flashinfer_trtllm", "nope"))
+    assert "no backend is called" in " ".join(cli("verify", path, code=1).output.split())

@@ -26,9 +26,9 @@ class Runner(ABC):
         The inputs were checked before. T is at least 1. Does not synchronise with the host.
         """
 
+    @abstractmethod
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that one call at ``num_tokens`` takes beside inputs and output."""
-        return 0
 
 
 class Backend(ABC):

@@ -34,3 +34,10 @@ class _ReferenceRunner(Runner):
 
     def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
         output.copy_(moe_reference(inputs, self._problem))
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """About: one expert's weights in float32 with their scales as wide, and all tokens' activations."""
+        p = self._problem
+        expert = 2 * 2 * p.intermediate_size * p.hidden_size
+        token = 3 * p.hidden_size + 6 * p.intermediate_size + 4 * p.num_experts
+        return 4 * (expert + num_tokens * token)

@@ -46,6 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would swallow "[default: ...]" and "name[key=value]"
     help="FP8 block-scale MoE layers on the backend that was measured fastest for this GPU and number of tokens.",
 )
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from .. import __version__, backends
 from ..choice import Choice
-from ..policy import find_policy, policies_in, shipped_policy_dir, user_policy_dir
+from ..policy import PolicyError, find_policy, policies_in, shipped_policy_dir, user_policy_dir
 from ..problem import DeviceKey
 from ..workloads import DEEPSEEK_V3
 from . import view
@@ -33,23 +33,23 @@ def examine() -> dict[str, Any]:
     """All that the command says, as a JSON object."""
     device = this_device()
     key = DeviceKey.of(device)
-    found, where = find_policy(DEEPSEEK_V3, key.name)
-    looked_up = [
-        {
-            "kind": kind,
-            "folder": str(folder),
-            "policies": [
-                {"path": str(p), "device": x.device, "definition": x.definition} for p, x in policies_in(folder)
-            ],
-        }
-        for kind, folder in (("your own", user_policy_dir()), ("shipped", shipped_policy_dir()))
-    ]
+    looked_up, problems = [], []
+    for kind, folder in (("your own", user_policy_dir()), ("shipped", shipped_policy_dir())):
+        policies = []
+        try:
+            for path, policy in policies_in(folder):
+                policies.append({"path": str(path), "device": policy.device, "definition": policy.definition})
+        except PolicyError as error:
+            problems.append(str(error))
+        looked_up.append({"kind": kind, "folder": str(folder), "policies": policies})
+    # One file that can't be read stops every look-up: say which, and go on with the rest of the report.
+    found, where = (None, "; ".join(problems)) if problems else find_policy(DEEPSEEK_V3, key.name)
     return {
         "versions": {"hybrid-moe": __version__, "python": platform.python_version(), **_versions()},
         "device": _device(device, key),
         "problem": DEEPSEEK_V3.definition,
         "backends": _backends(key),
-        "policies": {"looked_up": looked_up, "applies": found is not None, "found": where},
+        "policies": {"looked_up": looked_up, "applies": found is not None, "found": where, "unreadable": problems},
     }
 
 
@@ -112,5 +112,8 @@ def _print(report: dict[str, Any]) -> None:
         devices = ", ".join(policy["device"] for policy in place["policies"]) or "none"
         out.print(f"  {number}. {place['kind']}: {escape(place['folder'])} (has: {devices})", soft_wrap=True)
     out.print(f"Here: {escape(report['policies']['found'])}.", soft_wrap=True)
-    if not report["policies"]["applies"]:
-        out.print("Without one, the first backend above that works runs at every T.")
+    if report["policies"]["unreadable"]:
+        out.print("[red]Until that file is mended or removed, every look-up of a policy is an error.[/]")
+    elif not report["policies"]["applies"]:
+        first = "torch_reference" if "name" not in device else "the first backend above that works"
+        out.print(f"Without one, {first} runs at every T.")

@@ -111,6 +111,9 @@ def _runs(policy: Policy) -> list[Finding]:
     weights: LayerWeights | None = None
     with progress(sum(len(tokens) for _, _, tokens in parts)) as begin:
         for what, choice, tokens in parts:
+            if unknown := _unknown(choice):
+                findings.append(Finding(what, str(choice), None, "failed", unknown))
+                continue
             if key.name != policy.device:
                 reason = f"this machine's device is {key.name}"
                 findings.append(Finding(what, str(choice), None, "unverified", reason))
@@ -124,6 +127,17 @@ def _runs(policy: Policy) -> list[Finding]:
                 weights = random_weights(policy.problem, device) if weights is None else weights
                 findings.append(_run(policy, what, choice, num_tokens, weights))
     return findings
+
+
+def _unknown(choice: Choice) -> str:
+    """Why nothing of that name can run anywhere; empty if something can."""
+    if choice.backend not in backends.BACKENDS:
+        return f"no backend is called {choice.backend!r}; known: {', '.join(backends.BACKENDS)}"
+    backend = backends.BACKENDS[choice.backend]
+    known = [Choice(choice.backend, config) for config in backend.configs()]
+    if backends.complete(choice) not in known:
+        return f"{choice} is no configuration of it; known: {', '.join(map(str, known))}"
+    return ""
 
 
 def _run(policy: Policy, what: str, choice: Choice, num_tokens: int, weights: LayerWeights) -> Finding:

@@ -6,9 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import let_next_kernel_start, wait_for_previous_kernel
-
-FP8_MAX = tl.constexpr(448.0)
-MIN_AMAX = tl.constexpr(1e-10)
+from .quantize import quantize_block, swiglu_of
 
 
 @triton.jit(do_not_specialize=["stride_scale_r", "stride_scale_k"])
@@ -52,9 +50,7 @@ def swiglu_quantize_kernel(
         at = rows_ptr + row * (2 * INTERMEDIATE) + column
         up = tl.load(at + UP).to(tl.float32)
         gate = tl.load(at + GATE).to(tl.float32)
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        scale = tl.maximum(tl.max(tl.abs(value), axis=1), MIN_AMAX) / FP8_MAX
-        scaled = tl.minimum(tl.maximum(value / scale[:, None], -FP8_MAX), FP8_MAX)
-        tl.store(out_ptr + row * INTERMEDIATE + column, scaled.to(tl.float8e4nv))
+        quantized, scale = quantize_block(swiglu_of(gate, up))
+        tl.store(out_ptr + row * INTERMEDIATE + column, quantized)
         scale_column = (first_block + block).to(tl.int64)
         tl.store(out_scale_ptr + row * stride_scale_r + scale_column * stride_scale_k, scale)

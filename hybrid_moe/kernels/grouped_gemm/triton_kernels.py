@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
-
-FP8_MAX = tl.constexpr(448.0)
-MIN_AMAX = tl.constexpr(1e-10)
+from ..quantize import quantize_block, swiglu_of
 
 
 @triton.jit
@@ -37,14 +35,6 @@ def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexp
     inside = tile - tiles_before * TILES_N
     my_tiles = tl.cdiv(rows, BLOCK_M)
     return at, rows, rows_before, tiles_before, inside % my_tiles, inside // my_tiles
-
-
-@triton.jit
-def quantize_block(value):
-    """e4m3 values and scales of ``[rows, 128]`` float32, one scale for each row."""
-    scale = tl.maximum(tl.max(tl.abs(value), axis=1), MIN_AMAX) / FP8_MAX
-    scaled = tl.minimum(tl.maximum(value / scale[:, None], -FP8_MAX), FP8_MAX)
-    return scaled.to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -118,7 +108,7 @@ def gemm1_tile(
             up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
             gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
 
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    value = swiglu_of(gate, up)
     row = (rows_before + slot).to(tl.int64)
     row_at = row[:, None] * INTERMEDIATE
     scale_out = out_scale_ptr + block_n.to(tl.int64) * capacity + row

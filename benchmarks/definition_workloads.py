@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from hybrid_moe import backends
-from hybrid_moe.bench import Case, Prepare, check_call, environment_of, measure, preparing
+from hybrid_moe.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
 from hybrid_moe.choice import BackendUnsupportedError, Choice
-from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE
 from hybrid_moe.problem import DeviceKey, MoEInputs
 from hybrid_moe.records import BenchRecord, append_record
 from hybrid_moe.timing import measure_ceilings
@@ -101,16 +100,15 @@ def main() -> None:
         shift = number % len(candidates)
         for choice in candidates[shift:] + candidates[:shift]:
             peer = PEERS.get(choice.backend)
-            tolerance = DEFAULT_TOLERANCE if peer else OWN_KERNELS_TOLERANCE
             runs = 15 if workload.num_tokens <= 4096 else 5
-            records = list(measure(case, choice, ceilings, environment, prepare=peer, tolerance=tolerance, runs=runs))
+            records = list(measure(case, choice, ceilings, environment, prepare=peer, runs=runs))
             for record in records:
                 append_record(options.output, record)
             show(case, choice, *records)
             for other in others:
                 prepare = peer or preparing(DEEPSEEK_V3, choice)
                 try:
-                    result = check_call(other, prepare(other.inputs[0]), tolerance)
+                    result = check_call(other, prepare(other.inputs[0]), tolerance_of(choice))
                 except BackendUnsupportedError:
                     continue
                 if not result.passed:

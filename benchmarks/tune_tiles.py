@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile, max_row_tiles
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2
+from hybrid_moe.kernels.grouped_gemm.tiles import Tile
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, Routed, column_chunk, combine, route, row_capacity
 from hybrid_moe.problem import FP8, MoEInputs
 from hybrid_moe.timing import Work, measure_ceilings, time_graph
@@ -58,13 +58,6 @@ def launch_of() -> Launch:
     return Launch(torch.cuda.get_device_properties(0).multi_processor_count, pdl=True)
 
 
-def num_tickets(tile: Tile, tokens: int) -> int:
-    """Tickets that GEMM1 wants for this tile."""
-    if tile.block_n == 128:
-        return 0
-    return max_row_tiles(PROBLEM, tokens, tile.block_m) * (PROBLEM.intermediate_size // 128)
-
-
 class Bench:
     """One T: inputs on each weight copy and the activations that GEMM2 starts from."""
 
@@ -86,7 +79,7 @@ class Bench:
     def calls(self, which: str, tile: Tile):
         """The calls that a graph holds, and a function that gives the result of the first."""
         if which == "gemm1":
-            tickets = num_tickets(tile, self.tokens)
+            tickets = tickets_of(PROBLEM, self.tokens, tile)
 
             def run1(i):
                 return gemm1(i, route(i, PROBLEM, self.launch, tickets), PROBLEM, self.launch, tile)

@@ -15,7 +15,7 @@ import torch
 
 from .api import HybridMoE
 from .choice import BackendUnsupportedError, Choice
-from .numerics import DEFAULT_TOLERANCE, Correctness, Tolerance, check
+from .numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, Tolerance, check
 from .problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
 from .reference import has_local_work, moe_reference
@@ -24,6 +24,7 @@ from .workloads import LayerWeights, Workload, make_inputs
 
 # A graph holds so many calls, on as many weight copies in turn as are given.
 CALLS_PER_GRAPH = 12
+OWN_BACKENDS = ("triton_fused", "torch_reference")
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "sgl-deep-gemm", "hybrid-moe")
 
 
@@ -104,21 +105,27 @@ def preparing(problem: MoEProblem, choice: Choice) -> Prepare:
     return prepare
 
 
+def tolerance_of(choice: Choice) -> Tolerance:
+    """The gate's bounds for a candidate: tighter for this package's own kernels."""
+    return OWN_KERNELS_TOLERANCE if choice.backend in OWN_BACKENDS else DEFAULT_TOLERANCE
+
+
+def poisoned_output(inputs: MoEInputs, problem: MoEProblem) -> torch.Tensor:
+    """An output full of NaN: whatever a kernel leaves unwritten fails the check."""
+    shape = (inputs.num_tokens, problem.hidden_size)
+    return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=inputs.hidden_states.device)
+
+
 def check_call(case: Case, run: Callable[[torch.Tensor], object], tolerance: Tolerance) -> Correctness:
     """Run once on a poisoned output and compare with the reference."""
-    shape = (case.workload.num_tokens, case.problem.hidden_size)
-    output = torch.full(shape, float("nan"), dtype=torch.bfloat16, device=case.reference.device)
+    output = poisoned_output(case.inputs[0], case.problem)
     run(output)
     return check(output[case.checked], case.reference, case.has_work, tolerance)
 
 
 def calls_of(case: Case, prepare: Prepare) -> list[Call]:
     """The calls that one graph or loop holds, in rotation over the weight copies."""
-    shape = (case.workload.num_tokens, case.problem.hidden_size)
-    ready = [
-        (prepare(inputs), torch.empty(shape, dtype=torch.bfloat16, device=case.reference.device))
-        for inputs in case.inputs
-    ]
+    ready = [(prepare(inputs), poisoned_output(inputs, case.problem)) for inputs in case.inputs]
     calls: list[Call] = []
     for number in range(CALLS_PER_GRAPH):
         run, output = ready[number % len(ready)]
@@ -134,7 +141,6 @@ def measure(
     *,
     prepare: Prepare | None = None,
     timings: Sequence[Literal["cuda_graph", "eager"]] = ("cuda_graph", "eager"),
-    tolerance: Tolerance = DEFAULT_TOLERANCE,
     runs: int = 15,
 ) -> Iterator[BenchRecord]:
     """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed.
@@ -167,7 +173,7 @@ def measure(
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="unsupported", reason="; ".join(error.reasons))
         return
-    correctness = check_call(case, run, tolerance)
+    correctness = check_call(case, run, tolerance_of(choice))
     common["correctness"] = RecordCorrectness(**correctness.to_dict(), **{"tokens": len(case.checked)})
     if not correctness.passed:
         for timing in timings:

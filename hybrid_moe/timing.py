@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from .problem import FP8, MoEInputs, MoEProblem
 from .records import Latency
@@ -35,6 +33,16 @@ def summarize(samples: Sequence[float]) -> Latency:
     )
 
 
+def event_us(call: Call) -> float:
+    """Microseconds on the device from before the call's work to after it, by CUDA events; waits for it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
 def time_graph(calls: Sequence[Call], runs: int = 20) -> Latency:
     """Capture the calls in one CUDA graph and time its replays.
 
@@ -51,16 +59,8 @@ def time_graph(calls: Sequence[Call], runs: int = 20) -> Latency:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    samples = []
-    for run in range(runs + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if run >= 2:
-            samples.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return summarize(samples)
+    samples = [event_us(graph.replay) / len(calls) for _ in range(runs + 2)]
+    return summarize(samples[2:])
 
 
 def time_eager(calls: Sequence[Call], runs: int = 20) -> tuple[Latency, Latency]:
@@ -94,47 +94,31 @@ class Ceilings:
     fp8_flop_per_s: float
 
 
-@triton.jit
-def _read_kernel(source_ptr, sink_ptr, num_blocks, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.int32)
-    at = tl.arange(0, BLOCK)
-    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        total += tl.load(source_ptr + block.to(tl.int64) * BLOCK + at)
-    # Never true for the data given, but the compiler can't know: the loads must stay.
-    tl.store(sink_ptr + at, total, mask=total == 123456789)
-
-
 def measure_ceilings() -> Ceilings:
     """Read 4 GB and multiply two 8192 x 8192 e4m3 matrices (`torch._scaled_mm`); about 0.2 s."""
+    from .kernels.read import read_kernel  # where used: importing this module needs no Triton
+
     block = 8192
     source = torch.randint(0, 100, (2**30,), dtype=torch.int32, device="cuda")
     sink = torch.empty(block, dtype=torch.int32, device="cuda")
     multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     def read() -> None:
-        _read_kernel[(multiprocessors * 8,)](source, sink, source.numel() // block, BLOCK=block, num_warps=8)
+        read_kernel[(multiprocessors * 8,)](source, sink, source.numel() // block, BLOCK=block, num_warps=8)
 
-    read_us = _best(read, 10)
+    read_us = _median_us(read, 10)
     n = 8192
     a = torch.randn(n, n, device="cuda").to(FP8)
     b = torch.randn(n, n, device="cuda").to(FP8)
     one = torch.ones((), device="cuda")
-    multiply_us = _best(
+    multiply_us = _median_us(
         lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True), 20
     )
     return Ceilings(source.numel() * 4 / (read_us * 1e-6), 2 * n**3 / (multiply_us * 1e-6))
 
 
-def _best(call: Call, runs: int) -> float:
-    samples = []
-    for _ in range(runs + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(samples[2:])
+def _median_us(call: Call, runs: int) -> float:
+    return statistics.median([event_us(call) for _ in range(runs + 2)][2:])
 
 
 @dataclass(frozen=True, slots=True)

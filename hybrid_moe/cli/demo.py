@@ -13,16 +13,18 @@ import typer
 from rich.markup import escape
 
 from .. import api, backends
+from ..bench import poisoned_output
 from ..choice import Choice
 from ..learn import learn_from_files
 from ..policy import LearnerOptions, Policy, dumps_policy, find_policy, load_policy, policy_path, shipped_policy_dir
 from ..problem import DeviceKey, MoEProblem
 from ..reference import moe_reference
 from ..select import resolve
+from ..timing import Work
 from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, LayerWeights, Workload, make_inputs, random_weights
 from . import view
 from .common import out, progress, warnings_shown
-from .execute import Load, call_fused_moe, checked, poisoned_output, simple_time
+from .execute import call_fused_moe, checked, simple_time
 
 B200 = "nvidia_b200"
 # The learner's options for the shipped B200 policy: the regimes that its data was published with.
@@ -154,7 +156,7 @@ def _run_all(
         for workload in workloads:
             begin(f"T = {workload.num_tokens}")
             inputs = make_inputs(workload, problem, weights)
-            load = Load.of(inputs, problem)
+            load = Work.of(inputs, problem)
             reference = moe_reference(inputs, problem)
             for candidate in candidates:
                 choice = candidate if decisions is None else decisions.choice(workload.num_tokens)

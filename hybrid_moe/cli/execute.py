@@ -10,20 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from ..api import fused_moe
+from ..bench import tolerance_of
 from ..choice import Choice
-from ..numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, Tolerance, check
+from ..numerics import Correctness, check
 from ..problem import MoEInputs, MoEProblem
-from ..reference import has_local_work, local_rows_per_expert_and_token, moe_reference
+from ..reference import has_local_work, moe_reference
+from ..timing import event_us
 
-_OWN = ("triton_fused", "torch_reference")
 # Enough for a simple time; a call that takes longer than this by itself is timed once.
 _BUDGET_S = 0.5
 _MOST_RUNS = 20
-
-
-def tolerance_of(choice: Choice) -> Tolerance:
-    """The gate's bounds for a candidate: tighter for this package's own kernels."""
-    return OWN_KERNELS_TOLERANCE if choice.backend in _OWN else DEFAULT_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +34,6 @@ class SimpleTime:
         if self.median_us < 1e3:
             return f"{self.median_us:.0f} us"
         return f"{self.median_us / 1e3:.3g} ms" if self.median_us < 1e6 else f"{self.median_us / 1e6:.3g} s"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How much of a workload is this rank's own."""
-
-    local_rows: int
-    active_experts: int
-
-    @classmethod
-    def of(cls, inputs: MoEInputs, problem: MoEProblem) -> Load:
-        """Counted from the routing of ``inputs``."""
-        chosen = local_rows_per_expert_and_token(inputs, problem)
-        return cls(int(chosen.sum()), int(chosen.any(dim=0).sum()))
 
 
 def call_fused_moe(
@@ -69,12 +51,6 @@ def call_fused_moe(
     )
 
 
-def poisoned_output(inputs: MoEInputs, problem: MoEProblem) -> torch.Tensor:
-    """An output full of NaN: whatever a kernel leaves unwritten fails the check."""
-    shape = (inputs.num_tokens, problem.hidden_size)
-    return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=inputs.hidden_states.device)
-
-
 def checked(
     output: torch.Tensor, inputs: MoEInputs, problem: MoEProblem, choice: Choice, reference: torch.Tensor | None = None
 ) -> Correctness:
@@ -89,7 +65,7 @@ def simple_time(call: Callable[[], object], device: torch.device) -> SimpleTime:
     samples: list[float] = []
     began = time.perf_counter()
     while not samples or (len(samples) < _MOST_RUNS and time.perf_counter() - began < _BUDGET_S):
-        samples.append(_once_on_gpu(call) if device.type == "cuda" else _once(call))
+        samples.append(event_us(call) if device.type == "cuda" else _once(call))
     clock = "CUDA events" if device.type == "cuda" else "wall clock"
     return SimpleTime(statistics.median(samples), len(samples), clock)
 
@@ -98,12 +74,3 @@ def _once(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e6
-
-
-def _once_on_gpu(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3

@@ -10,7 +10,9 @@ import typer
 from rich.markup import escape
 
 from ..api import HybridMoE
+from ..bench import poisoned_output
 from ..problem import MoEProblem
+from ..timing import Work
 from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
 from . import view
 from .common import (
@@ -31,7 +33,7 @@ from .common import (
     this_device,
     warnings_shown,
 )
-from .execute import Load, checked, poisoned_output, simple_time
+from .execute import checked, simple_time
 
 
 def run(
@@ -96,7 +98,7 @@ def run(
             correctness = checked(output, inputs, problem, decision.choice)
         begin("timing")
         time = simple_time(call, where)
-    load = Load.of(inputs, problem)
+    load = Work.of(inputs, problem)
 
     if as_json:
         print_json(

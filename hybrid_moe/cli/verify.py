@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from .. import backends
+from ..bench import poisoned_output
 from ..choice import Choice
 from ..policy import Policy, dumps_policy, load_policy, save_policy
 from ..problem import DeviceKey
@@ -19,7 +20,7 @@ from ..select import resolve
 from ..workloads import LayerWeights, Workload, make_inputs, random_weights
 from . import view
 from .common import Json, out, print_json, progress, this_device
-from .execute import call_fused_moe, checked, poisoned_output
+from .execute import call_fused_moe, checked
 from .explain import outside
 
 Status = Literal["verified", "unverified", "failed"]

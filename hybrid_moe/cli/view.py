@@ -12,7 +12,8 @@ from ..choice import Choice
 from ..numerics import Correctness
 from ..policy import Evidence, Policy, RegretSummary
 from ..select import Decision
-from .execute import Load, SimpleTime
+from ..timing import Work
+from .execute import SimpleTime
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
 _VERIFIED = {"seed_only": "published", "measured": "measured"}
@@ -100,7 +101,7 @@ def checks() -> Table:
 
 
 def add_check(
-    to: Table, num_tokens: int, offset: int, load: Load, choice: Choice, correctness: Correctness, time: SimpleTime
+    to: Table, num_tokens: int, offset: int, load: Work, choice: Choice, correctness: Correctness, time: SimpleTime
 ) -> None:
     """Add a row to `checks`."""
     to.add_row(

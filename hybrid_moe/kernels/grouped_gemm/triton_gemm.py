@@ -31,20 +31,15 @@ class TritonGroupedGemm(GroupedGemm):
 
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
-        rows, tile = row_capacity(problem, num_tokens), self.plan(problem, num_tokens).gemm1
-        width = problem.intermediate_size
-        blocks = width // problem.block
-        total = rows * (width + blocks * 4) + rows * column_chunk(problem, rows) * 2
-        if tile.block_n < problem.block:
-            total += rows * width * 4 + max_row_tiles(problem, num_tokens, tile.block_m) * blocks * 4
+        rows, width = row_capacity(problem, num_tokens), problem.intermediate_size
+        total = rows * (width + width // problem.block * 4) + rows * column_chunk(problem, rows) * 2
+        if self.plan(problem, num_tokens).gemm1.block_n < problem.block:
+            total += rows * width * 4 + self.num_tickets(problem, num_tokens) * 4
         return total
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
-        """One for each row tile and 128 block of the activation, where several tiles share a block."""
-        tile = self.plan(problem, num_tokens).gemm1
-        if tile.block_n == problem.block:
-            return 0
-        return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
+        """Those of the plan's GEMM1."""
+        return tickets_of(problem, num_tokens, self.plan(problem, num_tokens).gemm1)
 
     def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """Launch GEMM1, then GEMM2 and the combine for each chunk of columns."""
@@ -56,6 +51,13 @@ class TritonGroupedGemm(GroupedGemm):
         for first_column in range(0, problem.hidden_size, columns):
             gemm2(activated, scale, inputs, routed, problem, launch, plan.gemm2, rows, first_column)
             combine(rows, routed, problem, launch, output, first_column)
+
+
+def tickets_of(problem: MoEProblem, num_tokens: int, tile: Tile) -> int:
+    """One for each row tile and 128 block of the activation, where several tiles of `gemm1` share a block."""
+    if tile.block_n == problem.block:
+        return 0
+    return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
 
 
 def gemm1(

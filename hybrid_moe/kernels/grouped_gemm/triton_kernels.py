@@ -38,6 +38,76 @@ def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def gemm1_sum(
+    hidden_ptr,
+    hidden_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    slot_token_ptr,
+    stride_scale_k,
+    stride_scale_t,
+    num_tokens,
+    at,
+    rows,
+    tile_m,
+    tile_n,
+    first_step,
+    last_step,
+    STRIDE_HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    K_UNROLL: tl.constexpr,
+):
+    """One tile of up and gate, summed over the steps first_step... before last_step of K_UNROLL 128 blocks each."""
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
+    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
+    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
+    k = tl.arange(0, BLOCK_K)
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = slot < rows
+    token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
+    hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
+    hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
+    up_at = weight_at + UP * HIDDEN
+    gate_at = weight_at + GATE * HIDDEN
+    block_n = tile_n * BLOCK_N // 128
+    scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
+    up_scale_at = scale_at + UP // 128 * K_BLOCKS
+    gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
+
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Scales are loaded one block ahead: their latency would stall every promotion.
+    first = first_step * K_UNROLL
+    first_scale_at = hidden_scale_at + tl.cast(first, tl.int64) * stride_scale_k
+    next_row_scale = tl.load(first_scale_at, mask=real, other=0.0)
+    next_up_scale = tl.load(up_scale_at + first)
+    next_gate_scale = tl.load(gate_scale_at + first)
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+        for unrolled in tl.static_range(K_UNROLL):
+            block = step * K_UNROLL + unrolled
+            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            next_row_scale = tl.load(hidden_scale_at + ahead.to(tl.int64) * stride_scale_k, mask=real, other=0.0)
+            next_up_scale = tl.load(up_scale_at + ahead)
+            next_gate_scale = tl.load(gate_scale_at + ahead)
+            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            w_up = tl.load(up_at + block * BLOCK_K)
+            w_gate = tl.load(gate_at + block * BLOCK_K)
+            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
+            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
+    return up, gate
+
+
+@triton.jit
 def gemm1_tile(
     hidden_ptr,
     hidden_scale_ptr,
@@ -68,67 +138,51 @@ def gemm1_tile(
     K_UNROLL: tl.constexpr,
 ):
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
-    BLOCK_K: tl.constexpr = 128
-    K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
-    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
-    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
-    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
-    k = tl.arange(0, BLOCK_K)
+    up, gate = gemm1_sum(
+        hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr,
+        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n, 0, HIDDEN // 128 // K_UNROLL,
+        STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+    )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = slot < rows
-    token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
-    hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
-    hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
-    up_at = weight_at + UP * HIDDEN
-    gate_at = weight_at + GATE * HIDDEN
-    block_n = tile_n * BLOCK_N // 128
-    scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
-    up_scale_at = scale_at + UP // 128 * K_BLOCKS
-    gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
-
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Scales are loaded one block ahead: their latency would stall every promotion.
-    next_row_scale = tl.load(hidden_scale_at, mask=real, other=0.0)
-    next_up_scale = tl.load(up_scale_at)
-    next_gate_scale = tl.load(gate_scale_at)
-    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
-        for unrolled in tl.static_range(K_UNROLL):
-            block = step * K_UNROLL + unrolled
-            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            next_row_scale = tl.load(hidden_scale_at + ahead.to(tl.int64) * stride_scale_k, mask=real, other=0.0)
-            next_up_scale = tl.load(up_scale_at + ahead)
-            next_gate_scale = tl.load(gate_scale_at + ahead)
-            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w_up = tl.load(up_at + block * BLOCK_K)
-            w_gate = tl.load(gate_at + block * BLOCK_K)
-            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
-            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
-
-    value = swiglu_of(gate, up)
     row = (rows_before + slot).to(tl.int64)
-    row_at = row[:, None] * INTERMEDIATE
-    scale_out = out_scale_ptr + block_n.to(tl.int64) * capacity + row
     if BLOCK_N == 128:
-        quantized, scale = quantize_block(value)
-        tl.store(out_ptr + row_at + column[None, :], quantized, mask=real[:, None])
-        tl.store(scale_out, scale, mask=real)
+        store_activation(up, gate, out_ptr, out_scale_ptr, row, real, tile_n, capacity, INTERMEDIATE)
     else:
-        tl.store(unquantized_ptr + row_at + column[None, :], value, mask=real[:, None])
+        block_n = tile_n * BLOCK_N // 128
+        row_at = row[:, None] * INTERMEDIATE
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(unquantized_ptr + row_at + column[None, :], swiglu_of(gate, up), mask=real[:, None])
         # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
         tl.debug_barrier()
         ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
         ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
         if ticket == 128 // BLOCK_N - 1:
-            wide = row_at + (block_n * 128 + k)[None, :]
-            # Past the first-level cache, which other multiprocessors' stores don't reach.
-            whole = tl.load(unquantized_ptr + wide, mask=real[:, None], other=0.0, cache_modifier=".cg")
-            quantized, scale = quantize_block(whole)
-            tl.store(out_ptr + wide, quantized, mask=real[:, None])
-            tl.store(scale_out, scale, mask=real)
+            store_quantized_block(
+                unquantized_ptr, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE
+            )  # fmt: skip
+
+
+@triton.jit
+def store_quantized_block(
+    unquantized_ptr, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE: tl.constexpr
+):
+    """One 128 block that several programs left in float32, quantised."""
+    at = row[:, None] * INTERMEDIATE + (block_n * 128 + tl.arange(0, 128))[None, :]
+    # Past the first-level cache, which other multiprocessors' stores don't reach.
+    whole = tl.load(unquantized_ptr + at, mask=real[:, None], other=0.0, cache_modifier=".cg")
+    quantized, scale = quantize_block(whole)
+    tl.store(out_ptr + at, quantized, mask=real[:, None])
+    tl.store(out_scale_ptr + tl.cast(block_n, tl.int64) * capacity + row, scale, mask=real)
+
+
+@triton.jit
+def store_activation(up, gate, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE: tl.constexpr):
+    """SwiGLU, quantised: columns of one 128 block."""
+    quantized, scale = quantize_block(swiglu_of(gate, up))
+    column = block_n * 128 + tl.arange(0, 128)
+    tl.store(out_ptr + row[:, None] * INTERMEDIATE + column[None, :], quantized, mask=real[:, None])
+    tl.store(out_scale_ptr + tl.cast(block_n, tl.int64) * capacity + row, scale, mask=real)
 
 
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
@@ -194,6 +248,76 @@ def gemm1_swiglu_kernel(
 
 
 @triton.jit
+def gemm2_sum(
+    activated_ptr,
+    activated_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    first_column,
+    capacity,
+    at,
+    rows,
+    rows_before,
+    tile_m,
+    tile_n,
+    first_step,
+    last_step,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    K_UNROLL: tl.constexpr,
+):
+    """One tile summed over the steps first_step... before last_step of K_UNROLL 128 blocks each.
+
+    Two tensors side by side where BLOCK_N is 256, else the same one twice.
+    """
+    BLOCK_K: tl.constexpr = 128
+    K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
+    TWO: tl.constexpr = BLOCK_N == 256
+    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
+    tl.static_assert(128 % WIDTH == 0)
+    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
+    k = tl.arange(0, BLOCK_K)
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = slot < rows
+    row = (rows_before + slot).to(tl.int64)
+    activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
+    activated_scale_at = activated_scale_ptr + row
+    weight_row = first_column + tile_n * BLOCK_N + tl.arange(0, WIDTH)
+    weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
+    scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
+
+    total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    first = first_step * K_UNROLL
+    next_row_scale = tl.load(activated_scale_at + tl.cast(first, tl.int64) * capacity, mask=real, other=0.0)
+    next_scale = tl.load(scale_at + first)
+    if TWO:
+        right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        next_right_scale = tl.load(scale_at + K_BLOCKS + first)
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+        for unrolled in tl.static_range(K_UNROLL):
+            block = step * K_UNROLL + unrolled
+            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
+            row_scale, scale = next_row_scale, next_scale
+            next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
+            next_scale = tl.load(scale_at + ahead)
+            x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            w = tl.load(weight_at + block * BLOCK_K)
+            total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
+            if TWO:
+                right_scale = next_right_scale
+                next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
+                w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
+                right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
+    if TWO:
+        return total, right
+    else:
+        return total, total
+
+
+@triton.jit
 def gemm2_tile(
     activated_ptr,
     activated_scale_ptr,
@@ -216,48 +340,18 @@ def gemm2_tile(
     K_UNROLL: tl.constexpr,
 ):
     """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
-    BLOCK_K: tl.constexpr = 128
-    K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
-    TWO: tl.constexpr = BLOCK_N == 256
-    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
-    tl.static_assert(128 % WIDTH == 0)
-    tl.static_assert(K_BLOCKS % K_UNROLL == 0)
-    k = tl.arange(0, BLOCK_K)
+    WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
+    total, right = gemm2_sum(
+        activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, first_column, capacity,
+        at, rows, rows_before, tile_m, tile_n, 0, INTERMEDIATE // 128 // K_UNROLL,
+        HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+    )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = slot < rows
     row = (rows_before + slot).to(tl.int64)
-    activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
-    activated_scale_at = activated_scale_ptr + row
-    column = tile_n * BLOCK_N + tl.arange(0, WIDTH)
-    weight_row = first_column + column
-    weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
-    scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
-
-    total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    next_row_scale = tl.load(activated_scale_at, mask=real, other=0.0)
-    next_scale = tl.load(scale_at)
-    if TWO:
-        right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        next_right_scale = tl.load(scale_at + K_BLOCKS)
-    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
-        for unrolled in tl.static_range(K_UNROLL):
-            block = step * K_UNROLL + unrolled
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            row_scale, scale = next_row_scale, next_scale
-            next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
-            next_scale = tl.load(scale_at + ahead)
-            x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w = tl.load(weight_at + block * BLOCK_K)
-            total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
-            if TWO:
-                right_scale = next_right_scale
-                next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
-                w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
-                right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
-
-    out_at = out_ptr + row[:, None] * COLUMNS + column[None, :]
+    out_at = out_ptr + row[:, None] * COLUMNS + (tile_n * BLOCK_N + tl.arange(0, WIDTH))[None, :]
     tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
-    if TWO:
+    if BLOCK_N == 256:
         tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])
 
 

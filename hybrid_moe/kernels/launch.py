@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton.language as tl
 from triton import JITFunction, jit
 from triton.compiler import CompiledKernel
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Argument: TypeAlias = torch.Tensor | TensorDescriptor | int | float
 
 
 @jit
@@ -56,7 +59,7 @@ class Kernel:
     def launch(
         self,
         grid: tuple[int, ...],
-        arguments: tuple[torch.Tensor | int | float, ...],
+        arguments: tuple[Argument, ...],
         constants: Constants,
         device: torch.device,
         aligned: bool,
@@ -68,7 +71,7 @@ class Kernel:
         grid
             One to three numbers of programs.
         arguments
-            Tensors and numbers, in the order of the signature.
+            Tensors, descriptors and numbers, in the order of the signature.
         constants
             The rest of the signature.
         device

@@ -122,7 +122,7 @@ def quantize_together(
 def gemm1_piece(
     hidden_ptr,
     hidden_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     slot_token_ptr,
     out_ptr,
@@ -152,6 +152,7 @@ def gemm1_piece(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Blocks first_block... before last_block of the sum of one expert's BLOCK_N columns, for all its row tiles."""
     TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
@@ -159,9 +160,9 @@ def gemm1_piece(
     column = tl.arange(0, BLOCK_N)[None, :]
     for tile_m in range(row_tiles):
         up, gate = gemm1_sum(
-            hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, stride_scale_k, stride_scale_t,
+            hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, stride_scale_k, stride_scale_t,
             num_tokens, at, rows, tile_m, tile_n, first_block // K_UNROLL, last_block // K_UNROLL,
-            STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+            STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
         )  # fmt: skip
         slot = tile_m * BLOCK_M + inside
         real = slot < rows
@@ -207,7 +208,7 @@ def gemm1_piece(
 def gemm1_stream_k_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
-    weight_ptr,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3
+    weight,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3: a descriptor of its rows if TMA, else a pointer
     weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
     counts_ptr,  # [E] int32
     slot_token_ptr,  # [E, T] int32
@@ -233,6 +234,7 @@ def gemm1_stream_k_kernel(
     FEW_M: tl.constexpr,
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """GEMM1 with SwiGLU and quantisation, as `gemm1_swiglu_kernel`. Grid: as many programs as run at once.
@@ -266,18 +268,18 @@ def gemm1_stream_k_kernel(
             holders = last_program - first_program + 1
             if FEW_M > 0 and rows <= FEW_M:
                 gemm1_piece(
-                    hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                    hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
                     unquantized_ptr, partial_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
                     at, rows, rows_before, 1, tile_n, first_step * STEP, last_step * STEP, first_program, holders,
-                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, E, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL,
+                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, E, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL, TMA,
                 )  # fmt: skip
             else:
                 gemm1_piece(
-                    hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                    hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
                     unquantized_ptr, partial_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
                     at, rows, rows_before, row_tiles, tile_n, first_step * STEP, last_step * STEP,
                     first_program, holders,
-                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, E, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, E, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
                 )  # fmt: skip
         position = base + (tile_n * K_STEPS + last_step) * row_tiles
 
@@ -286,7 +288,7 @@ def gemm1_stream_k_kernel(
 def gemm2_piece(
     activated_ptr,
     activated_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     out_ptr,
     partial_ptr,
@@ -310,15 +312,16 @@ def gemm2_piece(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Blocks first_block... before last_block of the sum of one expert's BLOCK_N columns, for all its row tiles."""
     inside = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)[None, :]
     for tile_m in range(row_tiles):
         total, _ = gemm2_sum(
-            activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, first_column, capacity,
+            activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
             at, rows, rows_before, tile_m, tile_n, first_block // K_UNROLL, last_block // K_UNROLL,
-            HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+            HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
         )  # fmt: skip
         slot = tile_m * BLOCK_M + inside
         real = slot < rows
@@ -345,7 +348,7 @@ def gemm2_piece(
 def gemm2_stream_k_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
-    weight_ptr,  # [E, HIDDEN, INTERMEDIATE] e4m3
+    weight,  # [E, HIDDEN, INTERMEDIATE] e4m3: a descriptor of its rows if TMA, else a pointer
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
@@ -366,6 +369,7 @@ def gemm2_stream_k_kernel(
     FEW_M: tl.constexpr,
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """GEMM2, as `gemm2_kernel`. Grid and FEW_M as in `gemm1_stream_k_kernel`."""
@@ -396,17 +400,17 @@ def gemm2_stream_k_kernel(
             holders = last_program - first_program + 1
             if FEW_M > 0 and rows <= FEW_M:
                 gemm2_piece(
-                    activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, partial_ptr, tickets_ptr,
+                    activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, partial_ptr, tickets_ptr,
                     first_column, num_tokens, capacity,
                     at, rows, rows_before, 1, tile_n, first_step * STEP, last_step * STEP, first_program, holders,
-                    HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL,
+                    HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL, TMA,
                 )  # fmt: skip
             else:
                 gemm2_piece(
-                    activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, partial_ptr, tickets_ptr,
+                    activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, partial_ptr, tickets_ptr,
                     first_column, num_tokens, capacity,
                     at, rows, rows_before, row_tiles, tile_n, first_step * STEP, last_step * STEP,
                     first_program, holders,
-                    HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+                    HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
                 )  # fmt: skip
         position = base + (tile_n * K_STEPS + last_step) * row_tiles

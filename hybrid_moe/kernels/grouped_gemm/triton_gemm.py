@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
-from ..launch import Constants, Kernel
+from ..launch import Argument, Constants, Kernel
 from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
 from .stream_k import gemm1_stream_k_kernel, gemm2_stream_k_kernel
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
@@ -110,10 +111,10 @@ def gemm1(
         tokens,
         capacity,
     )
-    arguments: tuple[torch.Tensor | int, ...] = (
+    arguments: tuple[Argument, ...] = (
         inputs.hidden_states,
         inputs.hidden_states_scale,
-        inputs.gemm1_weights,
+        weights_argument(inputs.gemm1_weights, tile.block_n, routed.aligned),
         inputs.gemm1_weights_scale,
         routed.counts,
         routed.slot_token,
@@ -121,7 +122,7 @@ def gemm1(
         scale,
         unquantized,
     )
-    constants = _gemm1_constants(problem, launch, tile, inputs.hidden_states.stride(0))
+    constants = _gemm1_constants(problem, launch, tile, inputs.hidden_states.stride(0), routed.aligned)
     programs = launch.multiprocessors * tile.programs_per_multiprocessor
     if tile.stream_k:
         assert partial is not None
@@ -151,15 +152,15 @@ def gemm2(
     """
     capacity, columns = rows.shape
     block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
-    arguments: tuple[torch.Tensor | int, ...] = (
+    arguments: tuple[Argument, ...] = (
         activated,
         scale,
-        inputs.gemm2_weights,
+        weights_argument(inputs.gemm2_weights, min(block_n, 128), routed.aligned),
         inputs.gemm2_weights_scale,
         routed.counts,
         rows,
     )
-    constants = _gemm2_constants(problem, launch, tile, columns, block_n)
+    constants = _gemm2_constants(problem, launch, tile, columns, block_n, routed.aligned)
     programs = launch.multiprocessors * tile.programs_per_multiprocessor
     if tile.stream_k:
         assert partial is not None and tickets is not None
@@ -171,12 +172,20 @@ def gemm2(
         GEMM2.launch((min(tiles, programs),), arguments, constants, rows.device, routed.aligned)
 
 
+def weights_argument(weights: torch.Tensor, block_rows: int, aligned: bool) -> Argument:
+    """A descriptor of the rows of all experts in tiles of ``block_rows`` by 128, or the tensor where TMA can't read."""
+    if not aligned:
+        return weights
+    experts, rows, inner = weights.shape
+    return TensorDescriptor(weights, [experts * rows, inner], [inner, 1], [block_rows, 128])
+
+
 GEMM1, GEMM2 = Kernel(gemm1_swiglu_kernel), Kernel(gemm2_kernel)
 GEMM1_STREAM_K, GEMM2_STREAM_K = Kernel(gemm1_stream_k_kernel), Kernel(gemm2_stream_k_kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hidden: int) -> Constants:
+def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hidden: int, tma: bool) -> Constants:
     arguments = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,
@@ -187,13 +196,16 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         **_pipelines(tile),
+        "TMA": tma,
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm2_constants(problem: MoEProblem, launch: Launch, tile: Tile, columns: int, block_n: int) -> Constants:
+def _gemm2_constants(
+    problem: MoEProblem, launch: Launch, tile: Tile, columns: int, block_n: int, tma: bool
+) -> Constants:
     arguments = {
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
@@ -203,6 +215,7 @@ def _gemm2_constants(problem: MoEProblem, launch: Launch, tile: Tile, columns: i
         "BLOCK_M": tile.block_m,
         "BLOCK_N": block_n,
         **_pipelines(tile),
+        "TMA": tma,
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})

@@ -38,10 +38,24 @@ def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TMA: tl.constexpr):
+    """ROWS rows of one 128 block of a weight matrix ``[all experts' rows, INNER]``.
+
+    By its descriptor (TMA) no thread computes addresses: a quarter of the registers, and 4.19 instead of 3.9 TB/s on an
+    H200. By pointer where the weights don't start at a multiple of 16 bytes.
+    """
+    if TMA:
+        return weight.load([row, block * 128])
+    else:
+        at = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * INNER + block * 128 + tl.arange(0, 128)[None, :]
+        return tl.load(weight + at)
+
+
+@triton.jit
 def gemm1_sum(
     hidden_ptr,
     hidden_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     slot_token_ptr,
     stride_scale_k,
@@ -61,6 +75,7 @@ def gemm1_sum(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One tile of up and gate, summed over the steps first_step... before last_step of K_UNROLL 128 blocks each."""
     BLOCK_K: tl.constexpr = 128
@@ -74,10 +89,7 @@ def gemm1_sum(
     token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
     hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
     hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_at = weight_ptr + at.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + column[:, None] * HIDDEN + k[None, :]
-    up_at = weight_at + UP * HIDDEN
-    gate_at = weight_at + GATE * HIDDEN
+    weight_row = at * (2 * INTERMEDIATE) + tile_n * BLOCK_N
     block_n = tile_n * BLOCK_N // 128
     scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
     up_scale_at = scale_at + UP // 128 * K_BLOCKS
@@ -100,8 +112,8 @@ def gemm1_sum(
             next_up_scale = tl.load(up_scale_at + ahead)
             next_gate_scale = tl.load(gate_scale_at + ahead)
             x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w_up = tl.load(up_at + block * BLOCK_K)
-            w_gate = tl.load(gate_at + block * BLOCK_K)
+            w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
+            w_gate = load_weights(weight, weight_row + GATE, block, BLOCK_N, HIDDEN, TMA)
             up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
             gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
     return up, gate
@@ -111,7 +123,7 @@ def gemm1_sum(
 def gemm1_tile(
     hidden_ptr,
     hidden_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     slot_token_ptr,
     out_ptr,
@@ -136,12 +148,13 @@ def gemm1_tile(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     up, gate = gemm1_sum(
-        hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr,
+        hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr,
         stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n, 0, HIDDEN // 128 // K_UNROLL,
-        STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+        STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = slot < rows
@@ -189,7 +202,7 @@ def store_activation(up, gate, out_ptr, out_scale_ptr, row, real, block_n, capac
 def gemm1_swiglu_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
-    weight_ptr,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3
+    weight,  # [E, 2 * INTERMEDIATE, HIDDEN] e4m3: a descriptor of its rows if TMA, else a pointer
     weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
     counts_ptr,  # [E] int32
     slot_token_ptr,  # [E, T] int32
@@ -214,6 +227,7 @@ def gemm1_swiglu_kernel(
     FEW_M: tl.constexpr,
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns.
@@ -232,18 +246,18 @@ def gemm1_swiglu_kernel(
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         if FEW_M > 0 and rows <= FEW_M:
             gemm1_tile(
-                hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
                 unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
                 at, rows, rows_before, tiles_before, tile_m, tile_n,
                 STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, FEW_M, BLOCK_N,
-                FEW_STAGES, FEW_UNROLL,
+                FEW_STAGES, FEW_UNROLL, TMA,
             )  # fmt: skip
         else:
             gemm1_tile(
-                hidden_ptr, hidden_scale_ptr, weight_ptr, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
                 unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
                 at, rows, rows_before, tiles_before, tile_m, tile_n,
-                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
             )  # fmt: skip
 
 
@@ -251,7 +265,7 @@ def gemm1_swiglu_kernel(
 def gemm2_sum(
     activated_ptr,
     activated_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     first_column,
     capacity,
@@ -268,6 +282,7 @@ def gemm2_sum(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One tile summed over the steps first_step... before last_step of K_UNROLL 128 blocks each.
 
@@ -285,8 +300,7 @@ def gemm2_sum(
     row = (rows_before + slot).to(tl.int64)
     activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
     activated_scale_at = activated_scale_ptr + row
-    weight_row = first_column + tile_n * BLOCK_N + tl.arange(0, WIDTH)
-    weight_at = weight_ptr + at.to(tl.int64) * (HIDDEN * INTERMEDIATE) + weight_row[:, None] * INTERMEDIATE + k
+    weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N
     scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
 
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -304,12 +318,12 @@ def gemm2_sum(
             next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
             next_scale = tl.load(scale_at + ahead)
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w = tl.load(weight_at + block * BLOCK_K)
+            w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)
             total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
             if TWO:
                 right_scale = next_right_scale
                 next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
-                w_right = tl.load(weight_at + 128 * INTERMEDIATE + block * BLOCK_K)
+                w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
                 right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
     if TWO:
         return total, right
@@ -321,7 +335,7 @@ def gemm2_sum(
 def gemm2_tile(
     activated_ptr,
     activated_scale_ptr,
-    weight_ptr,
+    weight,
     weight_scale_ptr,
     out_ptr,
     first_column,
@@ -338,13 +352,14 @@ def gemm2_tile(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
     WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
     total, right = gemm2_sum(
-        activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, first_column, capacity,
+        activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
         at, rows, rows_before, tile_m, tile_n, 0, INTERMEDIATE // 128 // K_UNROLL,
-        HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+        HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     real = slot < rows
@@ -359,7 +374,7 @@ def gemm2_tile(
 def gemm2_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
-    weight_ptr,  # [E, HIDDEN, INTERMEDIATE] e4m3
+    weight,  # [E, HIDDEN, INTERMEDIATE] e4m3: a descriptor of its rows if TMA, else a pointer
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
@@ -377,6 +392,7 @@ def gemm2_kernel(
     FEW_M: tl.constexpr,
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
@@ -396,13 +412,13 @@ def gemm2_kernel(
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         if FEW_M > 0 and rows <= FEW_M:
             gemm2_tile(
-                activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, first_column, capacity,
+                activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, first_column, capacity,
                 at, rows, rows_before, tile_m, tile_n,
-                HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL,
+                HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL, TMA,
             )  # fmt: skip
         else:
             gemm2_tile(
-                activated_ptr, activated_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, first_column, capacity,
+                activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, first_column, capacity,
                 at, rows, rows_before, tile_m, tile_n,
-                HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL,
+                HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
             )  # fmt: skip

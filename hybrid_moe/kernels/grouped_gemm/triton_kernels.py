@@ -15,6 +15,9 @@ import triton.language as tl
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
 
+# How many blocks of the sum before its use a scale is loaded.
+SCALES_AHEAD = tl.constexpr(3)
+
 
 @triton.jit
 def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -52,6 +55,22 @@ def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TM
 
 
 @triton.jit
+def gemm1_scales(row_at, up_at, gate_at, block, stride_scale_k, real, K_BLOCKS: tl.constexpr):
+    """Scales of the rows, of up and of gate for one 128 block; those of the last one after it."""
+    block = tl.minimum(block, K_BLOCKS - 1)
+    row = tl.load(row_at + tl.cast(block, tl.int64) * stride_scale_k, mask=real, other=0.0)
+    return row, tl.load(up_at + block), tl.load(gate_at + block)
+
+
+@triton.jit
+def gemm2_scales(row_at, left_at, right, block, capacity, real, K_BLOCKS: tl.constexpr):
+    """Scales of the rows and of the left and right 128 columns for one 128 block; those of the last one after it."""
+    block = tl.minimum(block, K_BLOCKS - 1)
+    row = tl.load(row_at + tl.cast(block, tl.int64) * capacity, mask=real, other=0.0)
+    return row, tl.load(left_at + block), tl.load(left_at + right + block)
+
+
+@triton.jit
 def gemm1_sum(
     hidden_ptr,
     hidden_scale_ptr,
@@ -65,8 +84,6 @@ def gemm1_sum(
     rows,
     tile_m,
     tile_n,
-    first_step,
-    last_step,
     STRIDE_HIDDEN: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -77,7 +94,7 @@ def gemm1_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of up and gate, summed over the steps first_step... before last_step of K_UNROLL 128 blocks each."""
+    """One tile of up and gate."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
     UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
@@ -97,20 +114,19 @@ def gemm1_sum(
 
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Scales are loaded one block ahead: their latency would stall every promotion.
-    first = first_step * K_UNROLL
-    first_scale_at = hidden_scale_at + tl.cast(first, tl.int64) * stride_scale_k
-    next_row_scale = tl.load(first_scale_at, mask=real, other=0.0)
-    next_up_scale = tl.load(up_scale_at + first)
-    next_gate_scale = tl.load(gate_scale_at + first)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+    # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
+    row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
+    row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
+    row_2, up_2, gate_2 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 2, stride_scale_k, real, K_BLOCKS)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, up_scale, gate_scale = next_row_scale, next_up_scale, next_gate_scale
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            next_row_scale = tl.load(hidden_scale_at + ahead.to(tl.int64) * stride_scale_k, mask=real, other=0.0)
-            next_up_scale = tl.load(up_scale_at + ahead)
-            next_gate_scale = tl.load(gate_scale_at + ahead)
+            row_scale, up_scale, gate_scale = row_0, up_0, gate_0
+            row_0, up_0, gate_0 = row_1, up_1, gate_1
+            row_1, up_1, gate_1 = row_2, up_2, gate_2
+            row_2, up_2, gate_2 = gemm1_scales(
+                hidden_scale_at, up_scale_at, gate_scale_at, block + SCALES_AHEAD, stride_scale_k, real, K_BLOCKS
+            )
             x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
             w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
             w_gate = load_weights(weight, weight_row + GATE, block, BLOCK_N, HIDDEN, TMA)
@@ -153,7 +169,7 @@ def gemm1_tile(
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     up, gate = gemm1_sum(
         hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr,
-        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n, 0, HIDDEN // 128 // K_UNROLL,
+        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n,
         STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -274,8 +290,6 @@ def gemm2_sum(
     rows_before,
     tile_m,
     tile_n,
-    first_step,
-    last_step,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -284,7 +298,7 @@ def gemm2_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile summed over the steps first_step... before last_step of K_UNROLL 128 blocks each.
+    """One tile of the result.
 
     Two tensors side by side where BLOCK_N is 256, else the same one twice.
     """
@@ -304,25 +318,25 @@ def gemm2_sum(
     scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
 
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    first = first_step * K_UNROLL
-    next_row_scale = tl.load(activated_scale_at + tl.cast(first, tl.int64) * capacity, mask=real, other=0.0)
-    next_scale = tl.load(scale_at + first)
+    scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
         right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        next_right_scale = tl.load(scale_at + K_BLOCKS + first)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
+    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
+    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            ahead = tl.minimum(block + 1, K_BLOCKS - 1)
-            row_scale, scale = next_row_scale, next_scale
-            next_row_scale = tl.load(activated_scale_at + ahead.to(tl.int64) * capacity, mask=real, other=0.0)
-            next_scale = tl.load(scale_at + ahead)
+            row_scale, scale, right_scale = row_0, left_0, right_0
+            row_0, left_0, right_0 = row_1, left_1, right_1
+            row_1, left_1, right_1 = row_2, left_2, right_2
+            row_2, left_2, right_2 = gemm2_scales(
+                activated_scale_at, scale_at, scales, block + SCALES_AHEAD, capacity, real, K_BLOCKS
+            )
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
             w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)
             total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
             if TWO:
-                right_scale = next_right_scale
-                next_right_scale = tl.load(scale_at + K_BLOCKS + ahead)
                 w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
                 right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
     if TWO:
@@ -358,7 +372,7 @@ def gemm2_tile(
     WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
     total, right = gemm2_sum(
         activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
-        at, rows, rows_before, tile_m, tile_n, 0, INTERMEDIATE // 128 // K_UNROLL,
+        at, rows, rows_before, tile_m, tile_n,
         HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

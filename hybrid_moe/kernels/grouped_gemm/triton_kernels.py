@@ -55,6 +55,12 @@ def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TM
 
 
 @triton.jit
+def handed_on(scale, block):
+    """The same, for the next turn of the loop. Triton pipelines no loop that hands a value on as it is."""
+    return tl.where(block >= 0, scale, 0.0)
+
+
+@triton.jit
 def gemm1_scales(row_at, up_at, gate_at, block, stride_scale_k, real, K_BLOCKS: tl.constexpr):
     """Scales of the rows, of up and of gate for one 128 block; those of the last one after it."""
     block = tl.minimum(block, K_BLOCKS - 1)
@@ -122,8 +128,8 @@ def gemm1_sum(
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, up_scale, gate_scale = row_0, up_0, gate_0
-            row_0, up_0, gate_0 = row_1, up_1, gate_1
-            row_1, up_1, gate_1 = row_2, up_2, gate_2
+            row_0, up_0, gate_0 = handed_on(row_1, block), handed_on(up_1, block), handed_on(gate_1, block)
+            row_1, up_1, gate_1 = handed_on(row_2, block), handed_on(up_2, block), handed_on(gate_2, block)
             row_2, up_2, gate_2 = gemm1_scales(
                 hidden_scale_at, up_scale_at, gate_scale_at, block + SCALES_AHEAD, stride_scale_k, real, K_BLOCKS
             )
@@ -328,8 +334,8 @@ def gemm2_sum(
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, scale, right_scale = row_0, left_0, right_0
-            row_0, left_0, right_0 = row_1, left_1, right_1
-            row_1, left_1, right_1 = row_2, left_2, right_2
+            row_0, left_0, right_0 = handed_on(row_1, block), handed_on(left_1, block), handed_on(right_1, block)
+            row_1, left_1, right_1 = handed_on(row_2, block), handed_on(left_2, block), handed_on(right_2, block)
             row_2, left_2, right_2 = gemm2_scales(
                 activated_scale_at, scale_at, scales, block + SCALES_AHEAD, capacity, real, K_BLOCKS
             )

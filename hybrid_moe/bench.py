@@ -148,8 +148,8 @@ def measure(
     ``prepare`` says how to run what isn't a registered backend; ``choice.backend`` is then ``peer:<name>``.
     """
     problem = case.problem
-    device = DeviceKey.of(case.reference.device).name
-    common: dict[str, Any] = record_fields(device, problem, case.workload, choice, environment) | {
+    where = DeviceKey.of(case.reference.device).name
+    common: dict[str, Any] = record_fields(where, problem, case.workload, choice, environment) | {
         "local_rows": case.work.local_rows,
         "active_experts": case.work.active_experts,
         "floor_us": round(case.work.floor_us(ceilings), 3),

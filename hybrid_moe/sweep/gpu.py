@@ -49,6 +49,7 @@ class GpuBench:
 
     def identify(self) -> Identity:
         """Slug and versions; the number of weight copies is among them, as it says how cold the caches are."""
+        gpu_state()  # what it needs is missing now or never
         return Identity(DeviceKey.of("cuda").name, versions() | {"weight_copies": self.copies})
 
     def load(self, workload: Workload) -> None:

@@ -18,9 +18,14 @@ from ..records import BenchRecord, problem_of_record, read_records
 from .process import Identity
 
 
+def user_records_dir() -> Path:
+    """Where records measured on this machine are kept, unless told otherwise."""
+    return platformdirs.user_data_path("hybrid_moe") / "records"
+
+
 def default_path(device: str, problem: MoEProblem) -> Path:
-    """Where the records of a device and a problem are kept unless told otherwise."""
-    return platformdirs.user_data_path("hybrid_moe") / "records" / device / f"{problem.definition}.jsonl"
+    """Where the records of a device and a problem are kept, unless told otherwise."""
+    return user_records_dir() / device / f"{problem.definition}.jsonl"
 
 
 @contextlib.contextmanager

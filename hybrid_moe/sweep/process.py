@@ -8,6 +8,7 @@ what they like). The sweep ends it where it takes too long, and starts another.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -144,7 +145,8 @@ def _output_to(log: Path) -> None:
         stream.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.close(descriptor)
+    sys.stdout = sys.stderr = open(descriptor, "w", buffering=1, encoding="utf-8", errors="replace")
+    faulthandler.enable()  # where a crash in C code came from
 
 
 class Worker(AbstractContextManager["Worker"]):

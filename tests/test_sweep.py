@@ -20,25 +20,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import SMALL_OPTIONS, cli, fails
 
-from hybrid_moe import backends
+from hybrid_moe import backends, bench
 from hybrid_moe.bench import record_fields
 from hybrid_moe.choice import Choice
 from hybrid_moe.cli.regenerate import Regeneration, candidates_of, loads_of, print_result
 from hybrid_moe.learn import learn
 from hybrid_moe.policy import LearnerOptions, load_policy, policy_path, user_policy_dir
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import BenchRecord, read_records
+from hybrid_moe.records import BenchRecord, Latency, append_record, read_records
 from hybrid_moe.select import NoBackendError, resolve
 from hybrid_moe.sweep import gpu, journal
-from hybrid_moe.sweep.plan import Plan, Results, next_job
+from hybrid_moe.sweep.plan import TIMINGS, Plan, Results, next_job
 from hybrid_moe.sweep.process import Identity, SweepError, Worker
 from hybrid_moe.sweep.run import sweep
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS
+from hybrid_moe.timing import Ceilings
+from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, random_weights
 
 DRIVER = Path(__file__).with_name("sweep_driver.py")
 CANDIDATES = (A, B, C)
 # The processes of these tests are forked, as importing torch for each would take seconds; one test below spawns.
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Layers this small are slower on several threads, which wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def record(plan, job, timing, us, device="cpu", environment=None):
@@ -60,9 +70,9 @@ def planned(plan, latency, records=(), most=10**6):
     return made
 
 
-def swept(path, plan, bench, *, budget_s=1e9, limit_s=5.0, retry=False, context=FORK):
+def swept(path, plan, measuring, *, budget_s=1e9, limit_s=5.0, retry=False, context=FORK):
     """One run as the command does it, with a policy neither learned nor installed."""
-    with Worker(bench, path.with_suffix(".log"), context) as worker:
+    with Worker(measuring, path.with_suffix(".log"), context) as worker:
         identity = worker.identify()
         with journal.locked(path):
             journal.mend(path)
@@ -341,15 +351,15 @@ def test_a_spawned_process(tmp_path):
 
 def test_the_budget_ends_it_between_two_t(tmp_path):
     path, plan = tmp_path / "records.jsonl", small_plan(max_tokens=64, loads=("uniform", "zipf"))
-    bench = FakeBench(pause_s=0.005)
-    first = swept(path, plan, bench, budget_s=0.1)
+    slow = FakeBench(pause_s=0.005)
+    first = swept(path, plan, slow, budget_s=0.1)
     assert first.out_of_time and 0 < first.added and first.spent_s >= 0.1
     per_t = len(plan.loads) * len(CANDIDATES) * 2
     assert first.added % per_t == 0
     # What was spent is in the records: the same budget buys nothing more, and a larger one goes on.
-    again = swept(path, plan, bench, budget_s=0.1)
+    again = swept(path, plan, slow, budget_s=0.1)
     assert again.added == 0 and again.spent_s == pytest.approx(first.spent_s, abs=0.01)
-    last = swept(path, plan, bench, budget_s=100)
+    last = swept(path, plan, slow, budget_s=100)
     assert not last.out_of_time
     assert [r.key for r in last.records] == [r.key for r in planned(plan, latency_us)]
 
@@ -567,12 +577,12 @@ def test_no_candidate_can_run(tmp_path):
 
 
 def test_only_wrong_answers_at_one_t(tmp_path):
-    bench = FakeBench(costs=REAL_COSTS, bad={"torch_reference@8 uniform": "wrong"})
+    wrong = FakeBench(costs=REAL_COSTS, bad={"torch_reference@8 uniform": "wrong"})
     with pytest.raises(ValueError, match=r"no right one at T = 8.*--retry") as refused:
-        task(tmp_path / "records.jsonl", REAL[:1]).perform(bench, FORK)
+        task(tmp_path / "records.jsonl", REAL[:1]).perform(wrong, FORK)
     assert "--max-tokens" in str(refused.value)
     smaller = small_plan(REAL[:1], max_tokens=4)
-    assert task(tmp_path / "records.jsonl", plan=smaller).perform(bench, FORK).verified
+    assert task(tmp_path / "records.jsonl", plan=smaller).perform(wrong, FORK).verified
     assert task(tmp_path / "records.jsonl", REAL[:1], retry=True).perform(FakeBench(costs=REAL_COSTS), FORK).verified
 
 
@@ -647,7 +657,40 @@ def test_loads_that_cannot_be_made_are_left_out():
         loads_of(all_local, ["none"])
 
 
-# ---- The GPU's state ----
+# ---- What runs on the GPU ----
+
+
+def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
+    # All but the GPU itself: weights and calls on the CPU, and no times.
+    latency = Latency(median=5.0, p10=4.0, p90=6.0, runs=15)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench, "time_graph", lambda calls, runs: latency)
+    monkeypatch.setattr(bench, "time_eager", lambda calls, runs: (latency, latency))
+    for module in (bench, gpu):
+        monkeypatch.setattr(module, "versions", lambda: {"torch": "1.0", "cuda": None})
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda: Ceilings(1e12, 1e15))
+    monkeypatch.setattr(gpu, "random_weights", lambda problem, device, seed: random_weights(problem, "cpu", seed))
+    monkeypatch.setattr(gpu, "gpu_state", lambda: {"sm_mhz": 1980})
+    monkeypatch.setattr(gpu.DeviceKey, "of", lambda device: DeviceKey("cpu"))
+    measuring = gpu.GpuBench(SMALL, copies=2)
+    identity = measuring.identify()
+    assert identity.environment["weight_copies"] == 2
+    path = tmp_path / "records.jsonl"
+    for choice in (REAL[0], Choice(Wrong.name), Choice("flashinfer_trtllm")):
+        for load in ("uniform", "zipf", "concentrated"):
+            measuring.load(Workload(4, 8, load))
+            for r in measuring.measure(choice, TIMINGS):
+                append_record(path, r)
+    records = journal.resume(path, identity, SMALL)  # none of them measured in other circumstances
+    assert {(r.backend, r.status) for r in records} == {
+        ("torch_reference", "passed"),
+        (Wrong.name, "failed"),
+        ("flashinfer_trtllm", "unsupported"),
+    }
+    assert len(records) == 3 * 3 * 2
+    assert all(r.model_extra["gpu_before"] == r.model_extra["gpu_after"] == {"sm_mhz": 1980} for r in records)
+    assert {r.timing for r in records} == set(TIMINGS)
 
 
 def test_the_gpus_state(monkeypatch):

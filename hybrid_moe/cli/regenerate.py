@@ -335,7 +335,8 @@ class Regeneration:
         records = journal.resume(path, identity, self.plan.problem)
         if records:
             err.print(f"going on from {len(records)} records in {escape(str(path))}", soft_wrap=True)
-        with _shown(Results(records), self.plan) as (on_workload, on_record):
+        before = Results() if self.retry else Results(records)
+        with _shown(before, self.plan) as (on_workload, on_record):
             return sweeping.sweep(
                 self.plan,
                 worker,

@@ -201,7 +201,7 @@ def record_fields(
         "num_experts": problem.num_experts,
         "gate_first": problem.gate_first,
         "environment": dict(environment),
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -18,11 +19,13 @@ import torch
 from fake_bench import SMALL, A, B, C, FakeBench, latency_us
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from test_cli import SMALL_OPTIONS, cli, fails
 
 from hybrid_moe import backends, bench
 from hybrid_moe.bench import record_fields
 from hybrid_moe.choice import Choice
+from hybrid_moe.cli import watch
 from hybrid_moe.cli.regenerate import Regeneration, candidates_of, loads_of, print_result
 from hybrid_moe.learn import learn
 from hybrid_moe.policy import LearnerOptions, load_policy, policy_path, user_policy_dir
@@ -298,6 +301,16 @@ def test_one_bad_workload_costs_its_own_records(tmp_path, kind, status, reason):
     assert [(r.choice, r.num_tokens, r.status) for r in again.records[len(outcome.records) :]] == [(B, 4, "passed")] * 2
 
 
+@pytest.mark.parametrize("kind", ["refuse", "exit"])
+def test_one_that_was_left_out_comes_back_on_demand(tmp_path, kind):
+    path, plan = tmp_path / "records.jsonl", small_plan()
+    swept(path, plan, FakeBench(bad={"fake_b": kind}))
+    outcome = swept(path, plan, FakeBench(), retry=True)
+    assert not Results(outcome.records).left_out(CANDIDATES)
+    assert {r.num_tokens for r in outcome.records if r.choice == B and r.status == "passed"} >= set(plan.anchors)
+    assert swept(path, plan, FakeBench()).added == 0
+
+
 def test_what_came_before_a_hang_stands(tmp_path):
     outcome = swept(
         tmp_path / "records.jsonl", small_plan(), FakeBench(bad={"fake_b@4 uniform": "hang eager"}), limit_s=0.3
@@ -571,6 +584,11 @@ def test_fresh_sets_earlier_records_aside(tmp_path):
     assert len(aside) == 2 and old in [p.read_bytes() for p in aside]
 
 
+def test_no_time_and_no_records(tmp_path):
+    with pytest.raises(ValueError, match="give more --minutes"):
+        task(tmp_path / "records.jsonl", budget_s=0.0).perform(FakeBench(), FORK)
+
+
 def test_no_candidate_can_run(tmp_path):
     with pytest.raises(NoBackendError, match="torch_reference: no such GPU"):
         task(tmp_path / "records.jsonl", REAL[:1]).perform(FakeBench(bad={"torch_reference": "refuse"}), FORK)
@@ -609,6 +627,17 @@ def test_the_command(as_if_with_a_gpu, tmp_path):
     assert "left]" in lines[-1]
     text = cli(*arguments).stdout
     assert "0 of them new" in text and "written to" in text
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(watch, "err", Console(file=shown, force_terminal=True, width=150))
+    bad = {"torch_reference@2 uniform": "exit"}
+    others = {"candidates": REAL, "install": False}
+    task(tmp_path / "records.jsonl", **others).perform(FakeBench(costs=REAL_COSTS, bad=bad, pause_s=0.02), FORK)
+    text = shown.getvalue()
+    assert "T = 4 uniform" in text and "left" in text
+    assert "torch_reference at T = 2 uniform, eager: failed: its process ended with exit code 7" in text
 
 
 def test_the_command_says_that_the_verification_failed(as_if_with_a_gpu):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,7 +13,6 @@ import torch
 import typer
 from pydantic import ValidationError
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import backends
 from ..choice import Choice
@@ -55,6 +53,7 @@ from .common import (
 )
 from .learn import print_learned
 from .verify import Finding, print_findings, verify_policy
+from .watch import watching
 
 # To stay under 8 and 20 minutes of GPU time with the start of the processes and the verification.
 QUICK_MINUTES, FULL_MINUTES = 6.0, 18.0
@@ -162,7 +161,7 @@ def regenerate(
     try:
         result = task.perform(GpuBench(problem, copies))
     except KeyboardInterrupt:
-        err.print("stopped; what was measured is kept, and the same command goes on")
+        err.print("stopped; what was measured is kept, and the same command (without --fresh) goes on")
         raise typer.Exit(130) from None
     if as_json:
         print_json(result.to_dict())
@@ -336,7 +335,7 @@ class Regeneration:
         if records:
             err.print(f"going on from {len(records)} records in {escape(str(path))}", soft_wrap=True)
         before = Results() if self.retry else Results(records)
-        with _shown(before, self.plan) as (on_workload, on_record):
+        with watching(before, self.plan) as (on_workload, on_record):
             return sweeping.sweep(
                 self.plan,
                 worker,
@@ -352,6 +351,8 @@ class Regeneration:
 
     def _conclude(self, outcome: sweeping.Outcome, path: Path, device: str, target: Path) -> Result:
         """Learn, verify, install."""
+        if not outcome.records:
+            raise ValueError("nothing was measured, so there is nothing to learn from: give more --minutes")
         left_out = Results(outcome.records).left_out(self.plan.candidates)
         if len(left_out) == len(self.plan.candidates):
             lines = [f"  {choice}: {reason}" for choice, reason in left_out.items()]
@@ -405,93 +406,6 @@ class Regeneration:
 
 
 # ---- What is shown ----
-
-
-@contextlib.contextmanager
-def _shown(
-    before: Results, plan: Plan
-) -> Iterator[tuple[Callable[[sweeping.Progress], None], Callable[[BenchRecord], None]]]:
-    """A bar on stderr if that is a terminal, else a line for each workload; failures are told in both."""
-    for choice, reason in before.left_out(plan.candidates).items():
-        err.print(f"left out: {escape(f'{choice}: {reason}')}", style="yellow", soft_wrap=True)
-    lines = _Lines()
-    if not err.is_terminal:
-        yield lines.workload, lines.record
-        lines.flush()
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("starting", total=plan.most_workloads, left="")
-
-        def workload(progress: sweeping.Progress) -> None:
-            bar.update(
-                task,
-                description=_named(progress.workload),
-                completed=progress.number - 1,
-                total=progress.most,
-                left=_left(progress),
-            )
-
-        def record(record: BenchRecord) -> None:
-            if record.status != "passed":
-                what = f"{record.choice} at T = {record.num_tokens} {record.routing}, {record.timing}"
-                bar.console.print(escape(f"{what}: {record.status}: {record.reason}"), style="yellow", soft_wrap=True)
-
-        yield workload, record
-
-
-@dataclass(slots=True)
-class _Lines:
-    """One line a workload, printed when the next begins."""
-
-    _progress: sweeping.Progress | None = None
-    _records: list[BenchRecord] = field(default_factory=list)
-
-    def workload(self, progress: sweeping.Progress) -> None:
-        self.flush()
-        self._progress = progress
-
-    def record(self, record: BenchRecord) -> None:
-        self._records.append(record)
-
-    def flush(self) -> None:
-        progress, records = self._progress, self._records
-        self._progress, self._records = None, []
-        if progress is None:
-            return
-        parts: dict[Choice, list[str]] = {}
-        for record in records:
-            text = (
-                f"{record.latency_us.median:.1f} us {record.timing}"
-                if record.latency_us
-                else f"{record.status} ({record.reason})"
-            )
-            if text not in parts.setdefault(record.choice, []):
-                parts[record.choice].append(text)
-        said = "; ".join(f"{choice} {', '.join(texts)}" for choice, texts in parts.items())
-        left = f" [{_left(progress)}]" if _left(progress) else ""
-        err.print(
-            escape(f"{progress.number}/{progress.most} {_named(progress.workload)}: {said}{left}"), soft_wrap=True
-        )
-
-
-def _named(workload: Workload) -> str:
-    return f"T = {workload.num_tokens} {workload.routing}"
-
-
-def _left(progress: sweeping.Progress) -> str:
-    if progress.left_s is None:
-        return ""
-    if progress.left_s < 90:
-        return f"about {progress.left_s:.0f} s left"
-    return f"about {progress.left_s / 60:.0f} min left"
 
 
 def _failures(records: Sequence[BenchRecord]) -> list[BenchRecord]:

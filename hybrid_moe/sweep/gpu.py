@@ -79,6 +79,7 @@ class GpuBench:
         """Whether the CUDA context survived; most errors on the device end it."""
         try:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # it may have been the memory that it lacked
         except RuntimeError:
             return False
         return True

@@ -141,32 +141,31 @@ class Results:
     def __init__(self, records: Iterable[BenchRecord] = ()) -> None:
         self._records: dict[tuple[_Point, Choice, str], BenchRecord] = {}
         self._begun: dict[_Point, None] = {}
-        self._refused: dict[Choice, str] = {}
-        self._lost: dict[Choice, dict[_Point, str]] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: BenchRecord) -> None:
         """Take one more record."""
-        choice = record.choice
         point = (record.num_tokens, record.local_expert_offset, record.routing, record.seed)
         self._begun.setdefault(point)
-        self._records[point, choice, record.timing] = record
-        if record.status == "unsupported":
-            self._refused.setdefault(choice, record.reason or "")
-        elif record.status == "timeout" or is_crash(record):
-            self._lost.setdefault(choice, {}).setdefault(point, record.reason or "")
+        self._records[point, record.choice, record.timing] = record
 
     def left_out(self, candidates: Sequence[Choice]) -> dict[Choice, str]:
         """The candidates that aren't measured any more, and why: refused, or hung and crashed too often."""
+        refused: dict[Choice, str] = {}
+        lost: dict[Choice, dict[_Point, str]] = {}
+        for (point, choice, _), record in self._records.items():
+            if record.status == "unsupported":
+                refused.setdefault(choice, record.reason or "")
+            elif record.status == "timeout" or is_crash(record):
+                lost.setdefault(choice, {}).setdefault(point, record.reason or "")
         reasons = {}
         for choice in candidates:
-            lost = self._lost.get(choice, {})
-            if choice in self._refused:
-                reasons[choice] = self._refused[choice]
-            elif len(lost) >= LOSSES:
-                where = "; ".join(f"T = {point[0]} {point[2]}: {reason}" for point, reason in lost.items())
-                reasons[choice] = f"given up after {len(lost)} workloads at which it hung or crashed ({where})"
+            if choice in refused:
+                reasons[choice] = refused[choice]
+            elif len(points := lost.get(choice, {})) >= LOSSES:
+                where = "; ".join(f"T = {point[0]} {point[2]}: {reason}" for point, reason in points.items())
+                reasons[choice] = f"given up after {len(points)} workloads at which it hung or crashed ({where})"
         return reasons
 
     def missing(self, workload: Workload, choice: Choice) -> tuple[GraphOrEager, ...]:

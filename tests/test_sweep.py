@@ -631,7 +631,7 @@ def test_the_command(as_if_with_a_gpu, tmp_path):
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(watch, "err", Console(file=shown, force_terminal=True, width=150))
+    monkeypatch.setattr(watch, "err", Console(file=shown, force_terminal=True, width=150, highlight=False))
     bad = {"torch_reference@2 uniform": "exit"}
     others = {"candidates": REAL, "install": False}
     task(tmp_path / "records.jsonl", **others).perform(FakeBench(costs=REAL_COSTS, bad=bad, pause_s=0.02), FORK)

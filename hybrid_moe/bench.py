@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -147,24 +147,12 @@ def measure(
 
     ``prepare`` says how to run what isn't a registered backend; ``choice.backend`` is then ``peer:<name>``.
     """
-    workload, problem = case.workload, case.problem
-    common: dict[str, Any] = {
-        "device": DeviceKey.of(case.reference.device).name,
-        "problem": problem.definition,
-        "backend": choice.backend,
-        "config": dict(choice.config),
-        "num_tokens": workload.num_tokens,
-        "local_expert_offset": workload.local_expert_offset,
-        "routing": workload.routing,
-        "seed": workload.seed,
-        "workload": workload.uuid,
-        "num_experts": problem.num_experts,
-        "gate_first": problem.gate_first,
+    problem = case.problem
+    where = DeviceKey.of(case.reference.device).name
+    common: dict[str, Any] = record_fields(where, problem, case.workload, choice, environment) | {
         "local_rows": case.work.local_rows,
         "active_experts": case.work.active_experts,
         "floor_us": round(case.work.floor_us(ceilings), 3),
-        "environment": environment,
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     prepare = prepare or preparing(problem, choice)
     try:
@@ -192,12 +180,45 @@ def measure(
             yield BenchRecord(**common, timing="eager", status="passed", latency_us=device)
 
 
+def record_fields(
+    device: str,
+    problem: MoEProblem,
+    workload: Workload,
+    choice: Choice,
+    environment: Mapping[str, EnvironmentValue],
+) -> dict[str, Any]:
+    """The fields of a record that say what was measured, where and when."""
+    return {
+        "device": device,
+        "problem": problem.definition,
+        "backend": choice.backend,
+        "config": dict(choice.config),
+        "num_tokens": workload.num_tokens,
+        "local_expert_offset": workload.local_expert_offset,
+        "routing": workload.routing,
+        "seed": workload.seed,
+        "workload": workload.uuid,
+        "num_experts": problem.num_experts,
+        "gate_first": problem.gate_first,
+        "environment": dict(environment),
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+
+
 def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
     """Versions, driver and the measured ceilings: what a figure is worthless without."""
-    versions: dict[str, EnvironmentValue] = {}
+    return versions() | {
+        "read_tb_per_s": round(ceilings.read_bytes_per_s / 1e12, 3),
+        "fp8_tflop_per_s": round(ceilings.fp8_flop_per_s / 1e12, 1),
+    }
+
+
+def versions() -> dict[str, EnvironmentValue]:
+    """Versions of the packages that are installed, of Python, CUDA and the driver, and the GPU's product name."""
+    found: dict[str, EnvironmentValue] = {}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     driver = subprocess.run(
@@ -206,11 +227,9 @@ def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
         text=True,
         check=True,
     )
-    return versions | {
+    return found | {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "driver": driver.stdout.split()[0],
         "gpu": torch.cuda.get_device_name(),
-        "read_tb_per_s": round(ceilings.read_bytes_per_s / 1e12, 3),
-        "fp8_tflop_per_s": round(ceilings.fp8_flop_per_s / 1e12, 1),
     }

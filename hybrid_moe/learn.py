@@ -144,7 +144,7 @@ def learn(
         verified=verified,
         options=options,
         intervals=intervals,
-        preferred=_preferred(options.prefer, {r.choice for r in used}),
+        preferred=preferred_among(options.prefer, {r.choice for r in used}),
         wrong=frozenset(choice for (choice, _), passed in _by_candidate(used).items() if not passed),
         inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
         environment=dict(environment) if environment is not None else _environment(used),
@@ -631,7 +631,8 @@ def _is_about(record: BenchRecord, problem: MoEProblem) -> bool:
     )
 
 
-def _preferred(prefer: str | None, known: Collection[Choice]) -> frozenset[Choice]:
+def preferred_among(prefer: str | None, known: Collection[Choice]) -> frozenset[Choice]:
+    """The candidates that ``prefer`` names, a backend or a candidate; ValueError if it names none of them."""
     if prefer is None:
         return frozenset()
     # As text: a candidate read from text has strings where the configuration may have numbers.

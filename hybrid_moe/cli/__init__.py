@@ -12,12 +12,13 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..choice import BackendUnsupportedError
 from ..select import NoBackendError
-from . import demo, doctor, explain, learn, run, verify
+from ..sweep.process import SweepError
+from . import demo, doctor, explain, learn, regenerate, run, verify
 from .common import err
 
 # What a person can put right: bad input, an unusable file (PolicyError is a ValueError), a device that can't run it.
 # Anything else is a bug, and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, BackendUnsupportedError, NoBackendError, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, OSError, BackendUnsupportedError, NoBackendError, SweepError, torch.OutOfMemoryError)
 
 
 class _Commands(TyperGroup):
@@ -67,7 +68,7 @@ def _options(
     pass
 
 
-for _module in (demo, run, explain, learn, verify, doctor):
+for _module in (demo, run, explain, regenerate, learn, verify, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +48,7 @@ def verify(
     What can't run on this machine is unverified, not failed. Exit code 1 if something failed.
     """
     loaded = load_policy(policy)
-    findings = [_same_choices(loaded), *_runs(loaded)]
+    findings = verify_policy(loaded)
     failed = any(finding.status == "failed" for finding in findings)
     if as_json:
         print_json(
@@ -61,13 +62,23 @@ def verify(
         )
     else:
         out.print(f"[bold]{loaded.device}[/], {loaded.definition}")
-        table = view.table("part", "choice", ">T", "status", "reason")
-        for f in findings:
-            tokens = "" if f.num_tokens is None else str(f.num_tokens)
-            table.add_row(f.what, escape(f.choice), tokens, f"[{_STYLES[f.status]}]{f.status}[/]", escape(f.reason))
-        out.print(table)
+        print_findings(findings)
     if failed:
         raise typer.Exit(1)
+
+
+def verify_policy(policy: Policy) -> list[Finding]:
+    """All checks of a policy: that it survives a file, and each part of it run where that can be."""
+    return [_same_choices(policy), *_runs(policy)]
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print them as a table."""
+    table = view.table("part", "choice", ">T", "status", "reason")
+    for f in findings:
+        tokens = "" if f.num_tokens is None else str(f.num_tokens)
+        table.add_row(f.what, escape(f.choice), tokens, f"[{_STYLES[f.status]}]{f.status}[/]", escape(f.reason))
+    out.print(table)
 
 
 def _same_choices(policy: Policy) -> Finding:

@@ -213,7 +213,7 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     by_speedup = {r.latency_us is None for r in passed}
     if len(by_speedup) > 1:
         raise ValueError("some records have latency_us and others speedup_vs_reference: report one kind at a time")
-    letters = _letters([*policy.candidates, *sorted({r.choice for r in records if not r.is_peer}, key=str)])
+    letters = candidate_letters([*policy.candidates, *sorted({r.choice for r in records if not r.is_peer}, key=str)])
     overall, loads = [], []
     for timing in _timings(policy, {r.timing for r in passed}):
         timed = [r for r in records if r.timing == timing]
@@ -239,7 +239,8 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     )
 
 
-def _letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
+def candidate_letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
+    """A letter for each candidate, in their order, which also is that of their colours; each candidate once."""
     letters = string.ascii_uppercase
     found = dict.fromkeys(candidates)
     return {c: letters[i] if i < len(letters) else str(i) for i, c in enumerate(found)}
@@ -369,13 +370,13 @@ def _checked(records: Sequence[BenchRecord], order: Mapping[Choice, str]) -> lis
 
         bounds = set()
         for gate in gates:
-            said = [
-                ("relative L2 at most", gate.max_relative_l2),
-                ("matched ratio at least", gate.required_matched_ratio),
-                ("at rtol", gate.rtol),
-                ("and atol", gate.atol),
-            ]
-            bounds.add(", ".join(f"{name} {value:g}" for name, value in said if value is not None))
+            said = {
+                "relative L2 at most": gate.max_relative_l2,
+                "matched ratio at least": gate.required_matched_ratio,
+                "rtol": gate.rtol,
+                "atol": gate.atol,
+            }
+            bounds.add(", ".join(f"{name} {value:g}" for name, value in said.items() if value is not None))
         found.append(
             Checked(
                 choice=choice,

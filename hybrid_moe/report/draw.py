@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ..choice import Choice
@@ -153,12 +155,15 @@ def _figure(report: Report, view: View, plot: Plot, shape: Shape, title: str | N
     plot(report, view, main)
     _bands(report, strip, main, shape)
     handles, labels = main.get_legend_handles_labels()
+    if any(span.decision.regime is None and span.first <= main.get_xlim()[1] for span in report.spans):
+        handles.append(Patch(facecolor="none", edgecolor=_NAMED["muted"][0], hatch="////", linewidth=0.5))
+        labels.append("the default, without results near")
     columns = _legend_columns(labels, shape)
     legend = figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, fontsize=shape.text, handlelength=3, columnspacing=1.5
     )
     if title is not None:
-        legend.set_title(title, prop={"size": shape.text + 2, "weight": "bold"})
+        legend.set_title(title, prop=FontProperties(size=shape.text + 2, weight="bold"))
         legend.set_alignment("left")
     return figure
 
@@ -215,6 +220,8 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
             continue
         tint = _CANDIDATES[order.index(span.decision.choice) % len(_CANDIDATES)][0]
         default = span.decision.regime is None
+        if span.last == span.first:  # wider than it is: cover what its neighbours drew
+            strip.axvspan(left, right, color=_NAMED["paper"][0], linewidth=0)
         strip.axvspan(left, right, color=tint, alpha=0.15 if default else 0.45, linewidth=0)
         if default:
             strip.axvspan(left, right, facecolor="none", edgecolor=tint, alpha=0.5, hatch="////", linewidth=0)
@@ -227,7 +234,10 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
         text = next((t for t in (*names, letter) if len(t) <= room), None)
         if text is not None:
             middle = math.sqrt(left * right)
-            strip.text(middle, 0.45, text, ha="center", va="center", fontsize=shape.text, fontweight="bold")
+            ground = (
+                {"facecolor": _NAMED["paper"][0], "alpha": 0.75, "edgecolor": "none", "pad": 1} if default else None
+            )
+            strip.text(middle, 0.45, text, ha="center", va="center", fontweight="bold", bbox=ground)
 
 
 def _each(report: Report, view: View, value: Callable[[Row, Choice], float | None]) -> Any:

@@ -54,6 +54,7 @@ STYLE = f""":root{{color-scheme:light dark;{_variables(0)}}}
 
 _SETTINGS = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is one
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,7 +77,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a figure in inches and of its text in points."""
+    """Size of a figure in inches, its height without the legend, and of its text in points."""
 
     name: str
     width: float
@@ -84,9 +85,9 @@ class Shape:
     text: float
 
 
-WIDE = Shape("wide", 9.6, 4.4, 8.5)
-NARROW = Shape("narrow", 4.0, 4.6, 8.5)
-_PICTURE = Shape("picture", 9.6, 4.8, 9)
+WIDE = Shape("wide", 9.6, 4.0, 8.5)
+NARROW = Shape("narrow", 4.0, 3.7, 8.5)
+_PICTURE = Shape("picture", 9.6, 4.1, 9)
 
 Plot = Callable[[Report, View, Axes], None]
 
@@ -159,6 +160,8 @@ def _figure(report: Report, view: View, plot: Plot, shape: Shape, title: str | N
         handles.append(Patch(facecolor="none", edgecolor=_NAMED["muted"][0], hatch="////", linewidth=0.5))
         labels.append("the default, without results near")
     columns = _legend_columns(labels, shape)
+    rows = math.ceil(len(labels) / columns) + (title is not None)
+    figure.set_figheight(shape.height + rows * 1.6 * shape.text / 72)
     legend = figure.legend(
         handles, labels, loc="outside upper left", ncols=columns, fontsize=shape.text, handlelength=3, columnspacing=1.5
     )
@@ -191,6 +194,8 @@ def _y_labels(axes: Axes) -> None:
 
 def _plain_log(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers, dense enough to have a few of them."""
+    if axes.dataLim.height == 0:  # one value alone has no scale
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 7)))

@@ -44,6 +44,7 @@ def html(report: Report) -> str:
         "fastest": lambda row: min(row.slowdown, key=lambda c: row.slowdown[c], default=None),
         "upper_first": lambda text: text[:1].upper() + text[1:],
         "measured": functools.partial(_measured, report),
+        "knows_rows": lambda view: any(row.local_rows or row.active_experts for row in view.rows),
         "several_workloads": lambda view: any(row.workloads > 1 for row in view.rows),
         # A long name breaks at its configuration, and nowhere else.
         "breakable": lambda choice: Markup("<wbr>[").join(str(choice).split("[")),
@@ -54,7 +55,6 @@ def html(report: Report) -> str:
         "narrow": lambda figure: Markup(draw.svg(report, figure[0], figure[1], draw.NARROW)),
     }
     main, *others = report.loads
-    several = len({view.routing for view in report.loads}) > 1
     return environment.get_template("page.html").render(
         report=report,
         policy=report.policy,
@@ -65,7 +65,7 @@ def html(report: Report) -> str:
         main=main,
         others=others,
         # With one load, that load is all of them.
-        regret_views=[*report.overall, *report.loads] if several else report.loads,
+        several_loads=len({view.routing for view in report.loads}) > 1,
         cell_meaning=(
             "Latency over that of the fastest candidate at the T."
             if report.by_speedup

@@ -505,3 +505,17 @@ def test_spans_hold_every_t_once():
     for span in spans:
         for t in {span.first, span.last or 10**6}:
             assert table.choice(t) == span.decision.choice
+
+
+def test_explain_draws_the_strip():
+    text = cli("explain", "--device", "nvidia_b200").stdout
+    assert re.search("^A+a+B+a+A+a+A+a+A+$", text, re.MULTILINE) and "no results are near" in text
+    assert "AAA" not in cli("explain", "--device", "nvidia_b200", "--json").stdout
+
+
+def test_the_same_letters_on_devices_with_the_same_candidates():
+    found = [
+        data.candidate_letters(load_policy(ROOT / "policies" / device / f"{PROBLEM.definition}.json").candidates)
+        for device in ("nvidia_h100_80gb_hbm3", "nvidia_h200")
+    ]
+    assert found[0] == found[1]

@@ -155,7 +155,7 @@ class Report:
     policy, policy_sha256
         The policy, and the digest of its file.
     letters
-        One letter for each candidate, the policy's first; the same in all figures.
+        One letter for each candidate, see `candidate_letters`; the same in all figures.
     peers
         Pipelines that aren't ours.
     spans
@@ -213,7 +213,7 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     by_speedup = {r.latency_us is None for r in passed}
     if len(by_speedup) > 1:
         raise ValueError("some records have latency_us and others speedup_vs_reference: report one kind at a time")
-    letters = candidate_letters([*policy.candidates, *sorted({r.choice for r in records if not r.is_peer}, key=str)])
+    letters = candidate_letters({*policy.candidates, *(r.choice for r in records if not r.is_peer)})
     overall, loads = [], []
     for timing in _timings(policy, {r.timing for r in passed}):
         timed = [r for r in records if r.timing == timing]
@@ -240,10 +240,12 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
 
 
 def candidate_letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
-    """A letter for each candidate, in their order, which also is that of their colours; each candidate once."""
+    """A letter for each candidate; the order is also that of their colours.
+
+    By name, so that pages of several devices with the same candidates have the same letters and colours.
+    """
     letters = string.ascii_uppercase
-    found = dict.fromkeys(candidates)
-    return {c: letters[i] if i < len(letters) else str(i) for i, c in enumerate(found)}
+    return {c: letters[i] if i < len(letters) else str(i) for i, c in enumerate(sorted(set(candidates), key=str))}
 
 
 def _timings(policy: Policy, measured: set[Timing]) -> list[Timing]:

@@ -218,7 +218,9 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     for timing in _timings(policy, {r.timing for r in passed}):
         timed = [r for r in records if r.timing == timing]
         overall.append(_view(timed, policy, timing, None))
-        routings = sorted({r.routing for r in timed if r in passed}, key=lambda name: (name != _MAIN_LOAD, name))
+        routings = sorted(
+            {r.routing for r in passed if r.timing == timing}, key=lambda name: (name != _MAIN_LOAD, name)
+        )
         loads += [_view([r for r in timed if r.routing == name], policy, timing, name) for name in routings]
     dates = sorted({r.timestamp[:10] for r in passed if r.timestamp})
     learned_from = {digest.sha256 for digest in policy.inputs}

@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 # Without a GPU, a CPU build of torch: see constraints.txt.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format figures clean
 
 help:
 	@echo "make install   environment in $(VENV), with this package in it, editable"
 	@echo "make demo      learn, choose, run and check: at full size on a GPU, at a small size without one"
 	@echo "make test      the tests"
 	@echo "make lint      ruff and mypy"
+	@echo "make figures   benchmarks/figures anew, from benchmarks/results and policies"
 	@echo "make format    ruff's formatter, and the mends that it can make by itself"
 
 install: $(INSTALLED)
@@ -39,6 +40,13 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# One picture a device, of the shipped policies: the user's own would come first otherwise.
+figures: $(INSTALLED)
+	for device in $(notdir $(wildcard benchmarks/results/*)); do \
+		$(BIN)/hybrid-moe report benchmarks/results/$$device/*.jsonl --policy policies \
+			--png benchmarks/figures/$$device.png || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,7 +38,7 @@ from .policy import (
 )
 from .problem import DeviceKey, MoEProblem
 from .records import BenchRecord, problem_of_record, read_with_digest
-from .select import choose
+from .select import Decision, choose
 
 # Differences below this are rounding of the logarithms, not of the measurements.
 _ROUNDING = 12
@@ -88,7 +88,7 @@ def learn_from_files(
             raise ValueError(f"device is {device!r}; the records have {devices}")
     if problem is not None:
         problems = _found(r.problem for r in records)
-        records = [r for r in records if _is_about(r, problem)]
+        records = [r for r in records if is_about(r, problem)]
         if not records:
             raise ValueError(f"problem is {problem}; the records have none about it, but {problems}")
     else:
@@ -138,6 +138,7 @@ def learn(
     device, verified = _check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
     points = _points(used)
+    _check_answers(used, points)
     learner = _Learner(
         problem=problem,
         device=device,
@@ -145,16 +146,16 @@ def learn(
         options=options,
         intervals=intervals,
         preferred=preferred_among(options.prefer, {r.choice for r in used}),
-        wrong=frozenset(choice for (choice, _), passed in _by_candidate(used).items() if not passed),
+        wrong=frozenset(choice for (choice, _), passed in standing(used).items() if not passed),
         inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
         environment=dict(environment) if environment is not None else _environment(used),
         tolerance=tolerance,
     )
     policy = learner.learn(points)
-    training = _summary((point.num_tokens, _regret_at(policy, point)) for point in points)
+    training = summarise((point.num_tokens, _regret_at(policy, point)) for point in points)
     left_out = None
     if len(points) >= 3:
-        left_out = _summary(
+        left_out = summarise(
             (point.num_tokens, _regret_at(learner.learn([p for p in points if p is not point]), point))
             for point in points
         )
@@ -212,37 +213,42 @@ class _Point:
         return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
 
 
-_WorkloadKey = tuple[int, int, str, int, str]
+WorkloadKey = tuple[int, int, str, int, str]
 
 
-def _workload_key(record: BenchRecord) -> _WorkloadKey:
+def workload_key(record: BenchRecord) -> WorkloadKey:
+    """What tells one workload from another: T, offset, routing load, seed and id."""
     return record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
 
 
-def _by_candidate(records: Sequence[BenchRecord]) -> dict[tuple[Choice, _WorkloadKey], list[BenchRecord]]:
-    """The passed records that stand; an empty list where a wrong answer stands; no entry where neither was seen."""
-    passed: dict[tuple[Choice, _WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    failed: dict[tuple[Choice, _WorkloadKey], list[BenchRecord]] = defaultdict(list)
+def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
+    """For each candidate and workload, the passed records that stand.
+
+    An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
+    seen. The records are of one device, problem and timing.
+    """
+    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
     for record in records:
         if record.status in ("passed", "failed"):
-            (passed if record.status == "passed" else failed)[record.choice, _workload_key(record)].append(record)
-    standing = dict(passed)
+            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
+    kept = dict(passed)
     for key, wrong in failed.items():
         # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
         times = [record.timestamp for record in wrong]
         last = max((time for time in times if time is not None), default=None)
-        standing[key] = [
+        kept[key] = [
             r
             for r in passed.get(key, [])
             if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
         ]
-    return standing
+    return kept
 
 
 def _points(records: Sequence[BenchRecord]) -> list[_Point]:
-    speeds: dict[_WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    speeds: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
     wrong: dict[int, set[Choice]] = defaultdict(set)
-    for (choice, key), passed in _by_candidate(records).items():
+    for (choice, key), passed in standing(records).items():
         if passed:
             speeds[key][choice] = passed
         else:
@@ -259,10 +265,6 @@ def _points(records: Sequence[BenchRecord]) -> list[_Point]:
         best = min(latency.values())
         workloads[key[0]].append(_Workload({c: value / best for c, value in latency.items()}, spread))
 
-    hopeless = sorted(set(wrong) - set(workloads))
-    if hopeless:
-        named = "; ".join(f"T = {t}: {', '.join(sorted(map(str, wrong[t])))}" for t in hopeless)
-        raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
     points = []
     for num_tokens, ws in sorted(workloads.items()):
         right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong[num_tokens]
@@ -551,15 +553,71 @@ def _tokens(points: Sequence[_Point]) -> str:
 # ---- Regret ----
 
 
-def _regret_at(policy: Policy, point: _Point) -> float:
-    """Mean slowdown - 1, over the workloads of one T, of what the policy runs there."""
+@dataclass(frozen=True)
+class Outcome:
+    """How the candidates, and with them a policy, did at one T.
+
+    Attributes
+    ----------
+    num_tokens, workloads
+        T, and how many workloads it was measured at.
+    slowdown
+        Of each candidate right at all of them, the geometric mean of its latency over the fastest's, as in `Evidence`.
+    regret
+        Of the same candidates, the mean of slowdown - 1, which is what a `RegretSummary` sums up.
+    decision
+        What the policy runs of these candidates; ``None`` if it knows none of them.
+    """
+
+    num_tokens: int
+    workloads: int
+    slowdown: Mapping[Choice, float]
+    regret: Mapping[Choice, float]
+    decision: Decision | None
+
+    @property
+    def policy_regret(self) -> float | None:
+        """Regret of what the policy runs; ``None`` if it knows none of the candidates."""
+        return None if self.decision is None else self.regret[self.decision.choice]
+
+
+def outcomes(policy: Policy, records: Iterable[BenchRecord]) -> list[Outcome]:
+    """How a policy does on records, learned from or not, by the rules of `learn`: one entry a T, sorted.
+
+    The records are of the policy's device and problem and of one timing; peers don't count. A T at which no answer is
+    right has no entry.
+    """
+    found = []
+    for point in _points([r for r in records if not r.is_peer]):
+        known = any(choice in point.log for choice in policy.candidates)
+        found.append(
+            Outcome(
+                num_tokens=point.num_tokens,
+                workloads=len(point.workloads),
+                slowdown={choice: math.exp(value) for choice, value in point.log.items()},
+                regret={choice: _regret(choice, point) for choice in point.log},
+                decision=_decision_at(policy, point) if known else None,
+            )
+        )
+    return found
+
+
+def _decision_at(policy: Policy, point: _Point) -> Decision:
     # One that wasn't right at this T isn't run there: its backend refuses, or its records are to be learned from.
     refusals = {c: ("not right at this T",) for c in policy.candidates if c not in point.log}
-    decision = choose(policy, policy.problem, DeviceKey(policy.device), point.num_tokens, refusals=refusals)
-    return math.fsum(w.slowdown[decision.choice] for w in point.workloads) / len(point.workloads) - 1
+    return choose(policy, policy.problem, DeviceKey(policy.device), point.num_tokens, refusals=refusals)
 
 
-def _summary(regrets: Iterable[tuple[int, float]]) -> RegretSummary:
+def _regret(choice: Choice, point: _Point) -> float:
+    return math.fsum(w.slowdown[choice] for w in point.workloads) / len(point.workloads) - 1
+
+
+def _regret_at(policy: Policy, point: _Point) -> float:
+    return _regret(_decision_at(policy, point).choice, point)
+
+
+def summarise(regrets: Iterable[tuple[int, float]]) -> RegretSummary:
+    """Mean and worst of the regrets at each T, given as ``(T, regret)``; the smallest T of equal worst ones."""
     found = [(num_tokens, _digits(regret)) for num_tokens, regret in regrets]
     worst_tokens, worst = max(found, key=lambda item: (item[1], -item[0]))
     return RegretSummary(
@@ -585,7 +643,7 @@ def _check_records(
     if not records:
         what = f" timed with {options.timing}" if options.timing else ""
         raise ValueError(f"no record{what} to learn from: those of peer pipelines don't count")
-    others = sorted({str(problem_of_record(r)) for r in records if not _is_about(r, problem)})
+    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
     if others:
         raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
     devices = _found(r.device for r in records)
@@ -603,6 +661,17 @@ def _check_records(
     for record in passed:
         _check_gate(record, tolerance)
     return devices, "seed_only" if all(by_speedup) else "measured"
+
+
+def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> None:
+    wrong: dict[int, set[str]] = defaultdict(set)
+    for (choice, key), passed in standing(records).items():
+        if not passed:
+            wrong[key[0]].add(str(choice))
+    hopeless = sorted(set(wrong) - {point.num_tokens for point in points})
+    if hopeless:
+        named = "; ".join(f"T = {t}: {', '.join(sorted(wrong[t]))}" for t in hopeless)
+        raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
 
 
 def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
@@ -625,7 +694,8 @@ def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
         )
 
 
-def _is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+    """Whether a record is about a problem; what the record leaves open is taken from the problem."""
     return record.problem == problem.definition and problem == problem_of_record(
         record, num_experts=problem.num_experts, gate_first=problem.gate_first
     )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, core_schema
 
 from .choice import Choice, ConfigValue
+from .files import write_whole
 from .numerics import Tolerance
 from .problem import MoEProblem
 
@@ -330,18 +329,7 @@ def _describe_one(detail: ErrorDetails) -> str:
 
 def save_policy(policy: Policy, path: str | Path) -> None:
     """Write a policy file, whole or not at all; makes the folders that are missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, as a rename is atomic only within one file system. Not *.json: a scan must not find it.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(dumps_policy(policy))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, dumps_policy(policy).encode())
 
 
 def user_policy_dir() -> Path:

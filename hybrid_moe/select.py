@@ -78,6 +78,15 @@ class Decision:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring T, from ``first`` to ``last`` (``None``: all above), for which the decision is the same."""
+
+    first: int
+    last: int | None
+    decision: Decision
+
+
 class DecisionTable:
     """The decisions of one policy, problem, device and set of refusals for every T; made by `resolve`.
 
@@ -122,6 +131,12 @@ class DecisionTable:
             refusals=self._refusals,
             fallback_order=self._fallback_order,
         )
+
+    def spans(self) -> tuple[Span, ...]:
+        """All T from 1 on, cut where a regime of the policy starts or has ended."""
+        starts = sorted({max(start, 1) for start in self._starts})
+        ends = [start - 1 for start in starts[1:]]
+        return tuple(Span(a, b, self.decision(a)) for a, b in zip(starts, [*ends, None], strict=True))
 
     @property
     def choices(self) -> tuple[Choice, ...]:

@@ -12,6 +12,7 @@ from ..api import DEFAULT_ORDER
 from ..choice import Choice
 from ..policy import Policy
 from ..problem import DeviceKey, MoEProblem
+from ..report.data import candidate_letters
 from ..select import Decision, DecisionTable, Refusals, resolve
 from ..workloads import DEEPSEEK_V3
 from . import view
@@ -81,7 +82,7 @@ def explain(
         regrets = ("training_regret", "leave_one_out_regret")
         print_json({name: data[name] for name in (*names, *regrets)})
     else:
-        _print_regimes(found, where, table if here else None)
+        _print_regimes(found, where, table, here)
 
 
 def _refusals(policy: Policy, problem: MoEProblem) -> Refusals:
@@ -101,12 +102,13 @@ def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
         out.print(view.evidence(decision.evidence, decision.choice))
 
 
-def _print_regimes(policy: Policy, where: str, here: DecisionTable | None) -> None:
+def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool) -> None:
     out.print(f"[bold]{policy.device}[/], {policy.definition}\n{escape(where)}", soft_wrap=True)
     runs_here: dict[str, Choice] | None = None
-    if here is not None:
-        runs_here = {regime.label: here.choice(regime.min_tokens) for regime in policy.regimes}
-        runs_here["otherwise"] = here.choice(outside(policy))
+    if here:
+        runs_here = {regime.label: table.choice(regime.min_tokens) for regime in policy.regimes}
+        runs_here["otherwise"] = table.choice(outside(policy))
+    out.print(view.strip(table.spans(), candidate_letters([*policy.candidates, *table.choices]), out.width))
     out.print(view.regimes(policy, runs_here))
     out.print(view.regret("training regret", policy.training_regret))
     out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))

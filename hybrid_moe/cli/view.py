@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..choice import Choice
 from ..numerics import Correctness
 from ..policy import Evidence, Policy, RegretSummary
-from ..select import Decision
+from ..select import Decision, Span
 from ..timing import Work
 from .execute import SimpleTime
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
+# By the place of the candidate, as in the report's figures; the letters tell them apart without colour.
+_GROUNDS = ("blue", "dark_orange", "green", "magenta", "yellow", "cyan")
 _VERIFIED = {"seed_only": "published", "measured": "measured"}
 
 
@@ -56,6 +61,63 @@ def regimes(policy: Policy, runs_here: dict[str, Choice] | None = None) -> Table
         *([] if runs_here is None else [escape(str(runs_here["otherwise"]))]),
     )
     return result
+
+
+def strip(spans: Sequence[Span], letters: Mapping[Choice, str], width: int) -> Text:
+    """What runs over T as a strip of letters on a logarithmic axis, with its ticks and a legend.
+
+    Small letters are where no regime of the policy holds T. Every span that starts on the axis has at least one column.
+
+    Parameters
+    ----------
+    spans
+        All T from 1 on.
+    letters
+        One letter for each choice of the spans.
+    width
+        Columns of the terminal.
+    """
+    columns = max(20, min(width - 2, 110))
+    # Room for what has no upper bound: a quarter of a decade more, and up to a round number of tokens at least.
+    top = max(100.0, max(span.first for span in spans) * 10**0.75)
+    scale = (columns - 1) / math.log10(top)
+
+    def column(num_tokens: float) -> int:
+        return min(columns - 1, int(math.log10(num_tokens) * scale))
+
+    cells: list[Span] = []
+    for span in spans:
+        # A span that shares its column with the one before still gets one, and what follows starts after it.
+        start = max(column(span.first), len(cells))
+        cells += [cells[-1]] * (start - len(cells)) if cells else []
+        cells.append(span)
+    cells = cells[:columns] + [spans[-1]] * (columns - len(cells))
+
+    places = {choice: place for place, choice in enumerate(letters)}
+    text = Text()
+    for span, run in itertools.groupby(cells):
+        choice, outside = span.decision.choice, span.decision.regime is None
+        letter = letters[choice].lower() if outside else letters[choice]
+        style = f"{_GROUNDS[places[choice] % len(_GROUNDS)]} reverse"
+        text.append(letter * len(list(run)), style=f"{style} dim" if outside else style)
+    text.append("\n")
+
+    ticks, labels = [" "] * columns, [" "] * columns
+    for power in range(int(math.log10(top)) + 1):
+        at, label = column(10**power), str(10**power)
+        ticks[at] = "|"
+        if at + len(label) <= columns:
+            labels[at : at + len(label)] = label
+    text.append("".join(ticks).rstrip() + "\n", style="dim")
+    text.append("".join(labels).rstrip() + "  T\n")
+
+    shown = dict.fromkeys(span.decision.choice for span in spans)
+    for choice in [c for c in letters if c in shown]:
+        text.append(f" {letters[choice]} ", style=f"{_GROUNDS[places[choice] % len(_GROUNDS)]} reverse")
+        text.append(f" {choice}\n")
+    if any(span.decision.regime is None for span in spans):
+        text.append("small letters: in no regime, as no results are near\n", style="dim")
+    return text
 
 
 def regret(name: str, summary: RegretSummary | None) -> str:

@@ -1,0 +1,168 @@
+"""``hybrid-moe report``: one HTML page of a policy and the records that it is judged by."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..files import write_whole
+from ..learn import is_about
+from ..policy import InputDigest, Policy, find_policy
+from ..problem import MoEProblem
+from ..records import BenchRecord, problem_of_record, read_with_digest
+from ..report import data
+from ..workloads import DEEPSEEK_V3
+from .common import Json, out, policy_in, print_json, wanted_policy
+
+Read = list[tuple[list[BenchRecord], InputDigest]]
+
+
+def report(
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="JSON Lines of benchmark records, or the published table.  [default: what the policy was learned from]"
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="A policy file, or a folder of them. [default: what runs on the records' device]"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page. [default: report.html, or none with --png]")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="The first figure as a picture.")] = None,
+    device: Annotated[str | None, typer.Option(help="Slug of the device, where the records have several.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a policy and the records that it is judged by as one HTML page.
+
+    Latency and regret over T, the regimes, what was refused and why, the environment. The page loads nothing; the same
+    records and policy give the same bytes. The records need not be those that the policy was learned from.
+    """
+    _require("matplotlib", "jinja2")
+    for path in (output, png):
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder; a file name is wanted")
+    if records:
+        read: Read = [read_with_digest(path) for path in records]
+        found, where = _policy_for([r for rs, _ in read for r in rs], policy, device)
+    else:
+        loaded = policy_in(policy)
+        found, where = wanted_policy(device, DEEPSEEK_V3 if loaded is None else loaded.problem, policy)
+        read = _learned_from(found, policy)
+    about = [r for rs, _ in read for r in rs if r.device == found.device and is_about(r, found.problem)]
+    result = data.report(about, found, [digest for _, digest in read])
+
+    # Both are made before either is written.
+    from ..report import draw, page
+
+    files: dict[Path, bytes] = {}
+    if png is not None:
+        files[png] = draw.png(result, result.loads[0])
+    if output is not None or png is None:
+        files[output or Path("report.html")] = page.html(result).encode()
+    for path, content in files.items():
+        write_whole(path, content)
+
+    sentence = page.verdict(result)
+    if as_json:
+        print_json({"written": [str(path) for path in files], "verdict": sentence, **_figures(result)})
+        return
+    out.print(f"[bold]{found.device}[/], {found.definition}\n{escape(where)}", soft_wrap=True)
+    out.print(escape(sentence))
+    for path in files:
+        out.print(f"written to {escape(str(path))}", soft_wrap=True)
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the report is drawn with {' and '.join(missing)}, not installed here: pip install 'hybrid-moe[report]'"
+        )
+
+
+def _policy_for(records: Sequence[BenchRecord], path: Path | None, device: str | None) -> tuple[Policy, str]:
+    """The policy that is given, or that runs on the device of the records."""
+    devices = sorted({r.device for r in records})
+    if device is None and len(devices) != 1:
+        raise ValueError(f"the records are of several devices or none: {_list(devices)}; name one with --device")
+    device = device or devices[0]
+    if device not in devices:
+        raise ValueError(f"device is {device!r}; the records have {_list(devices)}")
+    loaded = policy_in(path)
+    problem = _problem_of([r for r in records if r.device == device]) if loaded is None else loaded.problem
+    found, where = find_policy(problem, device, path)
+    if found is None:
+        raise ValueError(
+            f"{where}: `hybrid-moe learn RECORDS -o policy.json`, then `hybrid-moe report RECORDS --policy policy.json`"
+        )
+    if not any(r.device == device and is_about(r, problem) for r in records):
+        raise ValueError(f"{where} is for {problem}; the records are of {_list({r.problem for r in records})}")
+    return found, where
+
+
+def _problem_of(records: Sequence[BenchRecord]) -> MoEProblem:
+    problems = {problem_of_record(r) for r in records if not r.is_peer}
+    if len(problems) != 1:
+        raise ValueError(
+            f"the records are about several problems or none: {_list(map(str, problems))}; "
+            "name a policy of one of them with --policy"
+        )
+    return problems.pop()
+
+
+def _learned_from(policy: Policy, path: Path | None) -> Read:
+    """The files that a policy was learned from, known by their digests."""
+    folders = [Path.cwd(), Path(__file__).parents[2] / "benchmarks"]
+    if path is not None:
+        folders.append(path if path.is_dir() else path.parent)
+    read: Read = []
+    for digest in policy.inputs:
+        called = [p for folder in folders for p in _called(digest.name, folder)]
+        same = [p for p in called if hashlib.sha256(p.read_bytes()).hexdigest() == digest.sha256]
+        if not same:
+            raise ValueError(
+                f"the policy for {policy.device} was learned from {digest.name} (sha256 {digest.sha256[:12]}...), "
+                f"which isn't in {_list(map(str, folders))}: name the files of records, as `hybrid-moe report RECORDS`"
+            )
+        read.append(read_with_digest(same[0]))
+    return read
+
+
+def _called(name: str, folder: Path) -> list[Path]:
+    # As benchmarks/results/<device>/ has them: no deeper, as the working directory may be anybody's home.
+    return sorted(p for pattern in (name, f"*/{name}", f"*/*/{name}") for p in folder.glob(pattern) if p.is_file())
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names))) or "none"
+
+
+def _figures(result: data.Report) -> dict[str, Any]:
+    views = [*result.overall, *result.loads]
+    return {
+        "device": result.policy.device,
+        "definition": result.policy.definition,
+        "policy_sha256": result.policy_sha256,
+        "regret": [
+            {
+                "timing": view.timing,
+                "routing": view.routing,
+                "candidate": None if s.choice is None else str(s.choice),
+                "regret": None if s.regret is None else s.regret.model_dump(mode="json"),
+                "policy_gain": s.policy_gain,
+            }
+            for view in views
+            for s in view.standings
+        ],
+        "refused": [asdict(r) | {"choice": str(r.choice)} for r in result.refused],
+    }

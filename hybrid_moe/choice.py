@@ -26,12 +26,15 @@ class Choice:
 
     backend: str
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
+    # Every call looks its runner up by the choice.
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", MappingProxyType(dict(sorted(self.config.items()))))
+        object.__setattr__(self, "_hash", hash((self.backend, tuple(self.config.items()))))
 
     def __hash__(self) -> int:
-        return hash((self.backend, tuple(self.config.items())))
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Choice):

@@ -186,18 +186,42 @@ class MoEProblem:
         if not math.isfinite(factor):
             raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
 
-    def check_activations(self, inputs: MoEInputs) -> None:
-        """Check the tensors that change from call to call."""
-        device = inputs.gemm1_weights.device
-        tokens = inputs.hidden_states.shape[0]
-        _check("hidden_states", inputs.hidden_states, (tokens, self.hidden_size), FP8, device)
-        _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
-        blocks = self.hidden_size // self.block
-        _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
-        for name in ("hidden_states", "routing_logits"):
-            tensor = getattr(inputs, name)
+    def check_activations(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> None:
+        """Check the tensors that change from call to call, and ``output`` as `check_output` does if there is one."""
+        hidden, logits, scale = inputs.hidden_states, inputs.routing_logits, inputs.hidden_states_scale
+        device, blocks = inputs.gemm1_weights.device, self.hidden_size // self.block
+        # Every call pays for this: first whether all is well, in one go; what exactly is wrong after that.
+        if (
+            type(hidden) is type(logits) is type(scale) is torch.Tensor
+            and hidden.dtype is FP8
+            and logits.dtype is torch.float32
+            and scale.dtype is torch.float32
+            and hidden.shape == ((tokens := hidden.shape[0]), self.hidden_size)
+            and logits.shape == (tokens, self.num_experts)
+            and scale.shape == (blocks, tokens)
+            and hidden.device == device
+            and logits.device == device
+            and scale.device == device
+            and hidden.stride()[1] == 1
+            and logits.stride()[1] == 1
+            and (
+                output is None
+                or output.dtype is torch.bfloat16
+                and output.shape == hidden.shape
+                and output.device == device
+                and output.is_contiguous()
+            )
+        ):
+            return
+        tokens = hidden.shape[0] if isinstance(hidden, torch.Tensor) and hidden.ndim else 0
+        _check("hidden_states", hidden, (tokens, self.hidden_size), FP8, device)
+        _check("routing_logits", logits, (tokens, self.num_experts), torch.float32, device)
+        _check("hidden_states_scale", scale, (blocks, tokens), torch.float32, device)
+        for name, tensor in (("hidden_states", hidden), ("routing_logits", logits)):
             if tokens and tensor.stride(1) != 1:
                 raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
+        if output is not None:
+            self.check_output(output, inputs)
 
     def check_output(self, output: torch.Tensor, inputs: MoEInputs) -> None:
         """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""
@@ -281,7 +305,7 @@ def _check(
         raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; {dtype} is wanted")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")

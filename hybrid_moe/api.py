@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, find_policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
 from .select import Decision, DecisionTable, explicit, resolve
+from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks: the first of these that is supported.
 DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
@@ -182,8 +184,9 @@ class HybridMoE:
             empty, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
         )
         self.device = DeviceKey.of(gemm1_weights.device)
-        # What every call has in common: the bias, and all behind the activations.
-        self._routing_bias, self._held = empty.routing_bias, empty[MoEInputs._fields.index("gemm1_weights") :]
+        # What every call has in common: the bias, and all that stands behind the activations.
+        self._routing_bias = routing_bias
+        self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
         self._explicit = None if backend is None else as_choice(backend)
         self._table = None if backend is not None else decision_table(self.problem, self.device, policy)
         choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
@@ -261,11 +264,12 @@ def decision_table(
 ) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
-    Warns where a GPU has no policy, and says how to get one; ``stacklevel`` is that of the warning's place.
+    Warns where a GPU has no policy, and says how to get one; and once in a process, with `PolicyMismatchWarning`, where
+    a policy was measured on something else than there is here. ``stacklevel`` is that of the warning's place.
     """
     if not isinstance(policy, Policy | str | Path | None):
         raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
-    found, _ = find_policy(problem, device.name, policy)
+    found, where = find_policy(problem, device.name, policy)
     if found is None and device.name != "cpu":
         warnings.warn(
             f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
@@ -283,8 +287,19 @@ def decision_table(
             choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))
         }
         if not late:
-            return table
+            break
         refusals |= late
+    if found is not None:
+        differs = mismatch(found, device.name, refusals, table.choices, installed_versions())
+        for message in differs.messages(where):
+            _warn_once(message)
+    return table
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Python's own once-a-place would repeat it at every place that makes a layer.
+    warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
 
 
 def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:

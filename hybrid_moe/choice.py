@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 ConfigValue = str | int | bool
+# Of the backends of records that are of other pipelines than ours.
+PEER_PREFIX = "peer:"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from .policy import (
 from .problem import DeviceKey, MoEProblem
 from .records import BenchRecord, problem_of_record, read_with_digest
 from .select import choose
+from .versions import check_one_version, is_of
 
 # Differences below this are rounding of the logarithms, not of the measurements.
 _ROUNDING = 12
@@ -60,7 +62,7 @@ def learn_from_files(
     Parameters
     ----------
     paths
-        JSON Lines or the published table, see `records.read_any`.
+        Records, traces of flashinfer-bench or the published table, see `records.read_any`.
     options, environment, tolerance
         As for `learn`.
     problem
@@ -71,16 +73,25 @@ def learn_from_files(
     Raises
     ------
     ValueError
-        As for `learn` and `records.read_any`, or no record is left.
+        As for `learn` and `records.read_any`, no record is left, or ``solutions`` of the options names one that isn't
+        there.
     OSError
         A file can't be read.
     """
     records: list[BenchRecord] = []
     inputs: list[InputDigest] = []
     for path in paths:
-        read, digest = read_with_digest(path)
+        read, digest = read_with_digest(path, options.solutions)
         records += read
         inputs.append(digest)
+    check_solutions(records, options.solutions)
+    unknown = sorted({r.solution for r in records if r.solution is not None and r.is_peer})
+    if unknown:
+        warnings.warn(
+            f"not learned from, as no candidate is called so: the solution {', '.join(unknown)}. Say which candidate it "
+            "is as solutions= of the options (--solution NAME=CANDIDATE)",
+            stacklevel=2,
+        )
     if device is not None:
         devices = _found(r.device for r in records)
         records = [r for r in records if r.device == device]
@@ -116,7 +127,8 @@ def learn(
     Parameters
     ----------
     records
-        Of one device, one problem and one timing. Those of peer pipelines are left out.
+        Of one device, one problem, one timing, and one version of what the candidates use. Those of peer pipelines are
+        left out.
     options
         What to learn, see `LearnerOptions`.
     problem
@@ -135,6 +147,8 @@ def learn(
         only wrong answers are known at some T, or an option is wrong; the message says what was found and how to go on.
     """
     used = [r for r in records if not r.is_peer and options.timing in (None, r.timing)]
+    if options.where:
+        used = _under(used, options.where)
     device, verified = _check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
     points = _points(used)
@@ -145,7 +159,7 @@ def learn(
         options=options,
         intervals=intervals,
         preferred=_preferred(options.prefer, {r.choice for r in used}),
-        wrong=frozenset(choice for (choice, _), passed in _by_candidate(used).items() if not passed),
+        wrong=frozenset(choice for (choice, _), passed in standing(used).items() if not passed),
         inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
         environment=dict(environment) if environment is not None else _environment(used),
         tolerance=tolerance,
@@ -159,6 +173,14 @@ def learn(
             for point in points
         )
     return policy.model_copy(update={"training_regret": training, "leave_one_out_regret": left_out})
+
+
+def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str] | None) -> None:
+    """Refuse ``solutions`` that name one of which there is no trace: a slip would leave a candidate out."""
+    found = {r.solution for r in records if r.solution is not None}
+    missing = sorted(set(solutions or ()) - found)
+    if missing:
+        raise ValueError(f"no trace is of the solution {', '.join(missing)}; found: {_found(found)}")
 
 
 def parse_regimes(text: str) -> list[Interval]:
@@ -212,37 +234,42 @@ class _Point:
         return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
 
 
-_WorkloadKey = tuple[int, int, str, int, str]
+WorkloadKey = tuple[int, int, str, int, str]
 
 
-def _workload_key(record: BenchRecord) -> _WorkloadKey:
+def workload_key(record: BenchRecord) -> WorkloadKey:
+    """What tells one workload from another: T, offset, routing load, seed and id."""
     return record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
 
 
-def _by_candidate(records: Sequence[BenchRecord]) -> dict[tuple[Choice, _WorkloadKey], list[BenchRecord]]:
-    """The passed records that stand; an empty list where a wrong answer stands; no entry where neither was seen."""
-    passed: dict[tuple[Choice, _WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    failed: dict[tuple[Choice, _WorkloadKey], list[BenchRecord]] = defaultdict(list)
+def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
+    """For each candidate and workload, the passed records that stand.
+
+    An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
+    seen. The records are of one device, problem and timing.
+    """
+    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
     for record in records:
         if record.status in ("passed", "failed"):
-            (passed if record.status == "passed" else failed)[record.choice, _workload_key(record)].append(record)
-    standing = dict(passed)
+            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
+    kept = dict(passed)
     for key, wrong in failed.items():
         # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
         times = [record.timestamp for record in wrong]
         last = max((time for time in times if time is not None), default=None)
-        standing[key] = [
+        kept[key] = [
             r
             for r in passed.get(key, [])
             if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
         ]
-    return standing
+    return kept
 
 
 def _points(records: Sequence[BenchRecord]) -> list[_Point]:
-    speeds: dict[_WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    speeds: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
     wrong: dict[int, set[Choice]] = defaultdict(set)
-    for (choice, key), passed in _by_candidate(records).items():
+    for (choice, key), passed in standing(records).items():
         if passed:
             speeds[key][choice] = passed
         else:
@@ -250,10 +277,10 @@ def _points(records: Sequence[BenchRecord]) -> list[_Point]:
 
     workloads: dict[int, list[_Workload]] = defaultdict(list)
     for key in sorted(speeds):
-        latency = {choice: statistics.median(map(_latency, rs)) for choice, rs in speeds[key].items()}
+        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in speeds[key].items()}
         spread = {}
         for choice, rs in speeds[key].items():
-            measured = [s for s in map(_spread, rs) if s is not None]
+            measured = [r.spread for r in rs if r.spread is not None]
             if measured:
                 spread[choice] = statistics.median(measured)
         best = min(latency.values())
@@ -269,21 +296,6 @@ def _points(records: Sequence[BenchRecord]) -> list[_Point]:
         log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
         points.append(_Point(num_tokens, ws, log))
     return points
-
-
-def _latency(record: BenchRecord) -> float:
-    # A speedup over one reference is as good for ratios; the reference's own latency cancels out.
-    if record.latency_us is not None:
-        return record.latency_us.median
-    assert record.speedup_vs_reference is not None  # a passed record has one of the two
-    return 1.0 / record.speedup_vs_reference
-
-
-def _spread(record: BenchRecord) -> float | None:
-    latency = record.latency_us
-    if latency is None or latency.p10 is None or latency.p90 is None:
-        return None
-    return max(0.0, latency.p90 - latency.p10) / (2 * latency.median)
 
 
 # ---- From points to a policy ----
@@ -584,7 +596,10 @@ def _check_records(
 ) -> tuple[str, Verified]:
     if not records:
         what = f" timed with {options.timing}" if options.timing else ""
-        raise ValueError(f"no record{what} to learn from: those of peer pipelines don't count")
+        raise ValueError(
+            f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
+            "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
+        )
     others = sorted({str(problem_of_record(r)) for r in records if not _is_about(r, problem)})
     if others:
         raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
@@ -600,9 +615,19 @@ def _check_records(
     by_speedup = [r.latency_us is None for r in passed]
     if any(by_speedup) and not all(by_speedup):
         raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
+    check_one_version(passed)
     for record in passed:
         _check_gate(record, tolerance)
     return devices, "seed_only" if all(by_speedup) else "measured"
+
+
+def _under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+    kept = [r for r in records if is_of(r, where)]
+    if records and not kept:
+        wanted = ", ".join(f"{name}={value}" for name, value in where.items())
+        found = "; ".join(f"{name} {_found(str(r.environment.get(name)) for r in records)}" for name in where)
+        raise ValueError(f"where is {wanted}; the records have {found}")
+    return kept
 
 
 def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:

@@ -349,3 +349,29 @@ def _device_key(device: torch.device) -> DeviceKey:
 def device_slug(product_name: str) -> str:
     """``"NVIDIA H100 80GB HBM3"`` -> ``"nvidia_h100_80gb_hbm3"``."""
     return re.sub(r"[^a-z0-9]+", "_", product_name.lower()).strip("_")
+
+
+def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:
+    """The problem that a definition name stands for; the name leaves out what the keyword arguments give.
+
+    Raises
+    ------
+    ValueError
+        If it isn't such a name, or its fields contradict one another.
+    """
+    match = re.fullmatch(r"moe_fp8_block_scale_ds_routing_topk(\d+)_ng(\d+)_kg(\d+)_e(\d+)_h(\d+)_i(\d+)", name)
+    if match is None:
+        raise ValueError(
+            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is wanted"
+        )
+    top_k, n_group, topk_group, local, hidden, inter = map(int, match.groups())
+    return MoEProblem(
+        num_experts=num_experts,
+        num_local_experts=local,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        gate_first=gate_first,
+    )

@@ -290,7 +290,7 @@ def decision_table(
             break
         refusals |= late
     if found is not None:
-        differs = mismatch(found, device.name, refusals, table.choices, installed_versions())
+        differs = mismatch(found, device.name, refusals, installed_versions())
         for message in differs.messages(where):
             _warn_once(message)
     return table

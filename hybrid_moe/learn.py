@@ -88,8 +88,8 @@ def learn_from_files(
     unknown = sorted({r.solution for r in records if r.solution is not None and r.is_peer})
     if unknown:
         warnings.warn(
-            f"not learned from, as no candidate is called so: the solution {', '.join(unknown)}. Say which candidate it "
-            "is as solutions= of the options (--solution NAME=CANDIDATE)",
+            f"not learned from, as no candidate is called so: the solution {', '.join(unknown)}. If it is one, say "
+            "which as solutions= of the options (--solution NAME=CANDIDATE)",
             stacklevel=2,
         )
     if device is not None:
@@ -99,7 +99,7 @@ def learn_from_files(
             raise ValueError(f"device is {device!r}; the records have {devices}")
     if problem is not None:
         problems = _found(r.problem for r in records)
-        records = [r for r in records if _is_about(r, problem)]
+        records = [r for r in records if is_about(r, problem)]
         if not records:
             raise ValueError(f"problem is {problem}; the records have none about it, but {problems}")
     else:
@@ -147,9 +147,8 @@ def learn(
         only wrong answers are known at some T, or an option is wrong; the message says what was found and how to go on.
     """
     used = [r for r in records if not r.is_peer and options.timing in (None, r.timing)]
-    if options.where:
-        used = _under(used, options.where)
-    device, verified = _check_records(used, options, problem, tolerance)
+    used = under(used, options.where or {})
+    device, verified = check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
     points = _points(used)
     learner = _Learner(
@@ -591,16 +590,24 @@ def _digits(value: float) -> float:
 # ---- Checks and provenance ----
 
 
-def _check_records(
+def check_records(
     records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
 ) -> tuple[str, Verified]:
+    """Device of the records, and what they are good for; refuses those that may not be compared.
+
+    Raises
+    ------
+    ValueError
+        There are none, none passed, or they are of several problems, devices, timings or versions, have both latencies
+        and speedups, or passed by looser bounds than ``tolerance``.
+    """
     if not records:
         what = f" timed with {options.timing}" if options.timing else ""
         raise ValueError(
             f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
             "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
         )
-    others = sorted({str(problem_of_record(r)) for r in records if not _is_about(r, problem)})
+    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
     if others:
         raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
     devices = _found(r.device for r in records)
@@ -621,7 +628,8 @@ def _check_records(
     return devices, "seed_only" if all(by_speedup) else "measured"
 
 
-def _under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+    """The records that were measured under these versions, see `versions.is_of`; ValueError if there are none."""
     kept = [r for r in records if is_of(r, where)]
     if records and not kept:
         wanted = ", ".join(f"{name}={value}" for name, value in where.items())
@@ -650,7 +658,8 @@ def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
         )
 
 
-def _is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+    """Whether a record is about a problem, as far as it says."""
     return record.problem == problem.definition and problem == problem_of_record(
         record, num_experts=problem.num_experts, gate_first=problem.gate_first
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -129,15 +129,13 @@ class Mismatch:
             found.append(f"{where}: not all that it chooses can run here: {'; '.join(self.hard)}")
         if self.soft:
             found.append(
-                f"{where}: measured under other or unknown versions ({'; '.join(self.soft)}), so what it chooses may no "
-                "longer be the fastest: `hybrid-moe regenerate` measures anew"
+                f"{where}: measured under other or unknown versions ({'; '.join(self.soft)}), so what it chooses may "
+                "no longer be the fastest: `hybrid-moe regenerate` measures anew"
             )
         return found
 
 
-def mismatch(
-    policy: Policy, device: str, refusals: Refusals, choices: Sequence[Choice], installed: Mapping[str, str | None]
-) -> Mismatch:
+def mismatch(policy: Policy, device: str, refusals: Refusals, installed: Mapping[str, str | None]) -> Mismatch:
     """Compare a policy with where it is to run.
 
     Parameters
@@ -147,9 +145,7 @@ def mismatch(
     device
         Slug of the GPU here.
     refusals
-        Why candidates can't run here.
-    choices
-        What runs here by the policy, as `DecisionTable.choices`.
+        Why candidates can't run here; what can is compared by version.
     installed
         Version of each package here; ``None``, or missing, where it isn't known.
     """
@@ -164,7 +160,7 @@ def mismatch(
         if refused := refusals.get(choice):
             hard.append(f"{choice} ({', '.join(places)}): {'; '.join(refused)}")
     soft = []
-    for name in sorted({name for choice in choices for name in packages_of(choice)}):
+    for name in sorted({name for choice in wanted if not refusals.get(choice) for name in packages_of(choice)}):
         measured, here = policy.environment.get(name), installed.get(name)
         if measured is None or here is None:
             soft.append(f"{name} {measured or 'unknown'}, here {here or 'unknown'}")

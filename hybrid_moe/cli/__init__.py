@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..choice import BackendUnsupportedError
 from ..select import NoBackendError
-from . import demo, doctor, explain, learn, run, verify
+from . import demo, doctor, evaluate, explain, learn, run, verify
 from .common import err
 
 # What a person can put right: bad input, an unusable file (PolicyError is a ValueError), a device that can't run it.
@@ -67,7 +67,7 @@ def _options(
     pass
 
 
-for _module in (demo, run, explain, learn, verify, doctor):
+for _module in (demo, run, explain, learn, verify, evaluate, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 
 

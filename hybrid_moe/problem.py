@@ -21,6 +21,7 @@ RoutingMethod = Literal["deepseek_v3"]
 ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
 
 FP8 = torch.float8_e4m3fn
+_FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16  # looked up in every call
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,42 +187,59 @@ class MoEProblem:
         if not math.isfinite(factor):
             raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
 
-    def check_activations(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> None:
-        """Check the tensors that change from call to call, and ``output`` as `check_output` does if there is one."""
-        hidden, logits, scale = inputs.hidden_states, inputs.routing_logits, inputs.hidden_states_scale
-        device, blocks = inputs.gemm1_weights.device, self.hidden_size // self.block
-        # Every call pays for this: first whether all is well, in one go; what exactly is wrong after that.
-        if (
-            type(hidden) is type(logits) is type(scale) is torch.Tensor
-            and hidden.dtype is FP8
-            and logits.dtype is torch.float32
-            and scale.dtype is torch.float32
-            and hidden.shape == ((tokens := hidden.shape[0]), self.hidden_size)
-            and logits.shape == (tokens, self.num_experts)
-            and scale.shape == (blocks, tokens)
-            and hidden.device == device
-            and logits.device == device
-            and scale.device == device
-            and hidden.stride()[1] == 1
-            and logits.stride()[1] == 1
+    def plain_num_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        routing_logits: torch.Tensor,
+        hidden_states_scale: torch.Tensor,
+        output: torch.Tensor | None,
+        device: torch.device,
+    ) -> int | None:
+        """T if what changes from call to call is plainly right; ``None`` if it needs the checks that say what is wrong.
+
+        Every call pays for this: it takes a microsecond, and `check_activations` with `check_output` three.
+        """
+        if not type(hidden_states) is type(routing_logits) is type(hidden_states_scale) is torch.Tensor:
+            return None
+        shape = hidden_states.shape
+        if len(shape) != 2:
+            return None
+        tokens, hidden = shape
+        plain = (
+            hidden == self.hidden_size
+            and hidden_states.dtype is FP8
+            and routing_logits.dtype is _FLOAT32
+            and hidden_states_scale.dtype is _FLOAT32
+            and routing_logits.shape == (tokens, self.num_experts)
+            and hidden_states_scale.shape == (hidden // self.block, tokens)
+            and hidden_states.device == device
+            and routing_logits.device == device
+            and hidden_states_scale.device == device
+            and hidden_states.stride()[1] == 1
+            and routing_logits.stride()[1] == 1
             and (
                 output is None
-                or output.dtype is torch.bfloat16
-                and output.shape == hidden.shape
+                or type(output) is torch.Tensor
+                and output.dtype is _BFLOAT16
+                and output.shape == shape
                 and output.device == device
                 and output.is_contiguous()
             )
-        ):
-            return
-        tokens = hidden.shape[0] if isinstance(hidden, torch.Tensor) and hidden.ndim else 0
-        _check("hidden_states", hidden, (tokens, self.hidden_size), FP8, device)
-        _check("routing_logits", logits, (tokens, self.num_experts), torch.float32, device)
-        _check("hidden_states_scale", scale, (blocks, tokens), torch.float32, device)
-        for name, tensor in (("hidden_states", hidden), ("routing_logits", logits)):
+        )
+        return tokens if plain else None
+
+    def check_activations(self, inputs: MoEInputs) -> None:
+        """Check the tensors that change from call to call."""
+        device = inputs.gemm1_weights.device
+        tokens = inputs.hidden_states.shape[0]
+        _check("hidden_states", inputs.hidden_states, (tokens, self.hidden_size), FP8, device)
+        _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
+        blocks = self.hidden_size // self.block
+        _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
+        for name in ("hidden_states", "routing_logits"):
+            tensor = getattr(inputs, name)
             if tokens and tensor.stride(1) != 1:
                 raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
-        if output is not None:
-            self.check_output(output, inputs)
 
     def check_output(self, output: torch.Tensor, inputs: MoEInputs) -> None:
         """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""

@@ -121,10 +121,10 @@ def record_fields(line: bytes, solutions: Mapping[str, str]) -> dict[str, Any] |
     }
     if evaluation.correctness is not None:
         # Some evaluators add figures of their own; the bounds that were applied are in no trace.
-        extra = evaluation.correctness.extra or {}
+        ratio = (evaluation.correctness.extra or {}).get("matched_ratio")
         fields["correctness"] = {
             "max_abs_error": evaluation.correctness.max_absolute_error,
-            "matched_ratio": extra.get("matched_ratio"),
+            "matched_ratio": ratio if isinstance(ratio, float) else None,
         }
     if evaluation.status != "PASSED":
         status = "timeout" if evaluation.status == "TIMEOUT" else "failed"

@@ -23,6 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install --no-deps flashinfer-bench==0.1.2  # see the extra `test` in pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)

@@ -10,6 +10,7 @@ from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, PolicyError, load_policy, save_policy
 from .problem import DeviceKey, MoEInputs, MoEProblem
 from .select import Decision, NoBackendError
+from .versions import PolicyMismatchWarning
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "NoBackendError",
     "Policy",
     "PolicyError",
+    "PolicyMismatchWarning",
     "fused_moe",
     "load_policy",
     "save_policy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, find_policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
 from .select import Decision, DecisionTable, explicit, resolve
+from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks: the first of these that is supported.
 DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
@@ -102,7 +104,10 @@ def fused_moe(
     problem = MoEProblem.from_tensors(
         inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
     )
-    output = _output(problem, inputs, output)
+    if output is None:
+        output = _new_output(problem, inputs)
+    else:
+        problem.check_output(output, inputs)
     device = DeviceKey.of(hidden_states.device)
     if backend is not None:
         choice = as_choice(backend)
@@ -179,7 +184,10 @@ class HybridMoE:
             empty, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
         )
         self.device = DeviceKey.of(gemm1_weights.device)
-        self._inputs = empty
+        # What every call has in common: the bias, and all that stands behind the activations.
+        self._device = gemm1_weights.device
+        self._routing_bias = routing_bias
+        self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
         self._explicit = None if backend is None else as_choice(backend)
         self._table = None if backend is not None else decision_table(self.problem, self.device, policy)
         choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
@@ -220,13 +228,23 @@ class HybridMoE:
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layer; see `fused_moe` for the tensors and errors."""
-        inputs = self._inputs._replace(
-            routing_logits=routing_logits, hidden_states=hidden_states, hidden_states_scale=hidden_states_scale
+        # In few steps: all that is done here is added to every call of the layer. MoEInputs' own constructor and
+        # _replace take up to 0.4 us more.
+        inputs = tuple.__new__(
+            MoEInputs, (routing_logits, self._routing_bias, hidden_states, hidden_states_scale, *self._held)
         )
-        self.problem.check_activations(inputs)
-        output = _output(self.problem, inputs, output)
-        if inputs.num_tokens:
-            self._runners[self.choice(inputs.num_tokens)].run(inputs, output)
+        problem = self.problem
+        tokens = problem.plain_num_tokens(hidden_states, routing_logits, hidden_states_scale, output, self._device)
+        if tokens is None:
+            problem.check_activations(inputs)
+            if output is not None:
+                problem.check_output(output, inputs)
+            tokens = inputs.num_tokens
+        if output is None:
+            output = _new_output(problem, inputs)
+        if tokens:
+            choice = self._explicit or self._table.choice(tokens)  # type: ignore[union-attr]
+            self._runners[choice].run(inputs, output)
         return output
 
     def choice(self, num_tokens: int) -> Choice:
@@ -256,11 +274,12 @@ def decision_table(
 ) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
-    Warns where a GPU has no policy, and says how to get one; ``stacklevel`` is that of the warning's place.
+    Warns where a GPU has no policy, and says how to get one; and once in a process, with `PolicyMismatchWarning`, where
+    a policy was measured on something else than there is here. ``stacklevel`` is that of the warning's place.
     """
     if not isinstance(policy, Policy | str | Path | None):
         raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
-    found, _ = find_policy(problem, device.name, policy)
+    found, where = find_policy(problem, device.name, policy)
     if found is None and device.name != "cpu":
         warnings.warn(
             f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
@@ -278,8 +297,19 @@ def decision_table(
             choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))
         }
         if not late:
-            return table
+            break
         refusals |= late
+    if found is not None:
+        differs = mismatch(found, device.name, refusals, installed_versions())
+        for message in differs.messages(where):
+            _warn_once(message)
+    return table
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Python's own once-a-place would repeat it at every place that makes a layer.
+    warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
 
 
 def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
@@ -312,10 +342,6 @@ def _cached_table(problem: MoEProblem, device: DeviceKey, policy: _Identity) -> 
     return decision_table(problem, device, policy.value, stacklevel=4)
 
 
-def _output(problem: MoEProblem, inputs: MoEInputs, output: torch.Tensor | None) -> torch.Tensor:
-    if output is None:
-        return torch.empty(
-            (inputs.num_tokens, problem.hidden_size), dtype=torch.bfloat16, device=inputs.hidden_states.device
-        )
-    problem.check_output(output, inputs)
-    return output
+def _new_output(problem: MoEProblem, inputs: MoEInputs) -> torch.Tensor:
+    hidden = inputs.hidden_states
+    return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 ConfigValue = str | int | bool
+# Of the backends of records that are of other pipelines than ours.
+PEER_PREFIX = "peer:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,15 @@ class Choice:
 
     backend: str
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
+    # Every call looks its runner up by the choice.
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", MappingProxyType(dict(sorted(self.config.items()))))
+        object.__setattr__(self, "_hash", hash((self.backend, tuple(self.config.items()))))
 
     def __hash__(self) -> int:
-        return hash((self.backend, tuple(self.config.items())))
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Choice):

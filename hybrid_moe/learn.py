@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from .policy import (
 from .problem import DeviceKey, MoEProblem
 from .records import BenchRecord, problem_of_record, read_with_digest
 from .select import Decision, choose
+from .versions import check_one_version, is_of
 
 # Differences below this are rounding of the logarithms, not of the measurements.
 _ROUNDING = 12
@@ -60,7 +62,7 @@ def learn_from_files(
     Parameters
     ----------
     paths
-        JSON Lines or the published table, see `records.read_any`.
+        Records, traces of flashinfer-bench or the published table, see `records.read_any`.
     options, environment, tolerance
         As for `learn`.
     problem
@@ -71,16 +73,25 @@ def learn_from_files(
     Raises
     ------
     ValueError
-        As for `learn` and `records.read_any`, or no record is left.
+        As for `learn` and `records.read_any`, no record is left, or ``solutions`` of the options names one that isn't
+        there.
     OSError
         A file can't be read.
     """
     records: list[BenchRecord] = []
     inputs: list[InputDigest] = []
     for path in paths:
-        read, digest = read_with_digest(path)
+        read, digest = read_with_digest(path, options.solutions)
         records += read
         inputs.append(digest)
+    check_solutions(records, options.solutions)
+    unknown = sorted({r.solution for r in records if r.solution is not None and r.is_peer})
+    if unknown:
+        warnings.warn(
+            f"not learned from, as no candidate is called so: the solution {', '.join(unknown)}. If it is one, say "
+            "which as solutions= of the options (--solution NAME=CANDIDATE)",
+            stacklevel=2,
+        )
     if device is not None:
         devices = _found(r.device for r in records)
         records = [r for r in records if r.device == device]
@@ -116,7 +127,8 @@ def learn(
     Parameters
     ----------
     records
-        Of one device, one problem and one timing. Those of peer pipelines are left out.
+        Of one device, one problem, one timing, and one version of what the candidates use. Those of peer pipelines are
+        left out.
     options
         What to learn, see `LearnerOptions`.
     problem
@@ -135,7 +147,8 @@ def learn(
         only wrong answers are known at some T, or an option is wrong; the message says what was found and how to go on.
     """
     used = [r for r in records if not r.is_peer and options.timing in (None, r.timing)]
-    device, verified = _check_records(used, options, problem, tolerance)
+    used = under(used, options.where or {})
+    device, verified = check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
     points = _points(used)
     _check_answers(used, points)
@@ -160,6 +173,14 @@ def learn(
             for point in points
         )
     return policy.model_copy(update={"training_regret": training, "leave_one_out_regret": left_out})
+
+
+def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str] | None) -> None:
+    """Refuse ``solutions`` that name one of which there is no trace: a slip would leave a candidate out."""
+    found = {r.solution for r in records if r.solution is not None}
+    missing = sorted(set(solutions or ()) - found)
+    if missing:
+        raise ValueError(f"no trace is of the solution {', '.join(missing)}; found: {_found(found)}")
 
 
 def parse_regimes(text: str) -> list[Interval]:
@@ -256,10 +277,10 @@ def _points(records: Sequence[BenchRecord]) -> list[_Point]:
 
     workloads: dict[int, list[_Workload]] = defaultdict(list)
     for key in sorted(speeds):
-        latency = {choice: statistics.median(map(_latency, rs)) for choice, rs in speeds[key].items()}
+        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in speeds[key].items()}
         spread = {}
         for choice, rs in speeds[key].items():
-            measured = [s for s in map(_spread, rs) if s is not None]
+            measured = [r.spread for r in rs if r.spread is not None]
             if measured:
                 spread[choice] = statistics.median(measured)
         best = min(latency.values())
@@ -271,21 +292,6 @@ def _points(records: Sequence[BenchRecord]) -> list[_Point]:
         log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
         points.append(_Point(num_tokens, ws, log))
     return points
-
-
-def _latency(record: BenchRecord) -> float:
-    # A speedup over one reference is as good for ratios; the reference's own latency cancels out.
-    if record.latency_us is not None:
-        return record.latency_us.median
-    assert record.speedup_vs_reference is not None  # a passed record has one of the two
-    return 1.0 / record.speedup_vs_reference
-
-
-def _spread(record: BenchRecord) -> float | None:
-    latency = record.latency_us
-    if latency is None or latency.p10 is None or latency.p90 is None:
-        return None
-    return max(0.0, latency.p90 - latency.p10) / (2 * latency.median)
 
 
 # ---- From points to a policy ----
@@ -637,12 +643,23 @@ def _digits(value: float) -> float:
 # ---- Checks and provenance ----
 
 
-def _check_records(
+def check_records(
     records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
 ) -> tuple[str, Verified]:
+    """Device of the records, and what they are good for; refuses those that may not be compared.
+
+    Raises
+    ------
+    ValueError
+        There are none, none passed, or they are of several problems, devices, timings or versions, have both latencies
+        and speedups, or passed by looser bounds than ``tolerance``.
+    """
     if not records:
         what = f" timed with {options.timing}" if options.timing else ""
-        raise ValueError(f"no record{what} to learn from: those of peer pipelines don't count")
+        raise ValueError(
+            f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
+            "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
+        )
     others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
     if others:
         raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
@@ -658,6 +675,7 @@ def _check_records(
     by_speedup = [r.latency_us is None for r in passed]
     if any(by_speedup) and not all(by_speedup):
         raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
+    check_one_version(passed)
     for record in passed:
         _check_gate(record, tolerance)
     return devices, "seed_only" if all(by_speedup) else "measured"
@@ -672,6 +690,16 @@ def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> 
     if hopeless:
         named = "; ".join(f"T = {t}: {', '.join(sorted(wrong[t]))}" for t in hopeless)
         raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
+
+
+def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+    """The records that were measured under these versions, see `versions.is_of`; ValueError if there are none."""
+    kept = [r for r in records if is_of(r, where)]
+    if records and not kept:
+        wanted = ", ".join(f"{name}={value}" for name, value in where.items())
+        found = "; ".join(f"{name} {_found(str(r.environment.get(name)) for r in records)}" for name in where)
+        raise ValueError(f"where is {wanted}; the records have {found}")
+    return kept
 
 
 def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:

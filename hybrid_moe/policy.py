@@ -20,7 +20,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails, core_schema
@@ -194,6 +196,10 @@ class LearnerOptions(_Model):
         For ``auto``: neighbouring measured T whose ratio is larger have no evidence between them.
     timing
         The only timing to learn from, where records of several are given.
+    where
+        The only versions to learn from, where records of several are given: ``{"triton": "3.6"}``.
+    solutions
+        Which candidates solutions of flashinfer-bench's traces are, where their names don't say so.
     """
 
     regimes: str = "auto"
@@ -201,6 +207,14 @@ class LearnerOptions(_Model):
     prefer: str | None = None
     max_gap: float = Field(default=1.5, ge=1)
     timing: Timing | None = None
+    where: _SortedDict[str] | None = None
+    solutions: _SortedDict[str] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Files from before these two options stay as they are, to the byte.
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if value or name not in ("where", "solutions")}
 
 
 class InputDigest(_Model):

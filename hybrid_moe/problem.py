@@ -21,6 +21,7 @@ RoutingMethod = Literal["deepseek_v3"]
 ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
 
 FP8 = torch.float8_e4m3fn
+_FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16  # looked up in every call
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,47 @@ class MoEProblem:
         if not math.isfinite(factor):
             raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
 
+    def plain_num_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        routing_logits: torch.Tensor,
+        hidden_states_scale: torch.Tensor,
+        output: torch.Tensor | None,
+        device: torch.device,
+    ) -> int | None:
+        """T if what changes from call to call is plainly right; ``None`` if it needs the checks that say what is wrong.
+
+        Every call pays for this: it takes a microsecond, and `check_activations` with `check_output` three.
+        """
+        if not type(hidden_states) is type(routing_logits) is type(hidden_states_scale) is torch.Tensor:
+            return None
+        shape = hidden_states.shape
+        if len(shape) != 2:
+            return None
+        tokens, hidden = shape
+        plain = (
+            hidden == self.hidden_size
+            and hidden_states.dtype is FP8
+            and routing_logits.dtype is _FLOAT32
+            and hidden_states_scale.dtype is _FLOAT32
+            and routing_logits.shape == (tokens, self.num_experts)
+            and hidden_states_scale.shape == (hidden // self.block, tokens)
+            and hidden_states.device == device
+            and routing_logits.device == device
+            and hidden_states_scale.device == device
+            and hidden_states.stride()[1] == 1
+            and routing_logits.stride()[1] == 1
+            and (
+                output is None
+                or type(output) is torch.Tensor
+                and output.dtype is _BFLOAT16
+                and output.shape == shape
+                and output.device == device
+                and output.is_contiguous()
+            )
+        )
+        return tokens if plain else None
+
     def check_activations(self, inputs: MoEInputs) -> None:
         """Check the tensors that change from call to call."""
         device = inputs.gemm1_weights.device
@@ -281,7 +323,7 @@ def _check(
         raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; {dtype} is wanted")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")
@@ -325,3 +367,29 @@ def _device_key(device: torch.device) -> DeviceKey:
 def device_slug(product_name: str) -> str:
     """``"NVIDIA H100 80GB HBM3"`` -> ``"nvidia_h100_80gb_hbm3"``."""
     return re.sub(r"[^a-z0-9]+", "_", product_name.lower()).strip("_")
+
+
+def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:
+    """The problem that a definition name stands for; the name leaves out what the keyword arguments give.
+
+    Raises
+    ------
+    ValueError
+        If it isn't such a name, or its fields contradict one another.
+    """
+    match = re.fullmatch(r"moe_fp8_block_scale_ds_routing_topk(\d+)_ng(\d+)_kg(\d+)_e(\d+)_h(\d+)_i(\d+)", name)
+    if match is None:
+        raise ValueError(
+            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is wanted"
+        )
+    top_k, n_group, topk_group, local, hidden, inter = map(int, match.groups())
+    return MoEProblem(
+        num_experts=num_experts,
+        num_local_experts=local,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        gate_first=gate_first,
+    )

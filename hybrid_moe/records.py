@@ -1,7 +1,8 @@
 """Benchmark records: what one of them says, and the readers of the formats that they come in.
 
-Our own runs are JSON Lines, one `BenchRecord` a line. The B200 results that the first policy is learned from are a
-markdown table of speedups over one reference, which give the ratios between backends at one workload.
+Our own runs are JSON Lines, one `BenchRecord` a line. Traces of flashinfer-bench are JSON Lines as well, see `traces`.
+The B200 results that the first policy is learned from are a markdown table of speedups over one reference, which give
+the ratios between backends at one workload.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .choice import Choice, ConfigValue
+from .choice import PEER_PREFIX, Choice, ConfigValue
 from .policy import SLUG, InputDigest, Timing, describe
-from .problem import MoEProblem, device_slug
+from .problem import MoEProblem, device_slug, problem_of_definition
+from .traces import is_trace, record_fields
 
 RECORD_SCHEMA_VERSION = 1
-PEER_PREFIX = "peer:"
 
 Status = Literal["passed", "failed", "unsupported", "timeout"]
 EnvironmentValue = str | int | float | bool | None
@@ -73,6 +74,8 @@ class BenchRecord(_Model):
         The candidate. ``peer:<name>`` is a pipeline that isn't one of ours: kept for comparison, never learned from.
     num_tokens, local_expert_offset, routing, seed, workload
         The workload; ``workload`` is its id where it comes from a set that has them.
+    solution
+        What the candidate is called in a trace of flashinfer-bench; ``None`` if the record is from no trace.
     num_experts, gate_first
         Of the problem, as the definition name leaves them out; 256 and ``False`` if ``None``.
     local_rows, active_experts
@@ -99,6 +102,7 @@ class BenchRecord(_Model):
     routing: str
     seed: int
     workload: str | None = None
+    solution: str | None = None
     num_experts: int | None = Field(default=None, ge=1)
     gate_first: bool | None = None
     local_rows: int | None = Field(default=None, ge=0)
@@ -138,38 +142,29 @@ class BenchRecord(_Model):
         return self.backend.startswith(PEER_PREFIX)
 
     @property
+    def relative_time(self) -> float:
+        """Median latency in us of a passed record, or else the inverse of its speedup: the same but for a factor."""
+        if self.latency_us is not None:
+            return self.latency_us.median
+        if self.speedup_vs_reference is None:
+            raise ValueError(f"a record that {self.status} has no time")
+        return 1.0 / self.speedup_vs_reference
+
+    @property
+    def spread(self) -> float | None:
+        """Measured noise: half of p90 - p10, as a share of the median; ``None`` where it wasn't measured."""
+        latency = self.latency_us
+        if latency is None or latency.p10 is None or latency.p90 is None:
+            return None
+        return max(0.0, latency.p90 - latency.p10) / (2 * latency.median)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What was measured and how: two records with one key are two measurements of the same. Hashable."""
         config = tuple(sorted(self.config.items()))
         workload = (self.num_tokens, self.local_expert_offset, self.routing, self.seed)
         problem = (self.problem, self.num_experts or 256, bool(self.gate_first))
         return (self.device, *problem, self.backend, config, *workload, self.timing)
-
-
-def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:
-    """The problem that a definition name stands for; the name leaves out what the keyword arguments give.
-
-    Raises
-    ------
-    ValueError
-        If it isn't such a name, or its fields contradict one another.
-    """
-    match = re.fullmatch(r"moe_fp8_block_scale_ds_routing_topk(\d+)_ng(\d+)_kg(\d+)_e(\d+)_h(\d+)_i(\d+)", name)
-    if match is None:
-        raise ValueError(
-            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is wanted"
-        )
-    top_k, n_group, topk_group, local, hidden, inter = map(int, match.groups())
-    return MoEProblem(
-        num_experts=num_experts,
-        num_local_experts=local,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=hidden,
-        intermediate_size=inter,
-        gate_first=gate_first,
-    )
 
 
 def read_records(path: str | Path) -> list[BenchRecord]:
@@ -183,6 +178,22 @@ def read_records(path: str | Path) -> list[BenchRecord]:
         The file can't be read.
     """
     return _parse_records(Path(path), Path(path).read_bytes())
+
+
+def _parse_traces(path: Path, content: bytes, solutions: Mapping[str, str]) -> list[BenchRecord]:
+    records = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = record_fields(line, solutions)
+            if fields is not None:  # a workload that was not run
+                records.append(BenchRecord(**fields))
+        except ValidationError as error:
+            raise ValueError(f"{path}, line {number} is no trace of flashinfer-bench: {describe(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return records
 
 
 def _parse_records(path: Path, content: bytes) -> list[BenchRecord]:
@@ -352,8 +363,11 @@ def _speedup(path: Path, number: int, column: str, text: str) -> float:
     return float(match.group(1))
 
 
-def read_any(paths: Iterable[str | Path]) -> list[BenchRecord]:
-    """Read files of records, each by the reader that its content asks for: JSON Lines or the published table.
+def read_any(paths: Iterable[str | Path], solutions: Mapping[str, str] | None = None) -> list[BenchRecord]:
+    """Read files of records, each by the reader that its content asks for.
+
+    They are records or traces of flashinfer-bench in JSON Lines, or the published table. ``solutions`` says which
+    candidates the solutions of traces are, see `traces.candidate_of`.
 
     Raises
     ------
@@ -362,16 +376,19 @@ def read_any(paths: Iterable[str | Path]) -> list[BenchRecord]:
     OSError
         A file can't be read.
     """
-    return [record for records, _ in map(read_with_digest, paths) for record in records]
+    return [record for path in paths for record in read_with_digest(path, solutions)[0]]
 
 
-def read_with_digest(path: str | Path) -> tuple[list[BenchRecord], InputDigest]:
-    """The records of one file, and the digest of the very bytes that they were read from. Errors as in `read_any`."""
+def read_with_digest(
+    path: str | Path, solutions: Mapping[str, str] | None = None
+) -> tuple[list[BenchRecord], InputDigest]:
+    """The records of one file, and the digest of the very bytes that they were read from; else as `read_any`."""
     path = Path(path)
     content = path.read_bytes()
     start = content.lstrip()[:1]
     if start == b"{" or not start:
-        records = _parse_records(path, content)
+        first = content.lstrip().split(b"\n", 1)[0]
+        records = _parse_traces(path, content, solutions or {}) if is_trace(first) else _parse_records(path, content)
     elif b"**GPU:**" in content:
         try:
             text = content.decode()
@@ -380,7 +397,8 @@ def read_with_digest(path: str | Path) -> tuple[list[BenchRecord], InputDigest]:
         records = _parse_seed_table(path, text)
     else:
         raise ValueError(
-            f"{path} holds neither benchmark records (JSON Lines) nor the published table (markdown with '**GPU:**')"
+            f"{path} holds neither benchmark records or traces of flashinfer-bench (JSON Lines) nor the published "
+            "table (markdown with '**GPU:**')"
         )
     return records, InputDigest(name=path.name, sha256=hashlib.sha256(content).hexdigest(), records=len(records))
 

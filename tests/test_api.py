@@ -560,3 +560,58 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
         backends.not_supported_reasons.cache_clear()
     assert decision.choice == api.as_choice("torch_reference")
     assert any("its library doesn't load" in reason for reason in decision.reasons)
+
+
+# ---- The checks of every call ----
+
+
+def test_what_is_plainly_right_is_taken_without_the_slow_checks(monkeypatch, weights):
+    inputs = inputs_of(weights, 7)
+    layer = layer_of(inputs, backend="torch_reference")
+    wanted = call(layer, inputs)
+    for name in ("check_activations", "check_output"):
+        monkeypatch.setattr(MoEProblem, name, lambda *arguments: pytest.fail("checked slowly"))
+    output = torch.full_like(wanted, torch.nan)
+    assert layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output) is output
+    assert torch.equal(output, wanted) and torch.equal(call(layer, inputs), wanted)
+
+
+def test_what_is_right_but_not_plainly_gives_the_same(weights):
+    inputs = inputs_of(weights, 7)
+    layer = layer_of(inputs, backend="torch_reference")
+    wanted = call(layer, inputs)
+    parameters = inputs._replace(routing_logits=torch.nn.Parameter(inputs.routing_logits, requires_grad=False))
+    assert torch.equal(call(layer, parameters), wanted)
+    strided = inputs._replace(hidden_states_scale=inputs.hidden_states_scale.t().contiguous().t())
+    assert torch.equal(call(layer, strided), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("hidden_states", lambda t: t.float(), TypeError),
+        ("hidden_states", lambda t: t[:, ::2], ValueError),
+        ("hidden_states", lambda t: t.t().contiguous().t(), ValueError),
+        ("hidden_states", lambda t: t[:3], ValueError),
+        ("routing_logits", lambda t: t.double(), TypeError),
+        ("routing_logits", lambda t: t[:, :-1], ValueError),
+        ("routing_logits", lambda t: t.t().contiguous().t(), ValueError),
+        ("routing_logits", lambda t: t.to("meta"), ValueError),
+        ("routing_logits", lambda t: None, TypeError),
+        ("hidden_states_scale", lambda t: t.half(), TypeError),
+        ("hidden_states_scale", lambda t: t.t(), ValueError),
+        ("output", lambda t: t.float(), TypeError),
+        ("output", lambda t: t[:-1], ValueError),
+        ("output", lambda t: t.t().contiguous().t(), ValueError),
+        ("output", lambda t: t.to("meta"), ValueError),
+    ],
+)
+def test_what_is_wrong_is_named_in_a_prepared_layer(weights, name, change, error):
+    inputs = inputs_of(weights, 7)
+    layer = layer_of(inputs, backend="torch_reference")
+    arguments = {n: getattr(inputs, n) for n in ("routing_logits", "hidden_states", "hidden_states_scale")}
+    arguments["output"] = torch.empty(inputs.hidden_states.shape, dtype=torch.bfloat16)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match="output|hidden_states|routing_logits") as caught:
+        layer(**arguments)
+    assert name in str(caught.value) or name == "hidden_states"  # T is its: another T shows in what comes after it

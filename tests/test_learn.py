@@ -369,6 +369,40 @@ def test_regret_counts_every_workload_of_a_num_tokens():
     assert policy.training_regret.mean == pytest.approx(0.25)
 
 
+def test_the_loads_of_a_num_tokens_decide_together():
+    # b wins two loads of three, a by the mean of the logarithms: 1.5 * 1.1 * 1 < 1 * 1 * 2.
+    loads = {"uniform": (150, 100), "zipf": (110, 100), "concentrated": (100, 200)}
+    records = [
+        record(name, 8, float(us), routing=routing)
+        for routing, both in loads.items()
+        for name, us in zip("ab", both, strict=True)
+    ]
+    policy = learned(records, regimes="8", tie_margin=0.0)
+    (evidence,) = policy.regimes[0].evidence
+    assert (policy.regimes[0].choice, evidence.workloads) == (Choice("a"), 3)
+    assert evidence.slowdown == {"a": pytest.approx(1.65 ** (1 / 3), 1e-5), "b": pytest.approx(2 ** (1 / 3), 1e-5)}
+    # Regret is the mean over the loads; no choice by T alone has none here.
+    assert policy.training_regret.mean == pytest.approx((0.5 + 0.1 + 0) / 3, rel=1e-5)
+    # Each load alone would say something else.
+    alone = [r for r in records if r.routing != "concentrated"]
+    assert learned(alone, regimes="8", tie_margin=0.0).default == Choice("b")
+
+
+def test_noise_of_several_loads_is_their_median():
+    def noisy(spreads):
+        records = []
+        for load, spread in enumerate(spreads):
+            records.append(record("fast", 1, 92.0, spread=spread, routing=f"load{load}"))
+            records.append(record("slow", 1, 100.0, spread=0.001, routing=f"load{load}"))
+        return (
+            learned([*records, *table(fast={9: 200}, slow={9: 100})], regimes="1", tie_margin=0.02).regimes[0].verdict
+        )
+
+    # One noisy load of three says nothing, two of three make 92 to 100 a tie.
+    assert noisy([0.01, 0.01, 0.5]) == "best"
+    assert noisy([0.01, 0.1, 0.1]) == "unsure"
+
+
 # ---- Properties ----
 
 

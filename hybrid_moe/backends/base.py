@@ -41,6 +41,10 @@ class Backend(ABC):
         """Configurations worth measuring, the default one first."""
         yield self.default_config
 
+    def packages(self, config: Mapping[str, ConfigValue]) -> tuple[str, ...]:
+        """Distributions whose release decides how fast it is: times under one don't hold for another."""
+        return ("torch",)
+
     @abstractmethod
     def not_supported_reasons(
         self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]

@@ -92,6 +92,10 @@ class FlashinferTrtllm(Backend):
 
     name = "flashinfer_trtllm"
 
+    def packages(self, config: Mapping[str, ConfigValue]) -> tuple[str, ...]:
+        """The kernels are flashinfer's."""
+        return ("torch", PACKAGE)
+
     def not_supported_reasons(
         self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]
     ) -> list[str]:

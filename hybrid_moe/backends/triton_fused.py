@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..kernels.pipeline import GroupedGemm
 
 GEMMS = ("triton", "sgl_kernel", "deep_gemm")
+LIBRARIES = {"sgl_kernel": "sglang-kernel", "deep_gemm": "sgl-deep-gemm"}
 # Hopper and data-centre Blackwell: what the kernels are compiled and tested for.
 CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
@@ -34,6 +35,11 @@ class TritonFused(Backend):
         """One for each grouped GEMM."""
         for gemm in GEMMS:
             yield {"gemm": gemm}
+
+    def packages(self, config: Mapping[str, ConfigValue]) -> tuple[str, ...]:
+        """Triton runs the pipeline, a library its grouped GEMM."""
+        library = LIBRARIES.get(str(config.get("gemm", self.default_config["gemm"])))
+        return ("torch", "triton") if library is None else ("torch", "triton", library)
 
     def not_supported_reasons(
         self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]

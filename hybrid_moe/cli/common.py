@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +36,18 @@ IntermediateSize = Annotated[int | None, typer.Option(min=1, help="[default: 204
 GateFirst = Annotated[
     bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VERSION", help="Use records of this version only, as triton=3.6; may be repeated."),
+]
+Solutions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--solution",
+        metavar="NAME=CANDIDATE",
+        help="Which candidate a solution of flashinfer-bench's traces is; may be repeated.",
+    ),
+]
 PolicyPath = Annotated[Path | None, typer.Option(help="A policy file, or a folder of them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
@@ -42,6 +55,30 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 def problem_from(base: MoEProblem, **given: int | bool | None) -> MoEProblem:
     """``base`` with the options that were given; ValueError if they contradict one another."""
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def versions_from(where: list[str] | None) -> dict[str, str] | None:
+    """``--where`` as the learner's option; ValueError if one isn't NAME=VERSION or a name comes twice."""
+    return _pairs("--where", where, r"([^=]+)=([^=]+)", "triton=3.6")
+
+
+def solutions_from(solutions: list[str] | None) -> dict[str, str] | None:
+    """``--solution`` as the learner's option; ValueError if one isn't NAME=CANDIDATE or a name comes twice."""
+    # A candidate has equals signs inside brackets alone, a name may have any.
+    return _pairs("--solution", solutions, r"(.+)=([^=\[\]]+(?:\[.*\])?)", "my_kernel=triton_fused[gemm=triton]")
+
+
+def _pairs(option: str, given: list[str] | None, pattern: str, example: str) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    for text in given or ():
+        match = re.fullmatch(pattern, text)
+        if match is None:
+            raise ValueError(f"{option} is {text!r}; a name and what it is are wanted, as {example}")
+        name, value = match.groups()
+        if name in found:
+            raise ValueError(f"{option} names {name!r} twice, as {found[name]} and as {value}")
+        found[name] = value
+    return found or None
 
 
 def this_device() -> torch.device:

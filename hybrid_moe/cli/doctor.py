@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .. import __version__, backends
 from ..choice import Choice
 from ..policy import PolicyError, find_policy, policies_in, shipped_policy_dir, user_policy_dir
 from ..problem import DeviceKey
+from ..versions import Mismatch, installed_versions, mismatch
 from ..workloads import DEEPSEEK_V3
 from . import view
 from .common import Json, out, print_json, this_device
@@ -44,12 +46,22 @@ def examine() -> dict[str, Any]:
         looked_up.append({"kind": kind, "folder": str(folder), "policies": policies})
     # One file that can't be read stops every look-up: say which, and go on with the rest of the report.
     found, where = (None, "; ".join(problems)) if problems else find_policy(DEEPSEEK_V3, key.name)
+    differs = None
+    if found is not None:
+        refusals = {c: backends.not_supported_reasons(DEEPSEEK_V3, key, c) for c in found.candidates}
+        differs = asdict(mismatch(found, key.name, refusals, installed_versions()))
     return {
         "versions": {"hybrid-moe": __version__, "python": platform.python_version(), **_versions()},
         "device": _device(device, key),
         "problem": DEEPSEEK_V3.definition,
         "backends": _backends(key),
-        "policies": {"looked_up": looked_up, "applies": found is not None, "found": where, "unreadable": problems},
+        "policies": {
+            "looked_up": looked_up,
+            "applies": found is not None,
+            "found": where,
+            "mismatch": differs,
+            "unreadable": problems,
+        },
     }
 
 
@@ -112,6 +124,9 @@ def _print(report: dict[str, Any]) -> None:
         devices = ", ".join(policy["device"] for policy in place["policies"]) or "none"
         out.print(f"  {number}. {place['kind']}: {escape(place['folder'])} (has: {devices})", soft_wrap=True)
     out.print(f"Here: {escape(report['policies']['found'])}.", soft_wrap=True)
+    if report["policies"]["mismatch"] is not None:
+        for message in Mismatch(**report["policies"]["mismatch"]).messages("That policy here"):
+            out.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
     if report["policies"]["unreadable"]:
         out.print("[red]Until that file is mended or removed, every look-up of a policy is an error.[/]")
     elif not report["policies"]["applies"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from ..policy import Policy
 from ..problem import DeviceKey, MoEProblem
 from ..report.data import candidate_letters
 from ..select import Decision, DecisionTable, Refusals, resolve
+from ..versions import installed_versions, mismatch
 from ..workloads import DEEPSEEK_V3
 from . import view
 from .common import (
@@ -68,8 +70,12 @@ def explain(
         gate_first=gate_first,
     )
     found, where = wanted_policy(device, problem, policy)
-    refusals = _refusals(found, problem) if here else {}
-    table = resolve(found, problem, DeviceKey(found.device), refusals=refusals, fallback_order=DEFAULT_ORDER)
+    this = DeviceKey.of(this_device())
+    refusals = _refusals(found, problem, this) if here or found.device == this.name else {}
+    differs = mismatch(found, this.name, refusals, installed_versions()) if refusals else None
+    table = resolve(
+        found, problem, DeviceKey(found.device), refusals=refusals if here else {}, fallback_order=DEFAULT_ORDER
+    )
     if num_tokens is not None:
         decision = table.decision(num_tokens)
         if as_json:
@@ -80,13 +86,17 @@ def explain(
         data = found.model_dump(mode="json")
         names = ("device", "definition", "default", "default_reason", "regimes")
         regrets = ("training_regret", "leave_one_out_regret")
-        print_json({name: data[name] for name in (*names, *regrets)})
+        # How it differs from this machine; null where it is of another one.
+        compared = None if differs is None else asdict(differs)
+        print_json({name: data[name] for name in (*names, *regrets)} | {"mismatch": compared})
     else:
         _print_regimes(found, where, table, here)
+    if differs is not None and not as_json:
+        for message in differs.messages("this policy here"):
+            out.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
 
 
-def _refusals(policy: Policy, problem: MoEProblem) -> Refusals:
-    key = DeviceKey.of(this_device())
+def _refusals(policy: Policy, problem: MoEProblem, key: DeviceKey) -> Refusals:
     return {c: backends.not_supported_reasons(problem, key, c) for c in (*policy.candidates, *DEFAULT_ORDER)}
 
 

@@ -13,11 +13,13 @@ from ..learn import learn_from_files
 from ..policy import LearnerOptions, Policy, describe, policy_path, save_policy, user_policy_dir
 from ..records import problem_of_definition
 from . import view
-from .common import Json, out, print_json
+from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from, warnings_shown
 
 
 def learn(
-    records: Annotated[list[Path], typer.Argument(help="JSON Lines of benchmark records, or the published table.")],
+    records: Annotated[
+        list[Path], typer.Argument(help="Records or flashinfer-bench's traces (JSON Lines), or the published table.")
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="[default: your policies, which come before the shipped ones]")
     ] = None,
@@ -28,6 +30,8 @@ def learn(
         float, typer.Option(help="For auto: between T whose ratio is larger there is no evidence.")
     ] = 1.5,
     timing: Annotated[str | None, typer.Option(help="Use these records only: cuda_graph, eager or cupti.")] = None,
+    where: Where = None,
+    solution: Solutions = None,
     device: Annotated[str | None, typer.Option(help="Slug of the device, where the records have several.")] = None,
     problem: Annotated[str | None, typer.Option(help="Definition name, where the records have several.")] = None,
     num_experts: Annotated[int, typer.Option(min=1, help="Goes with --problem, whose name leaves it out.")] = 256,
@@ -40,14 +44,23 @@ def learn(
     """
     try:
         options = LearnerOptions.model_validate(
-            {"regimes": regimes, "tie_margin": tie_margin, "prefer": prefer, "max_gap": max_gap, "timing": timing}
+            {
+                "regimes": regimes,
+                "tie_margin": tie_margin,
+                "prefer": prefer,
+                "max_gap": max_gap,
+                "timing": timing,
+                "where": versions_from(where),
+                "solutions": solutions_from(solution),
+            }
         )
     except ValidationError as error:
         raise ValueError(describe(error)) from error
     wanted = None
     if problem is not None:
         wanted = problem_of_definition(problem, num_experts=num_experts, gate_first=gate_first)
-    policy = learn_from_files(records, options, wanted, device)
+    with warnings_shown():
+        policy = learn_from_files(records, options, wanted, device)
     path = policy_path(user_policy_dir(), policy.device, policy.problem) if output is None else output
     if path.is_dir():
         raise ValueError(

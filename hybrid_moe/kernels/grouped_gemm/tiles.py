@@ -25,6 +25,8 @@ class Tile:
     few
         ``(block_m, num_stages, k_unroll)`` of the tile for an expert with at most ``block_m`` rows, the rest being
         equal: rows per expert are known on the device alone. ``(0, 1, 1)`` for none.
+    prefetch
+        Of GEMM2: bytes of each weight row of a program's first tile that go to L2 while GEMM1 ends.
     """
 
     block_m: int
@@ -34,6 +36,7 @@ class Tile:
     k_unroll: int = 1
     programs_per_multiprocessor: int = 32
     few: tuple[int, int, int] = (0, 1, 1)
+    prefetch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ class TilePlan:
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 64, 4, 4, 2), Tile(16, 128, 4, 3, 2))),
+    (0.5, TilePlan(Tile(16, 64, 4, 3, 2), Tile(16, 128, 4, 3, 2))),
     (4.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 4, 1, few=(16, 3, 2)))),
-    (40.0, TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(64, 128, 4, 3, 1, 4))),
+    (128.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 3, 1, few=(16, 3, 2)))),
     (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
     (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )

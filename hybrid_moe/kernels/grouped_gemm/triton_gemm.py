@@ -116,6 +116,7 @@ def gemm2(
         activated,
         scale,
         weights_argument(inputs.gemm2_weights, min(block_n, problem.block), routed.aligned),
+        inputs.gemm2_weights,
         inputs.gemm2_weights_scale,
         routed.counts,
         rows,
@@ -170,6 +171,7 @@ def _gemm2_constants(
         "BLOCK_N": block_n,
         **_pipelines(tile),
         "TMA": tma,
+        "PREFETCH": min(tile.prefetch, problem.intermediate_size) if tma else 0,
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})

@@ -61,6 +61,40 @@ def handed_on(scale, block):
 
 
 @triton.jit
+def prefetch(address, BYTES: tl.constexpr):
+    """Have BYTES, a multiple of 16, fetched into L2 from each address of a vector."""
+    count = tl.full(address.shape, BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [address.to(tl.int64), count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """The sum of `scaled_product` before its first term."""
+    return tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def scaled_product(x, w, row_scale, SWAP: tl.constexpr):
+    """``x @ w.T`` with a factor for each row of ``x``; transposed if SWAP.
+
+    The matrix instructions for e4m3 take 64 rows of their first operand and as few as 8 of the other. Fewer than 64
+    rows of ``x`` go second; as first operand, Hopper would compute them with its older instructions, which convert e4m3
+    to float16 in registers and are bound by that.
+    """
+    if SWAP:
+        return tl.dot(w, tl.trans(x)) * row_scale[None, :]
+    else:
+        return tl.dot(x, tl.trans(w)) * row_scale[:, None]
+
+
+@triton.jit
 def gemm1_scales(row_at, up_at, gate_at, block, stride_scale_k, real, K_BLOCKS: tl.constexpr):
     """Scales of the rows, of up and of gate for one 128 block; those of the last one after it."""
     block = tl.minimum(block, K_BLOCKS - 1)
@@ -118,8 +152,9 @@ def gemm1_sum(
     up_scale_at = scale_at + UP // 128 * K_BLOCKS
     gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
 
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
+    up = zeros(BLOCK_M, BLOCK_N, SWAP)
+    gate = zeros(BLOCK_M, BLOCK_N, SWAP)
     # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
     row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
     row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
@@ -133,12 +168,16 @@ def gemm1_sum(
             row_2, up_2, gate_2 = gemm1_scales(
                 hidden_scale_at, up_scale_at, gate_scale_at, block + SCALES_AHEAD, stride_scale_k, real, K_BLOCKS
             )
-            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            # Weights first: their loads wait for nothing, those of the rows for the tokens' numbers.
             w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
             w_gate = load_weights(weight, weight_row + GATE, block, BLOCK_N, HIDDEN, TMA)
-            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
-            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
-    return up, gate
+            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            up += scaled_product(x, w_up, row_scale * up_scale, SWAP)
+            gate += scaled_product(x, w_gate, row_scale * gate_scale, SWAP)
+    if SWAP:
+        return tl.trans(up), tl.trans(gate)
+    else:
+        return up, gate
 
 
 @triton.jit
@@ -323,10 +362,11 @@ def gemm2_sum(
     weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N
     scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
 
-    total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    SWAP: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
+    total = zeros(BLOCK_M, WIDTH, SWAP)
     scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
-        right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        right = zeros(BLOCK_M, WIDTH, SWAP)
     row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
     row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
     row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
@@ -341,14 +381,14 @@ def gemm2_sum(
             )
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
             w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)
-            total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
+            total += scaled_product(x, w, row_scale * scale, SWAP)
             if TWO:
                 w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
-                right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
+                right += scaled_product(x, w_right, row_scale * right_scale, SWAP)
     if TWO:
-        return total, right
+        return (tl.trans(total), tl.trans(right)) if SWAP else (total, right)
     else:
-        return total, total
+        return (tl.trans(total), tl.trans(total)) if SWAP else (total, total)
 
 
 @triton.jit
@@ -395,6 +435,7 @@ def gemm2_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
     weight,  # [E, HIDDEN, INTERMEDIATE] e4m3: a descriptor of its rows if TMA, else a pointer
+    weight_ptr,  # the same as a pointer
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
@@ -413,19 +454,29 @@ def gemm2_kernel(
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
 
     A tile of 256 columns is two of 128 side by side: each has its own weight scale, and they share the rows, which
-    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`.
+    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`. PREFETCH: bytes of each weight row of
+    a program's first tile that it has fetched into L2 before it waits for GEMM1.
     """
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
     tl.static_assert(COLUMNS % BLOCK_N == 0)
+    expert = tl.arange(0, E_POW2)
+    if PDL and PREFETCH > 0:
+        # While GEMM1 still works. The counts are there: GEMM1 waited for the routing before it let this kernel start.
+        count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+        tile = tl.program_id(0)
+        if tile < tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N:
+            at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
+            weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            prefetch(weight_ptr + weight_row.to(tl.int64) * INTERMEDIATE, PREFETCH)
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
-    expert = tl.arange(0, E_POW2)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):

@@ -25,8 +25,9 @@ class Tile:
     few
         ``(block_m, num_stages, k_unroll)`` of the tile for an expert with at most ``block_m`` rows, the rest being
         equal: rows per expert are known on the device alone. ``(0, 1, 1)`` for none.
-    prefetch
-        Of GEMM2: bytes of each weight row of a program's first tile that go to L2 while GEMM1 ends.
+    stream_k
+        Programs share the tiles to the step, see `stream_k`; all of them should run at once. Of the unrollings of both
+        row tiles one divides the other.
     """
 
     block_m: int
@@ -36,7 +37,7 @@ class Tile:
     k_unroll: int = 1
     programs_per_multiprocessor: int = 32
     few: tuple[int, int, int] = (0, 1, 1)
-    prefetch: int = 0
+    stream_k: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,15 @@ class TilePlan:
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 64, 4, 3, 2), Tile(16, 128, 4, 3, 2))),
-    (4.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 4, 1, few=(16, 3, 2)))),
-    (128.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 3, 1, few=(16, 3, 2)))),
+    (0.5, TilePlan(Tile(16, 64, 4, 4, 1, 3, stream_k=True), Tile(16, 128, 4, 4, 1, 3, stream_k=True))),
+    (
+        4.0,
+        TilePlan(
+            Tile(64, 64, 4, 3, 1, 3, few=(16, 4, 1), stream_k=True),
+            Tile(64, 128, 4, 3, 1, 3, few=(16, 4, 1), stream_k=True),
+        ),
+    ),
+    (128.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 4, 1, few=(16, 3, 2)))),
     (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
     (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )
@@ -82,8 +89,11 @@ def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
         return next(u for u in range(wanted, 0, -1) if inner // block % u == 0)
 
     few = (*tile.few[:2], unroll(tile.few[2]))
+    k_unroll = unroll(tile.k_unroll)
+    if max(few[2], k_unroll) % min(few[2], k_unroll):
+        few, k_unroll = (*tile.few[:2], 1), 1
     block_n = tile.block_n if columns % tile.block_n == 0 else block
-    return replace(tile, k_unroll=unroll(tile.k_unroll), block_n=block_n, few=few)
+    return replace(tile, k_unroll=k_unroll, block_n=block_n, few=few)
 
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:

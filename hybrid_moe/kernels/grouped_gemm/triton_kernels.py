@@ -61,20 +61,6 @@ def handed_on(scale, block):
 
 
 @triton.jit
-def prefetch(address, BYTES: tl.constexpr):
-    """Have BYTES, a multiple of 16, fetched into L2 from each address of a vector."""
-    count = tl.full(address.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [address.to(tl.int64), count],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
     """The sum of `scaled_product` before its first term."""
     return tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
@@ -124,6 +110,8 @@ def gemm1_sum(
     rows,
     tile_m,
     tile_n,
+    first_step,
+    last_step,
     STRIDE_HIDDEN: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -134,7 +122,7 @@ def gemm1_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of up and gate."""
+    """One tile of up and gate, summed over the steps first_step... before last_step of K_UNROLL 128 blocks each."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
     UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
@@ -155,11 +143,18 @@ def gemm1_sum(
     SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
     up = zeros(BLOCK_M, BLOCK_N, SWAP)
     gate = zeros(BLOCK_M, BLOCK_N, SWAP)
+    first = first_step * K_UNROLL
     # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
-    row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
-    row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
-    row_2, up_2, gate_2 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 2, stride_scale_k, real, K_BLOCKS)
-    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
+    row_0, up_0, gate_0 = gemm1_scales(
+        hidden_scale_at, up_scale_at, gate_scale_at, first, stride_scale_k, real, K_BLOCKS
+    )
+    row_1, up_1, gate_1 = gemm1_scales(
+        hidden_scale_at, up_scale_at, gate_scale_at, first + 1, stride_scale_k, real, K_BLOCKS
+    )
+    row_2, up_2, gate_2 = gemm1_scales(
+        hidden_scale_at, up_scale_at, gate_scale_at, first + 2, stride_scale_k, real, K_BLOCKS
+    )
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, up_scale, gate_scale = row_0, up_0, gate_0
@@ -214,7 +209,7 @@ def gemm1_tile(
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     up, gate = gemm1_sum(
         hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr,
-        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n,
+        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n, 0, HIDDEN // 128 // K_UNROLL,
         STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -335,6 +330,8 @@ def gemm2_sum(
     rows_before,
     tile_m,
     tile_n,
+    first_step,
+    last_step,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -343,7 +340,7 @@ def gemm2_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of the result.
+    """One tile summed over the steps first_step... before last_step of K_UNROLL 128 blocks each.
 
     Two tensors side by side where BLOCK_N is 256, else the same one twice.
     """
@@ -364,13 +361,14 @@ def gemm2_sum(
 
     SWAP: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
     total = zeros(BLOCK_M, WIDTH, SWAP)
+    first = first_step * K_UNROLL
     scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
         right = zeros(BLOCK_M, WIDTH, SWAP)
-    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
-    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
-    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
-    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
+    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, first, capacity, real, K_BLOCKS)
+    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, first + 1, capacity, real, K_BLOCKS)
+    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, first + 2, capacity, real, K_BLOCKS)
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, scale, right_scale = row_0, left_0, right_0
@@ -418,7 +416,7 @@ def gemm2_tile(
     WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
     total, right = gemm2_sum(
         activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
-        at, rows, rows_before, tile_m, tile_n,
+        at, rows, rows_before, tile_m, tile_n, 0, INTERMEDIATE // 128 // K_UNROLL,
         HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -435,7 +433,6 @@ def gemm2_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
     weight,  # [E, HIDDEN, INTERMEDIATE] e4m3: a descriptor of its rows if TMA, else a pointer
-    weight_ptr,  # the same as a pointer
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
@@ -454,29 +451,19 @@ def gemm2_kernel(
     FEW_STAGES: tl.constexpr,
     FEW_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
 
     A tile of 256 columns is two of 128 side by side: each has its own weight scale, and they share the rows, which
-    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`. PREFETCH: bytes of each weight row of
-    a program's first tile that it has fetched into L2 before it waits for GEMM1.
+    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`.
     """
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
     tl.static_assert(COLUMNS % BLOCK_N == 0)
-    expert = tl.arange(0, E_POW2)
-    if PDL and PREFETCH > 0:
-        # While GEMM1 still works. The counts are there: GEMM1 waited for the routing before it let this kernel start.
-        count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
-        tile = tl.program_id(0)
-        if tile < tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N:
-            at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
-            weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            prefetch(weight_ptr + weight_row.to(tl.int64) * INTERMEDIATE, PREFETCH)
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
+    expert = tl.arange(0, E_POW2)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):

@@ -19,14 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile, TilePlan
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import (
-    gemm1,
-    gemm2,
-    partial_elements,
-    tickets_of,
-    tickets_of_gemm2,
-)
+from hybrid_moe.kernels.grouped_gemm.tiles import Tile
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, Routed, column_chunk, combine, route, row_capacity
 from hybrid_moe.problem import FP8, MoEInputs
 from hybrid_moe.timing import Work, measure_ceilings, time_graph
@@ -51,39 +45,11 @@ def candidates(which: str, tokens: int) -> list[Tile]:
         shapes += [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
         if which == "gemm2":
             shapes += [(128, 128, 4), (128, 256, 8), (64, 256, 4), (64, 256, 8)]
-    tiles = stream_k_candidates(which, tokens)
+    tiles = []
     for (m, n, warps), (stages, unroll) in product(shapes, pipelines):
         shared = stages * unroll * 128 * ((2 * n if which == "gemm1" else n) + m)
         if shared <= SHARED_LIMIT:
             tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 128 else 4))
-    return tiles
-
-
-def stream_k_candidates(which: str, tokens: int) -> list[Tile]:
-    """Tiles that are shared to the step; as many programs a multiprocessor as its shared memory holds, or one less."""
-    if tokens > 1024:
-        return []
-    tiles = []
-    widths = (32, 64) if which == "gemm1" else (32, 64, 128)
-    for width, warps, unroll, stages in product(widths, (2, 4, 8), (1, 2, 4, 8), (2, 3, 4, 5, 6)):
-        weights = 128 * (2 * width if which == "gemm1" else width)
-        if warps == 2 and width > 32 or warps == 8 and (width < 64 or tokens <= 16):
-            continue
-        if not 24_000 <= weights * unroll <= 70_000:
-            continue
-        shared = (stages - 1) * unroll * (weights + 128 * 16)
-        many = [(64, 4), (64, 5), (32, 4)] if tokens > 16 else [(0, 1)]
-        for rows, many_stages in many:
-            both = max(shared, (many_stages - 1) * (weights + 128 * rows)) if rows else shared
-            most = min(SHARED_LIMIT // both if both else 0, 2048 // (32 * warps) // 4)
-            for programs in {most, min(most, max(2, most - 1))}:
-                if programs and programs * both >= SHARED_LIMIT * 0.55:
-                    few = (16, stages, unroll)
-                    tiles.append(
-                        Tile(rows, width, warps, many_stages, 1, programs, few, True)
-                        if rows
-                        else Tile(16, width, warps, stages, unroll, programs, stream_k=True)
-                    )
     return tiles
 
 
@@ -112,13 +78,11 @@ class Bench:
 
     def calls(self, which: str, tile: Tile):
         """The calls that a graph holds, and a function that gives the result of the first."""
-        elements = partial_elements(PROBLEM, self.tokens, TilePlan(tile, tile), self.launch)
-        partial = torch.empty(elements, dtype=torch.float32, device="cuda")
         if which == "gemm1":
             tickets = tickets_of(PROBLEM, self.tokens, tile)
 
             def run1(i):
-                return gemm1(i, route(i, PROBLEM, self.launch, tickets), PROBLEM, self.launch, tile, partial)
+                return gemm1(i, route(i, PROBLEM, self.launch, tickets), PROBLEM, self.launch, tile)
 
             def result():
                 # Slots may differ from call to call: compare the rows' sorted sums.
@@ -129,12 +93,9 @@ class Bench:
 
             return [lambda i=i: run1(i) for i in self.inputs], result
 
-        # The last program that shares a tile sets its ticket back to zero.
-        zeros = torch.zeros(tickets_of_gemm2(PROBLEM, self.tokens, tile), dtype=torch.int32, device="cuda")
-
         def run2(a, i, r):
             for first in range(0, PROBLEM.hidden_size, self.columns):
-                gemm2(*a, i, r, PROBLEM, self.launch, tile, self.rows_out, first, partial, zeros)
+                gemm2(*a, i, r, PROBLEM, self.launch, tile, self.rows_out, first)
 
         three = list(zip(self.activated, self.inputs, self.routed, strict=True))
 
@@ -178,13 +139,11 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
         ints = empty(32, dtype=torch.int32)
         routed = Routed(ints, ints, ints, ints, ints, aligned=False)
         if which == "gemm1":
-            gemm1(inputs, routed, PROBLEM, launch_of(), tile, empty(4))
+            gemm1(inputs, routed, PROBLEM, launch_of(), tile)
         else:
             capacity = row_capacity(PROBLEM, tokens)
             out = empty(capacity, column_chunk(PROBLEM, capacity), dtype=torch.bfloat16)
-            gemm2(
-                empty(1, 16, dtype=FP8), empty(16), inputs, routed, PROBLEM, launch_of(), tile, out, 0, empty(4), ints
-            )
+            gemm2(empty(1, 16, dtype=FP8), empty(16), inputs, routed, PROBLEM, launch_of(), tile, out, 0)
     finally:
         jit.run = original
 
@@ -210,14 +169,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", required=True)
-    parser.add_argument("--stream-k", action="store_true", help="only tiles that are shared to the step")
     parser.add_argument("--workers", type=int, default=14)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("an NVIDIA GPU is wanted; torch finds none")
 
-    tiles_of = stream_k_candidates if options.stream_k else candidates
-    jobs = [(which, tile, t) for t in options.tokens for which in ("gemm1", "gemm2") for tile in tiles_of(which, t)]
+    jobs = [(which, tile, t) for t in options.tokens for which in ("gemm1", "gemm2") for tile in candidates(which, t)]
     bad = compile_all(jobs, options.workers)
     ceilings = measure_ceilings()
     print(ceilings, flush=True)
@@ -243,7 +200,7 @@ def main() -> None:
                         continue
                     latency = time_graph(calls * REPEATS, runs=5)
                 except triton.runtime.errors.OutOfResources as error:
-                    print("does not fit:", tokens, which, str(error)[:60], flush=True)
+                    print("does not fit:", tokens, which, tile, str(error)[:150], flush=True)
                     continue
                 timed.append((latency.median, tile))
                 row = {"tokens": tokens, "gemm": which, "tile": str(tile), "us": latency.median, "floor_us": part}
@@ -251,7 +208,6 @@ def main() -> None:
                     out.write(json.dumps(row) + os.linesep)
             for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
                 short = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll)
-                short += (tile.few, "stream-k", tile.programs_per_multiprocessor) if tile.stream_k else ()
                 print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 

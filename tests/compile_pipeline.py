@@ -29,7 +29,7 @@ from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
-TOKEN_COUNTS = (1, 16, 17, 80, 512, 901, 2048, 4096, 14107)
+TOKEN_COUNTS = (1, 16, 17, 80, 901, 2560, 4096, 14107)
 
 
 class AbsentDriver:

@@ -90,7 +90,6 @@ class _TritonRunner(Runner):
         from ..kernels import interpreter, pipeline
 
         self._problem = problem
-        self._on_gpu = device.name != "cpu"
         self._gemm = _gemm(gemm, device)
         self._route = pipeline.route
         self._launch_on = pipeline.launch_on
@@ -106,6 +105,5 @@ class _TritonRunner(Runner):
 
     def workspace_bytes(self, num_tokens: int) -> int:
         p = self._problem
-        device = torch.device("cuda", torch.cuda.current_device()) if self._on_gpu else torch.device("cpu")
         routing = 4 * (p.num_local_experts * (num_tokens + 1) + 2 * num_tokens * p.top_k)
-        return routing + self._gemm.workspace_bytes(p, num_tokens, self._launch_on(device))
+        return routing + self._gemm.workspace_bytes(p, num_tokens)

@@ -80,7 +80,7 @@ class GroupedGemm(ABC):
         return 0
 
     @abstractmethod
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int, launch: Launch) -> int:
+    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         """Device memory in bytes that `run` takes."""
 
 

@@ -36,7 +36,7 @@ class DeepGemmGroupedGemm(GroupedGemm):
         """The GPU, the library, and the compiler that it calls."""
         return libraries.deep_gemm_reasons(device)
 
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int, launch: Launch) -> int:
+    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         """The rows of both GEMMs in full width for the worst routing, and the experts' bounds."""
         return rows_bytes(problem, padded_capacity(problem, num_tokens, ALIGN)) + 4 * (
             2 * problem.num_local_experts + 1

@@ -41,7 +41,7 @@ class SglGroupedGemm(GroupedGemm):
             reasons.append(f"num_local_experts is {problem.num_local_experts}; at most {MAX_EXPERTS} is wanted")
         return reasons
 
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int, launch: Launch) -> int:
+    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         """The rows of both GEMMs in full width for the worst routing, and the experts' tables."""
         tables = problem.num_local_experts * (8 * 8 + 4 * (2 + 6 + 2 * LAYOUT_INTS))
         return rows_bytes(problem, row_capacity(problem, num_tokens)) + tables + WORKSPACE_BYTES

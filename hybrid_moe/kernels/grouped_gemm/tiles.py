@@ -25,9 +25,6 @@ class Tile:
     few
         ``(block_m, num_stages, k_unroll)`` of the tile for an expert with at most ``block_m`` rows, the rest being
         equal: rows per expert are known on the device alone. ``(0, 1, 1)`` for none.
-    stream_k
-        Programs share the tiles to the step, see `stream_k`; all of them should run at once. Of the unrollings of both
-        row tiles one divides the other.
     """
 
     block_m: int
@@ -37,7 +34,6 @@ class Tile:
     k_unroll: int = 1
     programs_per_multiprocessor: int = 32
     few: tuple[int, int, int] = (0, 1, 1)
-    stream_k: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +44,16 @@ class TilePlan:
     gemm2: Tile
 
 
-# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
+# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H200, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 64, 4, 4, 1, 3, stream_k=True), Tile(16, 128, 4, 4, 1, 3, stream_k=True))),
-    (
-        4.0,
-        TilePlan(
-            Tile(64, 64, 4, 3, 1, 3, few=(16, 4, 1), stream_k=True),
-            Tile(64, 128, 4, 3, 1, 3, few=(16, 4, 1), stream_k=True),
-        ),
-    ),
-    (128.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 4, 1, few=(16, 3, 2)))),
-    (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
-    (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
+    (0.5, TilePlan(Tile(16, 64, 4, 4), Tile(16, 128, 4, 3, 2))),
+    (80.0, TilePlan(Tile(64, 64, 4, 4, few=(16, 3, 2)), Tile(64, 128, 4, 4, few=(16, 3, 2)))),
+    (float("inf"), TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )
 # Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
-    *TILES_SM90[:4],
+    *TILES_SM90[:2],
     (float("inf"), TilePlan(Tile(128, 64, 8, 4, 1, 2), Tile(128, 128, 8, 4, 1, 2))),
 )
 
@@ -89,11 +77,8 @@ def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
         return next(u for u in range(wanted, 0, -1) if inner // block % u == 0)
 
     few = (*tile.few[:2], unroll(tile.few[2]))
-    k_unroll = unroll(tile.k_unroll)
-    if max(few[2], k_unroll) % min(few[2], k_unroll):
-        few, k_unroll = (*tile.few[:2], 1), 1
     block_n = tile.block_n if columns % tile.block_n == 0 else block
-    return replace(tile, k_unroll=k_unroll, block_n=block_n, few=few)
+    return replace(tile, k_unroll=unroll(tile.k_unroll), block_n=block_n, few=few)
 
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:

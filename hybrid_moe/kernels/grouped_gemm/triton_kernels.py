@@ -110,8 +110,6 @@ def gemm1_sum(
     rows,
     tile_m,
     tile_n,
-    first_step,
-    last_step,
     STRIDE_HIDDEN: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -122,7 +120,7 @@ def gemm1_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of up and gate, summed over the steps first_step... before last_step of K_UNROLL 128 blocks each."""
+    """One tile of up and gate."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
     UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
@@ -143,18 +141,11 @@ def gemm1_sum(
     SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
     up = zeros(BLOCK_M, BLOCK_N, SWAP)
     gate = zeros(BLOCK_M, BLOCK_N, SWAP)
-    first = first_step * K_UNROLL
     # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
-    row_0, up_0, gate_0 = gemm1_scales(
-        hidden_scale_at, up_scale_at, gate_scale_at, first, stride_scale_k, real, K_BLOCKS
-    )
-    row_1, up_1, gate_1 = gemm1_scales(
-        hidden_scale_at, up_scale_at, gate_scale_at, first + 1, stride_scale_k, real, K_BLOCKS
-    )
-    row_2, up_2, gate_2 = gemm1_scales(
-        hidden_scale_at, up_scale_at, gate_scale_at, first + 2, stride_scale_k, real, K_BLOCKS
-    )
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+    row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
+    row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
+    row_2, up_2, gate_2 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 2, stride_scale_k, real, K_BLOCKS)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, up_scale, gate_scale = row_0, up_0, gate_0
@@ -209,7 +200,7 @@ def gemm1_tile(
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     up, gate = gemm1_sum(
         hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr,
-        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n, 0, HIDDEN // 128 // K_UNROLL,
+        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n,
         STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -330,8 +321,6 @@ def gemm2_sum(
     rows_before,
     tile_m,
     tile_n,
-    first_step,
-    last_step,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -340,7 +329,7 @@ def gemm2_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile summed over the steps first_step... before last_step of K_UNROLL 128 blocks each.
+    """One tile of the result.
 
     Two tensors side by side where BLOCK_N is 256, else the same one twice.
     """
@@ -361,14 +350,13 @@ def gemm2_sum(
 
     SWAP: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
     total = zeros(BLOCK_M, WIDTH, SWAP)
-    first = first_step * K_UNROLL
     scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
         right = zeros(BLOCK_M, WIDTH, SWAP)
-    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, first, capacity, real, K_BLOCKS)
-    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, first + 1, capacity, real, K_BLOCKS)
-    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, first + 2, capacity, real, K_BLOCKS)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
+    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
+    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
+    for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
             row_scale, scale, right_scale = row_0, left_0, right_0
@@ -416,7 +404,7 @@ def gemm2_tile(
     WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
     total, right = gemm2_sum(
         activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
-        at, rows, rows_before, tile_m, tile_n, 0, INTERMEDIATE // 128 // K_UNROLL,
+        at, rows, rows_before, tile_m, tile_n,
         HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
     )  # fmt: skip
     slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -49,7 +49,7 @@ class TilePlan:
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     (0.5, TilePlan(Tile(16, 64, 4, 4), Tile(16, 128, 4, 3, 2))),
     (80.0, TilePlan(Tile(64, 64, 4, 4, few=(16, 3, 2)), Tile(64, 128, 4, 4, few=(16, 3, 2)))),
-    (float("inf"), TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
+    (float("inf"), TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )
 # Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (

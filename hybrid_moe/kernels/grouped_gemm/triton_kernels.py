@@ -15,9 +15,6 @@ import triton.language as tl
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
 
-# How many blocks of the sum before its use a scale is loaded.
-SCALES_AHEAD = tl.constexpr(3)
-
 
 @triton.jit
 def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -52,12 +49,6 @@ def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TM
     else:
         at = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * INNER + block * 128 + tl.arange(0, 128)[None, :]
         return tl.load(weight + at)
-
-
-@triton.jit
-def handed_on(scale, block):
-    """The same, for the next turn of the loop. Triton pipelines no loop that hands a value on as it is."""
-    return tl.where(block >= 0, scale, 0.0)
 
 
 @triton.jit
@@ -141,18 +132,16 @@ def gemm1_sum(
     SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
     up = zeros(BLOCK_M, BLOCK_N, SWAP)
     gate = zeros(BLOCK_M, BLOCK_N, SWAP)
-    # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
-    row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
-    row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
-    row_2, up_2, gate_2 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 2, stride_scale_k, real, K_BLOCKS)
+    # Scales are loaded one block ahead: their latency would stall every promotion.
+    next_row, next_up, next_gate = gemm1_scales(
+        hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS
+    )
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, up_scale, gate_scale = row_0, up_0, gate_0
-            row_0, up_0, gate_0 = handed_on(row_1, block), handed_on(up_1, block), handed_on(gate_1, block)
-            row_1, up_1, gate_1 = handed_on(row_2, block), handed_on(up_2, block), handed_on(gate_2, block)
-            row_2, up_2, gate_2 = gemm1_scales(
-                hidden_scale_at, up_scale_at, gate_scale_at, block + SCALES_AHEAD, stride_scale_k, real, K_BLOCKS
+            row_scale, up_scale, gate_scale = next_row, next_up, next_gate
+            next_row, next_up, next_gate = gemm1_scales(
+                hidden_scale_at, up_scale_at, gate_scale_at, block + 1, stride_scale_k, real, K_BLOCKS
             )
             # Weights first: their loads wait for nothing, those of the rows for the tokens' numbers.
             w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
@@ -353,17 +342,13 @@ def gemm2_sum(
     scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
         right = zeros(BLOCK_M, WIDTH, SWAP)
-    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
-    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
-    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
+    next_row, next_left, next_right = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, scale, right_scale = row_0, left_0, right_0
-            row_0, left_0, right_0 = handed_on(row_1, block), handed_on(left_1, block), handed_on(right_1, block)
-            row_1, left_1, right_1 = handed_on(row_2, block), handed_on(left_2, block), handed_on(right_2, block)
-            row_2, left_2, right_2 = gemm2_scales(
-                activated_scale_at, scale_at, scales, block + SCALES_AHEAD, capacity, real, K_BLOCKS
+            row_scale, scale, right_scale = next_row, next_left, next_right
+            next_row, next_left, next_right = gemm2_scales(
+                activated_scale_at, scale_at, scales, block + 1, capacity, real, K_BLOCKS
             )
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
             w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)

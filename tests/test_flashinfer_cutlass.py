@@ -17,12 +17,13 @@ import torch
 from hybrid_moe import HybridMoE, backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
 from hybrid_moe.backends.flashinfer_cutlass import FlashinferCutlass, layer_arguments, passed
-from hybrid_moe.choice import BackendUnsupportedError
+from hybrid_moe.choice import BackendUnsupportedError, Choice
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference, route
+from hybrid_moe.versions import packages_of
 from hybrid_moe.workloads import Workload, random_weights
 from hybrid_moe.workloads import make_inputs as inputs_of_workload
 
@@ -267,6 +268,10 @@ def test_a_release_out_of_the_range_is_refused_without_importing_it(fake_flashin
     (reason,) = FlashinferCutlass().not_supported_reasons(DEEPSEEK_V3, H200, {})
     assert reason == "flashinfer-python 0.8.0 is installed; >=0.6.14,<0.8 is wanted"
     assert "flashinfer" not in sys.modules
+
+
+def test_packages_that_its_speed_hangs_on():
+    assert packages_of(Choice("flashinfer_cutlass")) == ("torch", "triton", "flashinfer-python")
 
 
 def test_without_nvcc(fake_flashinfer, tools, monkeypatch, tmp_path):

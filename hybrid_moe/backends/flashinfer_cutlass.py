@@ -20,16 +20,15 @@ do, and any number of experts. Ids outside are passed over, and a token without 
 
 **Roundings.** The bf16 activations are quantised anew, with a scale from their own largest value (``gemm_kernel``
 894-985). GEMM1's result is bf16; SwiGLU is float32, stored as bf16 and quantised for GEMM2, whose result is bf16
-(``kernels`` 3349-3417). Activations that were
-quantised with their own largest values, as a layer's are, come through the first of these unharmed: the emulation's
-relative L2 against the definition is then 0.024, as with kernels that round once. Others, as random e4m3 values that
-don't reach 448, give 0.045 there, and 0.044 on an H200. No atomics are in this path (the fused finalisation is for the
-other ones): same input, same bits.
+(``kernels`` 3349-3417). Activations that were quantised with their own largest values, as a layer's are, come through
+the first of these unharmed: the emulation's relative L2 against the definition is then 0.024, as with kernels that
+round once. Others, as random e4m3 values that don't reach 448, give 0.045 there. No atomics are in this path (the fused
+finalisation is for the other ones): same input, same bits.
 
 **Compiling, twice.** flashinfer's module ``fused_moe_90`` is 248 units, over ten minutes on 16 cores, unless it was
 built ahead: by ``flashinfer-jit-cache``, by an earlier call, or into the package's own ``data/aot``. And DeepGEMM
 compiles its kernels with nvcc at run time, up to two for a T that calls for a tile not met before (``deep_gemm``,
-``jit_utils.cuh`` 137: the tile hangs on T itself), into ``TRTLLM_DG_CACHE_DIR`` or ``~/.tensorrt_llm``: some ten
+``jit_utils.cuh`` 137: the tile hangs on T itself), into ``TRTLLM_DG_CACHE_DIR`` or ``~/.tensorrt_llm``: a few
 seconds each. So nvcc is wanted in any case, and each T has to be called once before it is timed, served or captured in
 a CUDA graph; `bench.measure` does. Nothing is compiled by `prepare`.
 

@@ -26,6 +26,7 @@ from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, ROUTING_LOAD
 BETWEEN = (3, 24, 128, 200, 400, 2048, 4096)
 SKEWED = (32, 901, 4096)
 OURS = tuple(Choice("triton_fused", {"gemm": gemm}) for gemm in ("triton", "sgl_kernel", "deep_gemm"))
+FLASHINFER = (Choice("flashinfer_trtllm"), Choice("flashinfer_cutlass"))
 SAMPLED_TOKENS = 1024
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--candidate", action="append", help="name or name[key=value]; default triton_fused[gemm=triton]"
     )
-    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs and both peers")
+    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs, flashinfer and both peers")
     parser.add_argument("--between", action="store_true", help=f"also T = {', '.join(map(str, BETWEEN))}")
     parser.add_argument("--routing", default="uniform", choices=ROUTING_LOADS, help="routing load")
     parser.add_argument(
@@ -91,8 +92,10 @@ def main() -> None:
     if options.all:
         # A peer runs where its library does, which our pipeline around the same library knows.
         device = DeviceKey.of("cuda")
-        supported = [c.config["gemm"] for c in OURS if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
-        candidates = [*OURS, *(Choice(name) for name in PEERS if name.removeprefix("peer:") in supported)]
+        supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
+        gemms = [c.config.get("gemm") for c in supported]
+        candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
+        candidates += [Choice(name) for name in PEERS if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
     copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"

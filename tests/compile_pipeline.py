@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
@@ -119,6 +120,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
             gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
             swiglu(routed, problem, launch, rows)
             pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
+        external_inputs(inputs, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

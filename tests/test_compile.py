@@ -30,6 +30,8 @@ KERNELS = {
     "combine_kernel",
     "gather_kernel",
     "swiglu_quantize_kernel",
+    "select_kernel",
+    "dequantize_kernel",
 }
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

@@ -128,7 +128,7 @@ class FlashinferTrtllm(Backend):
         except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
             reason = f"{release} can't be imported: {error}"
             raise BackendUnsupportedError(Choice(self.name, config), [reason]) from error
-        moe = getattr(module, "trtllm_fp8_block_scale_moe", None)
+        moe = _original(getattr(module, "trtllm_fp8_block_scale_moe", None))
         if moe is None:
             raise BackendUnsupportedError(
                 Choice(self.name, config), [f"{release} has no flashinfer.fused_moe.trtllm_fp8_block_scale_moe"]
@@ -137,6 +137,14 @@ class FlashinferTrtllm(Backend):
         if reasons:
             raise BackendUnsupportedError(Choice(self.name, config), [f"{release}: {r}" for r in reasons])
         return _TrtllmRunner(moe, problem)
+
+
+def _original(moe: Any) -> Any:
+    # `flashinfer.trace_apply` puts a wrapper in its place that calls what is registered for this layer. That may be us:
+    # we must not call ourselves.
+    while getattr(moe, "_trace_apply", False):
+        moe = moe.__wrapped__
+    return moe
 
 
 def layer_arguments(problem: MoEProblem) -> dict[str, Any]:

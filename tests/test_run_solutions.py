@@ -13,6 +13,7 @@ from flashinfer_bench.data import EvaluationStatus, Solution, Trace, load_jsonl_
 from test_kernels import SMALL
 
 from hybrid_moe.choice import Choice
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.records import read_any
 from hybrid_moe.solution import candidate_solution
 from hybrid_moe.workloads import Workload
@@ -21,10 +22,6 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run_solutions.py"
 WORKLOADS = [Workload(6, 4, uuid="late"), Workload(1, 4)]
 TRITON, REFERENCE = Choice("triton_fused", {"gemm": "triton"}), Choice("torch_reference")
 LATENCY_MS = {"hybrid_moe_triton_fused_gemm_triton": 0.1, "hybrid_moe_torch_reference": 0.5, "other": 0.5}
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # NumPy's, in the interpreter
-]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +61,8 @@ def prepared(script, tmp_path):
     return config, script.our_trace_set(SMALL, WORKLOADS, tmp_path)
 
 
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # NumPy's, in the interpreter
 def test_through_the_evaluator(script, without_a_gpu, tmp_path, capsys):
     config, trace_set = prepared(script, tmp_path)
     output = tmp_path / "new" / "traces.jsonl"
@@ -97,6 +96,7 @@ def test_it_goes_on_where_it_was(script, without_a_gpu, tmp_path, capsys):
     assert output.stat().st_size == size and "T = 6: not begun" in capsys.readouterr().out
 
 
+@pytest.mark.interpreter
 def test_what_fails_is_a_trace_and_what_breaks_is_passed_over(script, without_a_gpu, tmp_path, capsys):
     config, trace_set = prepared(script, tmp_path)
     refused = solution(Choice("triton_fused", {"gemm": "deep_gemm"}))
@@ -144,7 +144,24 @@ def test_through_the_benchmark(script, without_a_gpu, tmp_path, monkeypatch):
 
 
 def test_it_wants_a_gpu(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["run_solutions.py", "x.json", "--output", str(tmp_path / "t.jsonl")])
     with pytest.raises(SystemExit, match="2"):
         script.main()
     assert "an NVIDIA GPU is wanted" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("FIB_CACHE_PATH", str(tmp_path / "fib"))
+    config = script.config_of(iterations=5, warmup=2, trials=1, baseline=False, log_dir=str(tmp_path / "logs"))
+    problem = MoEProblem()
+    trace_set = script.our_trace_set(problem, [Workload(16, 224)], tmp_path)
+    made = Solution.model_validate(candidate_solution(TRITON, problem))
+    run = script.through_evaluator(config, "cuda:0")
+    (trace,) = script.run_all(trace_set, [made], run, tmp_path / "traces.jsonl")
+    BuilderRegistry.get_instance().cleanup()
+    assert trace.evaluation.status is EvaluationStatus.PASSED, trace.evaluation.log
+    assert 0.01 < trace.evaluation.performance.latency_ms < 10
+    (record,) = read_any([tmp_path / "traces.jsonl"])
+    assert record.choice == TRITON and record.num_tokens == 16

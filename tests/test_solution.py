@@ -27,6 +27,7 @@ from hybrid_moe.baked import BakedLayer
 from hybrid_moe.bundle import NETWORK, BundleError, bundle, check_sources, third_party_imports
 from hybrid_moe.choice import BackendUnsupportedError, Choice
 from hybrid_moe.definition import definition_of
+from hybrid_moe.kernels.grouped_gemm import libraries
 from hybrid_moe.learn import learn_from_files
 from hybrid_moe.policy import LearnerOptions, load_policy
 from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
@@ -119,6 +120,17 @@ def test_the_definition_is_that_of_the_data_set():
     assert definition.get_output_shapes({"seq_len": 7}) == [[7, 7168]]
 
 
+@pytest.mark.parametrize("changes", [{}, {"gate_first": True}, {"n_group": 1, "topk_group": 1}, {"topk_group": 4}])
+def test_the_definitions_reference_is_ours(changes):
+    problem = dataclasses.replace(SMALL, **changes)
+    namespace = {}
+    exec(definition_of(problem)["reference"], namespace)
+    inputs = make_inputs(Workload(9, 8), problem, random_weights(problem, "cpu"))
+    inputs.routing_logits[:, 3] = inputs.routing_logits[:, 9]  # equal scores
+    wanted = moe_reference(inputs, problem)
+    assert wanted.norm() > 1 and torch.equal(namespace["run"](*inputs), wanted.bfloat16())
+
+
 # ---- It says what the policy says ----
 
 
@@ -170,18 +182,18 @@ def test_traces_of_its_candidates_are_learned_to_the_same_choices(tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_bytes_in_any_place(device, tmp_path):
-    texts = []
-    for name, seed in (("a", "1"), ("b", "2")):
-        folder = tmp_path / name
-        folder.mkdir()
-        code = "from hybrid_moe.cli import main; main()"
-        subprocess.run(
-            [sys.executable, "-c", code, "solution", "--device", device, "-o", "s.json"],
-            cwd=folder, check=True, capture_output=True,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(folder)},
-        )  # fmt: skip
-        texts.append((folder / "s.json").read_bytes())
-    assert texts[0] == texts[1] == dumps_solution(policy_solution(shipped(device))).encode()
+    """In another process, folder and order of hashes than this one's."""
+    code = "import sys; from hybrid_moe.cli import main; sys.argv[0] = 'hybrid-moe'; main()"
+    subprocess.run(
+        [sys.executable, "-c", code, "solution", "--device", device, "-o", "s.json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path)},
+    )
+    text = dumps_solution(policy_solution(shipped(device)))
+    assert (tmp_path / "s.json").read_bytes() == text.encode()
+    assert dumps_solution(policy_solution(shipped(device))) == text
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -316,6 +328,27 @@ def test_one_candidate_raises_where_it_cannot_run():
     for _ in range(2):
         with pytest.raises(BackendUnsupportedError, match="gemm=deep_gemm.*9.0 is wanted"):
             layer.run(inputs, {})
+
+
+def test_the_b200_table_without_sgl_kernel(fake_flashinfer, monkeypatch):  # noqa: F811
+    """Its T = 14-32 go to flashinfer, the policy's default, and a warning says why; the emulation stands for it."""
+    fake_flashinfer()
+    monkeypatch.setattr(DeviceKey, "of", classmethod(lambda cls, device: B200))
+    monkeypatch.setitem(sys.modules, "sgl_kernel", None)
+    libraries._sgl_load_reasons.cache_clear()
+    constants = literals(policy_solution(shipped("nvidia_b200")))
+    small = dataclasses.replace(SMALL, intermediate_size=128)
+    layer = baked(small, constants["TABLE"], constants["OTHERWISE"])
+    weights = random_weights(small, "cpu")
+    with pytest.warns(RuntimeWarning) as caught:
+        for tokens in (13, 14, 33):
+            inputs = make_inputs(Workload(tokens, 4), small, weights)
+            wanted = moe_reference(inputs, small)
+            assert (layer.run(inputs, {}).float() - wanted).norm() <= 0.08 * wanted.norm()
+    libraries._sgl_load_reasons.cache_clear()
+    (message,) = [str(w.message) for w in caught if "in its place" in str(w.message)]  # once, not at every call
+    assert message.startswith("triton_fused[gemm=sgl_kernel] can't run here (sgl_kernel")
+    assert message.endswith("flashinfer_trtllm runs in its place")
 
 
 def test_options_are_checked_and_no_tokens_give_nothing():

@@ -72,7 +72,15 @@ def load(function: str, passed: Collection[str]) -> tuple[Callable[..., Any] | N
         module = importlib.import_module("flashinfer.fused_moe")
     except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
         return None, [f"{release} can't be imported: {error}"]
-    found = getattr(module, function, None)
+    found = _original(getattr(module, function, None))
     if found is None:
         return None, [f"{release} has no flashinfer.fused_moe.{function}"]
     return found, [f"{release}: {r}" for r in contract_reasons(function, inspect.signature(found), passed)]
+
+
+def _original(function: Any) -> Any:
+    # `flashinfer.trace_apply` puts a wrapper in its place that calls what is registered for this layer. That may be us:
+    # we must not call ourselves.
+    while getattr(function, "_trace_apply", False):
+        function = function.__wrapped__
+    return function

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from . import backends
+from . import backends, op
 from .choice import BackendUnsupportedError, Choice
+from .dispatch import Dispatch
+from .metrics import Counters, Sample
 from .policy import Policy, find_policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
-from .select import Decision, DecisionTable, explicit, resolve
+from .select import Decision, DecisionTable, resolve
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks: the first of these that is supported.
@@ -101,22 +104,9 @@ def fused_moe(
         local_expert_offset,
         routed_scaling_factor,
     )
-    problem = MoEProblem.from_tensors(
-        inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
-    )
-    if output is None:
-        output = _new_output(problem, inputs)
-    else:
-        problem.check_output(output, inputs)
-    device = DeviceKey.of(hidden_states.device)
-    if backend is not None:
-        choice = as_choice(backend)
-    else:
-        choice = _cached_table(problem, device, _Identity(policy)).choice(inputs.num_tokens)
-    runner = backends.prepare(problem, device, choice)
-    if inputs.num_tokens:
-        runner.run(inputs, output)
-    return output
+    if is_compiling():
+        return op.call_fused_moe(inputs, output, _handle(backend, policy), top_k, n_group, topk_group, gate_first)
+    return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first)
 
 
 class HybridMoE:
@@ -188,10 +178,29 @@ class HybridMoE:
         self._device = gemm1_weights.device
         self._routing_bias = routing_bias
         self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
-        self._explicit = None if backend is None else as_choice(backend)
-        self._table = None if backend is not None else decision_table(self.problem, self.device, policy)
-        choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
-        self._runners = {choice: backends.prepare(self.problem, self.device, choice) for choice in choices}
+        self._counters = Counters()
+        self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
+        self._handle = op.register(self)
+
+    def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
+        decider = decision_table(self.problem, self.device, policy, stacklevel=5) if backend is None else backend
+        return Dispatch(self.problem, self.device, decider, self._counters, policy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
+        dispatch, problem = self._dispatch, self.problem
+        w13, s13, w2, s2, offset, factor = self._held
+        options = dict(
+            local_expert_offset=offset,
+            routed_scaling_factor=factor,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            backend=dispatch.backend,
+            policy=dispatch.policy,
+        )
+        return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
 
     @classmethod
     def from_inputs(
@@ -233,8 +242,15 @@ class HybridMoE:
         inputs = tuple.__new__(
             MoEInputs, (routing_logits, self._routing_bias, hidden_states, hidden_states_scale, *self._held)
         )
+        if is_compiling():
+            return op.call_layer(inputs, output, self._handle)
+        return self.run(inputs, output)
+
+    def run(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
         problem = self.problem
-        tokens = problem.plain_num_tokens(hidden_states, routing_logits, hidden_states_scale, output, self._device)
+        logits, _, hidden, scale, *_ = inputs
+        tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
         if tokens is None:
             problem.check_activations(inputs)
             if output is not None:
@@ -243,23 +259,32 @@ class HybridMoE:
         if output is None:
             output = _new_output(problem, inputs)
         if tokens:
-            choice = self._explicit or self._table.choice(tokens)  # type: ignore[union-attr]
-            self._runners[choice].run(inputs, output)
+            self._dispatch.run(tokens, inputs, output)
         return output
 
     def choice(self, num_tokens: int) -> Choice:
         """What runs at ``num_tokens``."""
-        return self._explicit or self._table.choice(num_tokens)  # type: ignore[union-attr]
+        return self._dispatch.choice(num_tokens)
 
     def explain(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, and why."""
-        if self._table is None:
-            return explicit(self._explicit, num_tokens, {})  # type: ignore[arg-type]
-        return self._table.decision(num_tokens)
+        return self._dispatch.decision(num_tokens)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
-        return self._runners[self.choice(num_tokens)].workspace_bytes(num_tokens) if num_tokens else 0
+        return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
+
+    def stats(self) -> tuple[Sample, ...]:
+        """Calls of this layer so far and their tokens, by what ran and in which regime.
+
+        Counted when a call is made: the replay of a CUDA graph runs no Python, so of a graph its capture alone counts.
+        `metrics.snapshot` has the whole process's.
+        """
+        return self._counters.samples()
+
+
+def _make(kind: type[HybridMoE], weights: tuple[torch.Tensor, ...], options: dict[str, Any]) -> HybridMoE:
+    return kind(*weights, **options)
 
 
 def as_choice(backend: str | Choice) -> Choice:
@@ -338,8 +363,62 @@ class _Identity:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_table(problem: MoEProblem, device: DeviceKey, policy: _Identity) -> DecisionTable:
-    return decision_table(problem, device, policy.value, stacklevel=4)
+def _cached_dispatch(problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity) -> Dispatch:
+    decider = decision_table(problem, device, policy.value, stacklevel=5) if backend is None else backend
+    return Dispatch(problem, device, decider, _function_counters(), policy.value)
+
+
+@functools.cache
+def _function_counters() -> Counters:
+    """Where calls of `fused_moe` are counted."""
+    return Counters()
+
+
+class _Call:
+    """`fused_moe` with its backend and policy given."""
+
+    __slots__ = ("_backend", "_policy", "__weakref__")
+
+    def __init__(self, backend: str | Choice | None, policy: Policy | str | Path | None) -> None:
+        self._backend, self._policy = backend, policy
+
+    def run(
+        self,
+        inputs: MoEInputs,
+        output: torch.Tensor | None,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        gate_first: bool,
+    ) -> torch.Tensor:
+        problem = MoEProblem.from_tensors(
+            inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+        )
+        if output is None:
+            output = _new_output(problem, inputs)
+        else:
+            problem.check_output(output, inputs)
+        device = DeviceKey.of(inputs.hidden_states.device)
+        # A backend that is named never looks at the policy.
+        backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy))
+        if inputs.num_tokens:
+            dispatch.run(inputs.num_tokens, inputs, output)
+        return output
+
+
+@torch.compiler.assume_constant_result
+def _handle(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
+    """What stands for a backend and a policy in a compiled graph; asked when it is traced."""
+    handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
+    return handle
+
+
+@functools.cache
+def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, _Call]:
+    # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
+    call = _Call(backend, policy.value)
+    return op.register(call), call
 
 
 def _new_output(problem: MoEProblem, inputs: MoEInputs) -> torch.Tensor:

@@ -132,6 +132,11 @@ class DecisionTable:
             fallback_order=self._fallback_order,
         )
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The T at which the decision may change, sorted, 0 the first."""
+        return tuple(self._starts)
+
     def spans(self) -> tuple[Span, ...]:
         """All T from 1 on, cut where a regime of the policy starts or has ended."""
         starts = sorted({max(start, 1) for start in self._starts})

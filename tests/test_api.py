@@ -45,7 +45,7 @@ ACTIVATIONS = ("routing_logits", "hidden_states", "hidden_states_scale")
 
 def forget():
     """Empty what the library remembers of problems, devices and policies."""
-    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_table):
+    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_dispatch):
         memo.cache_clear()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from . import backends, op
+from . import activations, backends, op
 from .choice import BackendUnsupportedError, Choice
 from .dispatch import Dispatch
 from .metrics import Counters, Sample
@@ -29,7 +29,7 @@ def fused_moe(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor,
     hidden_states: torch.Tensor,
-    hidden_states_scale: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
     gemm1_weights: torch.Tensor,
     gemm1_weights_scale: torch.Tensor,
     gemm2_weights: torch.Tensor,
@@ -54,9 +54,9 @@ def fused_moe(
     routing_bias
         ``[num_experts]`` bfloat16; all zeros for none.
     hidden_states
-        ``[T, H]`` float8_e4m3fn.
+        ``[T, H]`` float8_e4m3fn; bfloat16 without scales.
     hidden_states_scale
-        ``[H/128, T]`` float32.
+        ``[H/128, T]`` float32. ``None``: the hidden states are in bfloat16, and quantised here for each 1x128 block.
     gemm1_weights, gemm1_weights_scale
         ``[E, 2I, H]`` float8_e4m3fn, rows ``[0, I)`` up and ``[I, 2I)`` gate; ``[E, 2I/128, H/128]`` float32.
     gemm2_weights, gemm2_weights_scale
@@ -96,7 +96,7 @@ def fused_moe(
         routing_logits,
         routing_bias,
         hidden_states,
-        hidden_states_scale,
+        hidden_states_scale,  # type: ignore[arg-type]  # None until they are quantised
         gemm1_weights,
         gemm1_weights_scale,
         gemm2_weights,
@@ -232,7 +232,7 @@ class HybridMoE:
         self,
         routing_logits: torch.Tensor,
         hidden_states: torch.Tensor,
-        hidden_states_scale: torch.Tensor,
+        hidden_states_scale: torch.Tensor | None = None,
         *,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -249,6 +249,8 @@ class HybridMoE:
     def run(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> torch.Tensor:
         """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
         problem = self.problem
+        if inputs[3] is None:  # hidden_states_scale
+            inputs = activations.quantize(inputs)
         logits, _, hidden, scale, *_ = inputs
         tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
         if tokens is None:
@@ -391,6 +393,8 @@ class _Call:
         topk_group: int,
         gate_first: bool,
     ) -> torch.Tensor:
+        if inputs.hidden_states_scale is None:
+            inputs = activations.quantize(inputs)
         problem = MoEProblem.from_tensors(
             inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
         )

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
-from . import activations, backends, op
-from .choice import BackendUnsupportedError, Choice
+from . import activations, op, warm_up
+from .choice import Choice
 from .dispatch import Dispatch
+from .lookup import DEFAULT_ORDER, as_choice, decision_table
 from .metrics import Counters, Sample
-from .policy import Policy, find_policy
+from .policy import Policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
-from .select import Decision, DecisionTable, resolve
-from .versions import PolicyMismatchWarning, installed_versions, mismatch
+from .select import Decision
+from .warm_up import WarmedUp
 
-# What runs where no policy speaks: the first of these that is supported.
-DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
-# On the CPU the reference: the kernels run there in Triton's interpreter alone, for tests.
-CPU_ORDER: tuple[Choice, ...] = DEFAULT_ORDER[::-1]
+__all__ = ["DEFAULT_ORDER", "HybridMoE", "as_choice", "decision_table", "fused_moe"]
 
 
 def fused_moe(
@@ -183,7 +182,7 @@ class HybridMoE:
         self._handle = op.register(self)
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
-        decider = decision_table(self.problem, self.device, policy, stacklevel=5) if backend is None else backend
+        decider = decision_table(self.problem, self.device, policy, stacklevel=4) if backend is None else backend
         return Dispatch(self.problem, self.device, decider, self._counters, policy)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -276,6 +275,84 @@ class HybridMoE:
         """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
         return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
 
+    def warm_up(
+        self,
+        token_counts: Iterable[int] | None = None,
+        *,
+        max_num_tokens: int = 16384,
+        progress: Callable[[WarmedUp], None] | None = None,
+    ) -> tuple[WarmedUp, ...]:
+        """Compile and set up all that serving will run: one call at each T, before the first request.
+
+        The calls have made-up activations, whose quantisation is warmed up with them, and count in no statistics. They
+        wait for the device, so make them before graphs are captured. Libraries that tune inside of a context of theirs
+        do so here if this is called in it (``with flashinfer.autotune(): layer.warm_up()``).
+
+        Parameters
+        ----------
+        token_counts
+            T to call at, as those of the graphs that will be captured. By default the bounds of every regime, and the
+            powers of two, as kernels change inside of a regime too.
+        max_num_tokens
+            The largest T of the default ones; no others are left out.
+        progress
+            Called after each T with what it was.
+
+        Returns
+        -------
+        tuple of WarmedUp
+            Choice, T and seconds of each call, by T.
+
+        Raises
+        ------
+        ValueError
+            One of ``token_counts``, or ``max_num_tokens``, is no integer of at least 1.
+        """
+        dispatch = self._dispatch
+        if token_counts is None:
+            counts = warm_up.token_counts(dispatch.starts, max_num_tokens)
+        else:
+            counts = warm_up.checked(token_counts)
+        done = []
+        for inputs in warm_up.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
+            tokens = inputs.num_tokens
+            output = _new_output(self.problem, inputs)
+            warm_up.synchronize(self._device)
+            begin = time.perf_counter()
+            dispatch.runner(tokens).run(inputs, output)
+            warm_up.synchronize(self._device)
+            done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
+            if progress is not None:
+                progress(done[-1])
+        return tuple(done)
+
+    def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
+        """Take another policy from the next call on, as after `hybrid-moe regenerate`.
+
+        The new policy is resolved and all that it can choose is prepared first, and then taken in one step: a call in
+        another thread runs by the old one or by the new one, and after an error the old one stays. Captured graphs keep
+        what they were captured with; `warm_up` again before new ones are. Compiled code takes it without compiling
+        anew.
+
+        Parameters
+        ----------
+        policy
+            As in `fused_moe`; by default it is looked up anew.
+
+        Raises
+        ------
+        ValueError
+            The layer has an explicit backend, which no policy changes.
+        PolicyError, NoBackendError, BackendUnsupportedError
+            As when a layer is made.
+        """
+        if self._dispatch.backend is not None:
+            raise ValueError(
+                f"policy is given to a layer with backend={self._dispatch.backend}; a layer without is wanted: "
+                "an explicit backend is never changed"
+            )
+        self._dispatch = self._dispatch_of(None, policy)
+
     def stats(self) -> tuple[Sample, ...]:
         """Calls of this layer so far and their tokens, by what ran and in which regime.
 
@@ -287,64 +364,6 @@ class HybridMoE:
 
 def _make(kind: type[HybridMoE], weights: tuple[torch.Tensor, ...], options: dict[str, Any]) -> HybridMoE:
     return kind(*weights, **options)
-
-
-def as_choice(backend: str | Choice) -> Choice:
-    """A full `Choice` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
-    if not isinstance(backend, str | Choice):
-        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Choice is wanted")
-    return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
-
-
-def decision_table(
-    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None, *, stacklevel: int = 3
-) -> DecisionTable:
-    """Find the policy and resolve it against what can run here.
-
-    Warns where a GPU has no policy, and says how to get one; and once in a process, with `PolicyMismatchWarning`, where
-    a policy was measured on something else than there is here. ``stacklevel`` is that of the warning's place.
-    """
-    if not isinstance(policy, Policy | str | Path | None):
-        raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
-    found, where = find_policy(problem, device.name, policy)
-    if found is None and device.name != "cpu":
-        warnings.warn(
-            f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
-            f"{', '.join(map(str, DEFAULT_ORDER))} runs at every token count. Learn one from measurements on this GPU: "
-            "hybrid-moe learn RECORDS.jsonl",
-            stacklevel=stacklevel,
-        )
-    order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
-    candidates = [*(found.candidates if found else ()), *order]
-    refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
-    while True:
-        table = resolve(found, problem, device, refusals=refusals, fallback_order=order)
-        # Some refuse only when they are prepared, as a library that is installed but doesn't load.
-        late = {
-            choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))
-        }
-        if not late:
-            break
-        refusals |= late
-    if found is not None:
-        differs = mismatch(found, device.name, refusals, installed_versions())
-        for message in differs.messages(where):
-            _warn_once(message)
-    return table
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    # Python's own once-a-place would repeat it at every place that makes a layer.
-    warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
-
-
-def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
-    try:
-        backends.prepare(problem, device, choice)
-    except BackendUnsupportedError as error:
-        return tuple(error.reasons)
-    return ()
 
 
 class _Identity:

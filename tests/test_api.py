@@ -25,6 +25,7 @@ from hybrid_moe import (
     api,
     backends,
     fused_moe,
+    lookup,
     save_policy,
 )
 from hybrid_moe.backends import Backend, Runner
@@ -552,7 +553,7 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
     stub = backends.BACKENDS["flashinfer_trtllm"]
     monkeypatch.setattr(type(stub), "not_supported_reasons", lambda *_: [])
     monkeypatch.setattr(type(stub), "prepare", refuse)
-    monkeypatch.setattr(api, "CPU_ORDER", (Choice("flashinfer_trtllm"), api.as_choice("torch_reference")))
+    monkeypatch.setattr(lookup, "CPU_ORDER", (Choice("flashinfer_trtllm"), api.as_choice("torch_reference")))
     backends.not_supported_reasons.cache_clear()
     try:
         decision = layer_of(inputs).explain(7)

@@ -104,7 +104,9 @@ def fused_moe(
         routed_scaling_factor,
     )
     if is_compiling():
-        return op.call_fused_moe(inputs, output, _handle(backend, policy), top_k, n_group, topk_group, gate_first)
+        from .traced import handle_of  # loads the compiler, which is there by now
+
+        return op.call_fused_moe(inputs, output, handle_of(backend, policy), top_k, n_group, topk_group, gate_first)
     return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first)
 
 
@@ -430,9 +432,8 @@ class _Call:
         return output
 
 
-@torch.compiler.assume_constant_result
-def _handle(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
-    """What stands for a backend and a policy in a compiled graph; asked when it is traced."""
+def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
+    """What stands for `fused_moe` with this backend and policy in a compiled graph."""
     handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
     return handle
 

@@ -165,7 +165,7 @@ def test_importing_it_loads_no_kernel_library():
         """
         import json, sys
         import hybrid_moe, hybrid_moe.api, hybrid_moe.backends, hybrid_moe.workloads
-        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm")
+        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm", "triton", "torch._dynamo")
         print(json.dumps([m for m in sys.modules if m.startswith(wanted)]))
         """
     )

@@ -131,7 +131,7 @@ def test_outside_of_compiled_code_no_operator_is_called(weights, monkeypatch):
 def test_torchs_own_checks_of_the_operators(weights, tokens, name):
     inputs = inputs_of(weights, tokens)
     layer = layer_of(inputs, backend=REFERENCE)
-    options = [layer._handle] if "layer" in name else [api._handle("torch_reference", None), 3, 4, 2, False]
+    options = [layer._handle] if "layer" in name else [api.handle_of("torch_reference", None), 3, 4, 2, False]
     if "out" in name:
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(op, name), copy.deepcopy(inputs)

@@ -24,7 +24,9 @@ from hybrid_moe.timing import measure_ceilings
 from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, ROUTING_LOADS, Workload, random_weights
 
 BETWEEN = (3, 24, 128, 200, 400, 2048, 4096)
+SKEWED = (32, 901, 4096)
 OURS = tuple(Choice("triton_fused", {"gemm": gemm}) for gemm in ("triton", "sgl_kernel", "deep_gemm"))
+FLASHINFER = (Choice("flashinfer_trtllm"), Choice("flashinfer_cutlass"))
 SAMPLED_TOKENS = 1024
 
 
@@ -53,9 +55,12 @@ def main() -> None:
     parser.add_argument(
         "--candidate", action="append", help="name or name[key=value]; default triton_fused[gemm=triton]"
     )
-    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs and both peers")
+    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs, flashinfer and both peers")
     parser.add_argument("--between", action="store_true", help=f"also T = {', '.join(map(str, BETWEEN))}")
     parser.add_argument("--routing", default="uniform", choices=ROUTING_LOADS, help="routing load")
+    parser.add_argument(
+        "--skewed", action="store_true", help=f"also skewed loads at T = {', '.join(map(str, SKEWED))}, ours alone"
+    )
     parser.add_argument("--tokens", type=int, nargs="*", help="only these T")
     parser.add_argument("--seeds", type=int, default=1, help="seeds checked; the first is timed")
     parser.add_argument(
@@ -73,6 +78,9 @@ def main() -> None:
     extra = options.tokens or (BETWEEN if options.between else ())
     workloads += [Workload(tokens, 96) for tokens in extra if tokens not in known]
     workloads = sorted((replace(w, routing=options.routing) for w in workloads), key=lambda w: w.num_tokens)
+    if options.skewed:
+        offsets = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
+        workloads += [Workload(t, offsets.get(t, 96), load) for load in ("zipf", "concentrated") for t in SKEWED]
 
     ceilings = measure_ceilings()
     environment = environment_of(ceilings)
@@ -84,8 +92,10 @@ def main() -> None:
     if options.all:
         # A peer runs where its library does, which our pipeline around the same library knows.
         device = DeviceKey.of("cuda")
-        supported = [c.config["gemm"] for c in OURS if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
-        candidates = [*OURS, *(Choice(name) for name in PEERS if name.removeprefix("peer:") in supported)]
+        supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
+        gemms = [c.config.get("gemm") for c in supported]
+        candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
+        candidates += [Choice(name) for name in PEERS if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
     copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
@@ -95,10 +105,12 @@ def main() -> None:
         case = Case.make(workload, DEEPSEEK_V3, copies, SAMPLED_TOKENS if options.sample else None)
         others = [
             Case.make(replace(workload, seed=seed, uuid=None), DEEPSEEK_V3, copies[:1], SAMPLED_TOKENS)
-            for seed in range(1, options.seeds)
+            for seed in range(1, options.seeds if workload.routing == options.routing else 1)
         ]
         shift = number % len(candidates)
         for choice in candidates[shift:] + candidates[:shift]:
+            if choice.backend in PEERS and workload.routing != options.routing:
+                continue
             peer = PEERS.get(choice.backend)
             runs = 15 if workload.num_tokens <= 4096 else 5
             records = list(measure(case, choice, ceilings, environment, prepare=peer, runs=runs))

@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
@@ -29,7 +30,7 @@ from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
-TOKEN_COUNTS = (1, 16, 17, 80, 512, 901, 2048, 4096, 14107)
+TOKEN_COUNTS = (1, 16, 17, 80, 901, 2560, 4096, 14107)
 
 
 class AbsentDriver:
@@ -119,6 +120,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
             gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
             swiglu(routed, problem, launch, rows)
             pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
+        external_inputs(inputs, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

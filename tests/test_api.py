@@ -239,7 +239,7 @@ def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, 
 @pytest.mark.parametrize(
     ("backend", "error", "words"),
     [
-        ("triton", ValueError, ["'triton'", "flashinfer_trtllm, triton_fused, torch_reference"]),
+        ("triton", ValueError, ["'triton'", "flashinfer_trtllm, triton_fused, flashinfer_cutlass, torch_reference"]),
         (Choice("nothing"), ValueError, ["'nothing'", "wanted"]),
         ("torch_reference[", ValueError, ["]"]),
         ("torch_reference[x]", ValueError, ["'x'", "key=value"]),

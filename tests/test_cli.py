@@ -271,7 +271,7 @@ def test_run_fails_on_a_wrong_result(monkeypatch):
         (["--top-k", "0"], "--top-k"),
         (["--routing", "wild"], "wild"),
         (["--hidden-size", "500"], "multiple of block"),
-        (["--backend", "nope", *SMALL_OPTIONS], "flashinfer_trtllm, triton_fused, torch_reference"),
+        (["--backend", "nope", *SMALL_OPTIONS], "flashinfer_trtllm, triton_fused, flashinfer_cutlass, torch_reference"),
         (["--backend", "triton_fused[gemm=paper]", *SMALL_OPTIONS], "gemm='paper'"),
         (["--backend", "flashinfer_trtllm", *SMALL_OPTIONS], "compute capability"),
         (["--policy", str(SHIPPED), *SMALL_OPTIONS], "is for nvidia_b200"),

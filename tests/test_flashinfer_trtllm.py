@@ -16,7 +16,7 @@ import pytest
 import torch
 import trtllm_emulation
 
-from hybrid_moe.backends import flashinfer_trtllm
+from hybrid_moe.backends import flashinfer_package, flashinfer_trtllm
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm, contract_reasons, layer_arguments
 from hybrid_moe.choice import BackendUnsupportedError
 from hybrid_moe.numerics import Tolerance, check
@@ -277,7 +277,7 @@ def test_a_signature_without_any_of_our_arguments_is_noticed(version):
 
 
 def test_the_recorded_releases_span_the_range():
-    first, excluded = flashinfer_trtllm.VERSION_RANGE.removeprefix(">=").split(",<")
+    first, excluded = flashinfer_package.VERSION_RANGE.removeprefix(">=").split(",<")
     assert VERSIONS[0] == first
     assert len(VERSIONS) == len(set(VERSIONS)) and not any(v.startswith(excluded) for v in VERSIONS)
 
@@ -285,7 +285,7 @@ def test_the_recorded_releases_span_the_range():
 def test_the_extra_has_the_range():
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
-    wanted = flashinfer_trtllm.PACKAGE + flashinfer_trtllm.VERSION_RANGE
+    wanted = flashinfer_package.PACKAGE + flashinfer_package.VERSION_RANGE
     assert wanted in [requirement.replace(" ", "") for requirement in extras["flashinfer"]]
 
 

@@ -6,12 +6,15 @@ import functools
 
 from ..problem import DeviceKey, MoEProblem
 from .base import Backend, BackendUnsupportedError, Choice, Runner
+from .flashinfer_cutlass import FlashinferCutlass
 from .flashinfer_trtllm import FlashinferTrtllm
 from .torch_reference import TorchReference
 from .triton_fused import TritonFused
 
 # The order is that of preference where nothing was measured: fastest hope first, the reference last.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (FlashinferTrtllm(), TritonFused(), TorchReference())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (FlashinferTrtllm(), TritonFused(), FlashinferCutlass(), TorchReference())
+}
 
 
 def get_backend(name: str) -> Backend:

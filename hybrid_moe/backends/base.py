@@ -54,6 +54,10 @@ class Backend(ABC):
         Asks the device's capability before it imports or calls any library.
         """
 
+    def remarks(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> list[str]:
+        """What to know before it runs where it can, as what its first call builds; asked only where it can."""
+        return []
+
     @abstractmethod
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner.

@@ -49,11 +49,7 @@ and the size of the batched GEMMs' own workspaces.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,14 +57,11 @@ import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
 from ..problem import DeviceKey, MoEInputs, MoEProblem
+from . import flashinfer_package
 from .base import Backend, Runner
+from .flashinfer_package import PACKAGE
 
 CAPABILITIES = ((10, 0), (10, 3))
-
-PACKAGE = "flashinfer-python"
-# The range of the extra [flashinfer]; first and first excluded release.
-VERSION_RANGE = ">=0.6.14,<0.8"
-_FIRST, _EXCLUDED = (0, 6, 14), (0, 8, 0)
 
 TUNE_MAX_NUM_TOKENS = 16384
 
@@ -107,7 +100,7 @@ class FlashinferTrtllm(Backend):
         if device.capability not in CAPABILITIES:
             have = ".".join(map(str, device.capability)) if device.capability else "unknown"
             reasons.append(f"compute capability of {device.name} is {have}; 10.0 or 10.3 is wanted")
-        reasons += _package_reasons()
+        reasons += flashinfer_package.package_reasons()
         reasons += _problem_reasons(problem)
         reasons += self.unknown_config_reasons(config, {})
         return reasons
@@ -122,20 +115,9 @@ class FlashinferTrtllm(Backend):
             as this backend does.
         """
         self.refuse_if_unsupported(problem, device, config)
-        release = f"{PACKAGE} {_installed_version()}"
-        try:
-            module = importlib.import_module("flashinfer.fused_moe")
-        except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
-            reason = f"{release} can't be imported: {error}"
-            raise BackendUnsupportedError(Choice(self.name, config), [reason]) from error
-        moe = getattr(module, "trtllm_fp8_block_scale_moe", None)
-        if moe is None:
-            raise BackendUnsupportedError(
-                Choice(self.name, config), [f"{release} has no flashinfer.fused_moe.trtllm_fp8_block_scale_moe"]
-            )
-        reasons = contract_reasons(inspect.signature(moe), problem)
-        if reasons:
-            raise BackendUnsupportedError(Choice(self.name, config), [f"{release}: {r}" for r in reasons])
+        moe, reasons = flashinfer_package.load("trtllm_fp8_block_scale_moe", _passed(problem))
+        if moe is None or reasons:
+            raise BackendUnsupportedError(Choice(self.name, config), reasons)
         return _TrtllmRunner(moe, problem)
 
 
@@ -158,25 +140,13 @@ def layer_arguments(problem: MoEProblem) -> dict[str, Any]:
     }
 
 
+def _passed(problem: MoEProblem) -> set[str]:
+    return {*MoEInputs._fields, "output", *layer_arguments(problem)}
+
+
 def contract_reasons(signature: inspect.Signature, problem: MoEProblem) -> list[str]:
     """Why a function with this signature can't take our keyword arguments; empty if it can."""
-    passed = {*MoEInputs._fields, "output", *layer_arguments(problem)}
-    by_keyword = {
-        p.name: p
-        for p in signature.parameters.values()
-        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    }
-    reasons = [
-        f"trtllm_fp8_block_scale_moe takes no argument {name!r}, which this backend passes"
-        for name in sorted(passed - by_keyword.keys())
-    ]
-    for parameter in signature.parameters.values():
-        variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if not variadic and parameter.default is inspect.Parameter.empty and parameter.name not in passed:
-            reasons.append(
-                f"trtllm_fp8_block_scale_moe wants an argument {parameter.name!r}, which this backend doesn't know"
-            )
-    return reasons
+    return flashinfer_package.contract_reasons("trtllm_fp8_block_scale_moe", signature, _passed(problem))
 
 
 class _TrtllmRunner(Runner):
@@ -212,25 +182,6 @@ class _TrtllmRunner(Runner):
         gemm1, activation, gemm2 = 2 * p.intermediate_size, p.intermediate_size, 2 * p.hidden_size
         scales = 4 * (gemm1 + activation) // p.block
         return rows * (gemm1 + activation + gemm2 + scales)
-
-
-def _installed_version() -> str | None:
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _package_reasons() -> list[str]:
-    if importlib.util.find_spec("flashinfer") is None:
-        return [f"{PACKAGE} isn't installed: pip install '{PACKAGE}{VERSION_RANGE}'"]
-    version = _installed_version()
-    if version is None:
-        return [f"flashinfer is there, but not as the package {PACKAGE}: its version is unknown"]
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    if match is None or not _FIRST <= tuple(int(part or 0) for part in match.groups()) < _EXCLUDED:
-        return [f"{PACKAGE} {version} is installed; {VERSION_RANGE} is wanted"]
-    return []
 
 
 def _problem_reasons(problem: MoEProblem) -> list[str]:

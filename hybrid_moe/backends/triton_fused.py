@@ -85,6 +85,11 @@ def _gemm(name: str, device: DeviceKey) -> GroupedGemm:
     return DeepGemmGroupedGemm()
 
 
+def provider_module(gemm: str) -> str:
+    """Module of this package that a grouped GEMM is in; imports it, and with it Triton, but no library."""
+    return type(_gemm(gemm, DeviceKey("cpu"))).__module__
+
+
 class _TritonRunner(Runner):
     def __init__(self, problem: MoEProblem, device: DeviceKey, gemm: str) -> None:
         from ..kernels import interpreter, pipeline

@@ -13,7 +13,7 @@ from .. import __version__
 from ..choice import BackendUnsupportedError
 from ..select import NoBackendError
 from ..sweep.process import SweepError
-from . import demo, doctor, evaluate, explain, learn, regenerate, report, run, verify
+from . import demo, doctor, evaluate, explain, learn, regenerate, report, run, solution, verify
 from .common import err
 
 # What a person can put right: bad input, an unusable file (PolicyError is a ValueError), a device that can't run it.
@@ -68,7 +68,7 @@ def _options(
     pass
 
 
-for _module in (demo, run, explain, regenerate, learn, verify, evaluate, report, doctor):
+for _module in (demo, run, explain, regenerate, learn, verify, evaluate, report, solution, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 
 

@@ -94,7 +94,16 @@ def _backends(key: DeviceKey) -> list[dict[str, Any]]:
     for name, backend in backends.BACKENDS.items():
         for config in backend.configs():
             reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, Choice(name, config))
-            rows.append({"backend": name, "config": dict(config), "works": not reasons, "reasons": list(reasons)})
+            remarks = [] if reasons else backend.remarks(DEEPSEEK_V3, key, config)
+            rows.append(
+                {
+                    "backend": name,
+                    "config": dict(config),
+                    "works": not reasons,
+                    "reasons": list(reasons),
+                    "remarks": remarks,
+                }
+            )
     return rows
 
 
@@ -113,10 +122,11 @@ def _print(report: dict[str, Any]) -> None:
     out.print(f"[bold]device[/]    {escape(text)}")
     out.print(f"[bold]problem[/]   {report['problem']}\n")
 
-    table = view.table("backend", "works here", "why not")
+    table = view.table("backend", "works here", "why not, or what to know")
     for row in report["backends"]:
         works = "[green]yes[/]" if row["works"] else "[yellow]no[/]"
-        table.add_row(escape(str(Choice(row["backend"], row["config"]))), works, escape("\n".join(row["reasons"])))
+        said = "\n".join([*row["reasons"], *row["remarks"]])
+        table.add_row(escape(str(Choice(row["backend"], row["config"]))), works, escape(said))
     out.print(table)
 
     out.print("Policies are looked up in this order:")

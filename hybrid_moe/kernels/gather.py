@@ -29,6 +29,7 @@ def gather_kernel(
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
     HIDDEN: tl.constexpr,
     HIDDEN_POW2: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -46,18 +47,23 @@ def gather_kernel(
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
 
-    column = tl.arange(0, HIDDEN_POW2)
-    block = tl.arange(0, K_BLOCKS_POW2)
-    value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column, mask=column < HIDDEN)
-    scale_at = hidden_scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k
-    scale = tl.load(scale_at, mask=block < K_BLOCKS, other=0.0)
-    for k in tl.static_range(TOP_K):
-        pair = tl.load(pair_ptr + token * TOP_K + k)
-        row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
-        here = tl.where(pair >= 0, 1, 0)
-        tl.store(rows_ptr + row * HIDDEN + column, value, mask=column < here * HIDDEN)
-        rows_scale_at = rows_scale_ptr + row * stride_rows_scale_r + block.to(tl.int64) * stride_rows_scale_k
-        tl.store(rows_scale_at, scale, mask=block < here * K_BLOCKS)
+    choice = tl.arange(0, TOP_K_POW2)
+    pair = tl.load(pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
+    before = tl.where(expert[None, :] < (pair % E)[:, None], extent[None, :], 0)
+    row = tl.where(pair >= 0, tl.sum(before, axis=1) + pair // E, -1)
+    # Most tokens of a rank among many have no local expert: what they hold isn't read.
+    if tl.max(row, axis=0) >= 0:
+        column = tl.arange(0, HIDDEN_POW2)
+        block = tl.arange(0, K_BLOCKS_POW2)
+        value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column, mask=column < HIDDEN)
+        scale_at = hidden_scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k
+        scale = tl.load(scale_at, mask=block < K_BLOCKS, other=0.0)
+        for k in tl.static_range(TOP_K):
+            to = tl.sum(tl.where(choice == k, row, 0), axis=0).to(tl.int64)
+            if to >= 0:
+                tl.store(rows_ptr + to * HIDDEN + column, value, mask=column < HIDDEN)
+                rows_scale_at = rows_scale_ptr + to * stride_rows_scale_r + block.to(tl.int64) * stride_rows_scale_k
+                tl.store(rows_scale_at, scale, mask=block < K_BLOCKS)
 
     if tl.program_id(0) == 0:
         real = expert < E

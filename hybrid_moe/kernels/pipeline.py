@@ -19,6 +19,8 @@ from .routing import clear_kernel, route_kernel
 MAX_ROWS_BYTES = 256 * 2**20
 # Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
 COMBINE_PROGRAMS = 16
+# From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.
+COMBINE_BRANCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +183,23 @@ def combine(
     block_n = min(512 if tokens < launch.multiprocessors else 1024, columns & -columns)
     blocks = columns // block_n
     grid = (tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))
-    constants = _combine_constants(problem, launch, columns, block_n, align)
+    constants = _combine_constants(problem, launch, columns, block_n, align, tokens >= COMBINE_BRANCH_TOKENS)
     arguments = (rows, routed.counts, routed.pair, routed.pair_weight, output, first_column // problem.block)
     COMBINE.launch(grid, arguments, constants, output.device, output.data_ptr() % 16 == 0)
 
 
 @functools.lru_cache(maxsize=256)
-def _combine_constants(problem: MoEProblem, launch: Launch, columns: int, block_n: int, align: int) -> Constants:
+def _combine_constants(
+    problem: MoEProblem, launch: Launch, columns: int, block_n: int, align: int, branch: bool
+) -> Constants:
     arguments = {
         "E": problem.num_local_experts,
         "E_POW2": pow2(problem.num_local_experts),
         "TOP_K": problem.top_k,
-        "TOP_K_POW2": pow2(problem.top_k),
         "HIDDEN": problem.hidden_size,
         "COLUMNS": columns,
         "ALIGN": align,
+        "BRANCH": branch,
         "BLOCK_N": block_n,
         "PDL": launch.pdl,
     }

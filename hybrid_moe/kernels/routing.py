@@ -35,19 +35,13 @@ def ordered(value):
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
-def route_kernel(
-    logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
-    bias_ptr,  # [NUM_EXPERTS] bfloat16
-    counts_ptr,  # [E] int32, out; zeros on entry
-    slot_token_ptr,  # [E, T] int32, out
-    pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
-    pair_weight_ptr,  # [T, TOP_K] float32, out
-    num_tokens,
-    local_expert_offset,
+@triton.jit
+def select_experts(
+    logits_ptr,
+    bias_ptr,
+    token,
     routed_scaling_factor,
     STRIDE_LOGITS: tl.constexpr,
-    E: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     N_GROUP: tl.constexpr,
@@ -55,13 +49,9 @@ def route_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished."""
+    """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void."""
     NEG_INF: tl.constexpr = float("-inf")
-    let_next_kernel_start(PDL)
-
-    token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, N_GROUP_POW2)[:, None]
     member = tl.arange(0, GROUP_SIZE_POW2)[None, :]
     expert = group * GROUP_SIZE + member
@@ -105,7 +95,51 @@ def route_kernel(
         topk_score = tl.where(choice == k, chosen_bits.to(tl.float32, bitcast=True), topk_score)
         flat_open = tl.where(hit, LOWEST, flat_open)
     weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
+    return topk_expert, weight
 
+
+@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
+def route_kernel(
+    logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
+    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    counts_ptr,  # [E] int32, out; zeros on entry
+    slot_token_ptr,  # [E, T] int32, out
+    pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
+    pair_weight_ptr,  # [T, TOP_K] float32, out
+    num_tokens,
+    local_expert_offset,
+    routed_scaling_factor,
+    STRIDE_LOGITS: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    N_GROUP_POW2: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_POW2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished."""
+    let_next_kernel_start(PDL)
+
+    token = tl.program_id(0).to(tl.int64)
+    topk_expert, weight = select_experts(
+        logits_ptr,
+        bias_ptr,
+        token,
+        routed_scaling_factor,
+        STRIDE_LOGITS,
+        TOP_K,
+        TOP_K_POW2,
+        N_GROUP,
+        N_GROUP_POW2,
+        TOPK_GROUP,
+        GROUP_SIZE,
+        GROUP_SIZE_POW2,
+    )
+
+    choice = tl.arange(0, TOP_K_POW2)
     local = topk_expert - local_expert_offset
     chosen = choice < TOP_K
     is_local = chosen & (local >= 0) & (local < E)
@@ -116,3 +150,49 @@ def route_kernel(
     tl.store(pair_weight_ptr + pair_at, weight, mask=chosen)
     slot_at = local.to(tl.int64) * num_tokens + slot
     tl.store(slot_token_ptr + slot_at, tl.full((TOP_K_POW2,), 0, tl.int32) + tl.program_id(0), mask=is_local)
+
+
+@triton.jit(do_not_specialize=["local_expert_offset"])
+def select_kernel(
+    logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
+    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    expert_ptr,  # [T, TOP_K] int32, out: counted from the first local expert, and after the last from expert 0
+    weight_ptr,  # [T, TOP_K] float32, out
+    local_expert_offset,
+    routed_scaling_factor,
+    STRIDE_LOGITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    N_GROUP_POW2: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_POW2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (T,), one warp each. For a library that sorts by itself: all experts, with the local ones numbered 0 to E.
+
+    It lets the next kernel start when all before that has finished.
+    """
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    topk_expert, weight = select_experts(
+        logits_ptr,
+        bias_ptr,
+        token,
+        routed_scaling_factor,
+        STRIDE_LOGITS,
+        TOP_K,
+        TOP_K_POW2,
+        N_GROUP,
+        N_GROUP_POW2,
+        TOPK_GROUP,
+        GROUP_SIZE,
+        GROUP_SIZE_POW2,
+    )
+    choice = tl.arange(0, TOP_K_POW2)
+    local = topk_expert - local_expert_offset
+    at = token * TOP_K + choice
+    tl.store(expert_ptr + at, tl.where(local < 0, local + N_GROUP * GROUP_SIZE, local), mask=choice < TOP_K)
+    tl.store(weight_ptr + at, weight, mask=choice < TOP_K)

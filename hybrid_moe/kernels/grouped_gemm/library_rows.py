@@ -140,6 +140,7 @@ def gather(
         E=e,
         E_POW2=pow2(e),
         TOP_K=problem.top_k,
+        TOP_K_POW2=pow2(problem.top_k),
         HIDDEN=problem.hidden_size,
         HIDDEN_POW2=hidden_pow2,
         INTERMEDIATE=problem.intermediate_size,

@@ -44,18 +44,16 @@ class TilePlan:
     gemm2: Tile
 
 
-# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
+# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H200, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 64, 4, 4, 2), Tile(16, 128, 4, 3, 2))),
-    (4.0, TilePlan(Tile(64, 64, 4, 4, 1, few=(16, 3, 2)), Tile(64, 128, 4, 4, 1, few=(16, 3, 2)))),
-    (40.0, TilePlan(Tile(64, 128, 8, 4, 1, 4), Tile(64, 128, 4, 3, 1, 4))),
-    (160.0, TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
-    (float("inf"), TilePlan(Tile(128, 128, 8, 4, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
+    (0.5, TilePlan(Tile(16, 64, 4, 4), Tile(16, 128, 4, 3, 2))),
+    (80.0, TilePlan(Tile(64, 64, 4, 4, few=(16, 3, 2)), Tile(64, 128, 4, 4, few=(16, 3, 2)))),
+    (float("inf"), TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
 )
 # Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
-    *TILES_SM90[:4],
+    *TILES_SM90[:2],
     (float("inf"), TilePlan(Tile(128, 64, 8, 4, 1, 2), Tile(128, 128, 8, 4, 1, 2))),
 )
 

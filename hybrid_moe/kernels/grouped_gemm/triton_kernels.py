@@ -15,9 +15,6 @@ import triton.language as tl
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
 
-# How many blocks of the sum before its use a scale is loaded.
-SCALES_AHEAD = tl.constexpr(3)
-
 
 @triton.jit
 def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -55,9 +52,23 @@ def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TM
 
 
 @triton.jit
-def handed_on(scale, block):
-    """The same, for the next turn of the loop. Triton pipelines no loop that hands a value on as it is."""
-    return tl.where(block >= 0, scale, 0.0)
+def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """The sum of `scaled_product` before its first term."""
+    return tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def scaled_product(x, w, row_scale, SWAP: tl.constexpr):
+    """``x @ w.T`` with a factor for each row of ``x``; transposed if SWAP.
+
+    The matrix instructions for e4m3 take 64 rows of their first operand and as few as 8 of the other. Fewer than 64
+    rows of ``x`` go second; as first operand, Hopper would compute them with its older instructions, which convert e4m3
+    to float16 in registers and are bound by that.
+    """
+    if SWAP:
+        return tl.dot(w, tl.trans(x)) * row_scale[None, :]
+    else:
+        return tl.dot(x, tl.trans(w)) * row_scale[:, None]
 
 
 @triton.jit
@@ -118,27 +129,30 @@ def gemm1_sum(
     up_scale_at = scale_at + UP // 128 * K_BLOCKS
     gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
 
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Scales are loaded SCALES_AHEAD blocks before they are used: memory answers later than a block is computed.
-    row_0, up_0, gate_0 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS)
-    row_1, up_1, gate_1 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 1, stride_scale_k, real, K_BLOCKS)
-    row_2, up_2, gate_2 = gemm1_scales(hidden_scale_at, up_scale_at, gate_scale_at, 2, stride_scale_k, real, K_BLOCKS)
+    SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
+    up = zeros(BLOCK_M, BLOCK_N, SWAP)
+    gate = zeros(BLOCK_M, BLOCK_N, SWAP)
+    # Scales are loaded one block ahead: their latency would stall every promotion.
+    next_row, next_up, next_gate = gemm1_scales(
+        hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS
+    )
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, up_scale, gate_scale = row_0, up_0, gate_0
-            row_0, up_0, gate_0 = handed_on(row_1, block), handed_on(up_1, block), handed_on(gate_1, block)
-            row_1, up_1, gate_1 = handed_on(row_2, block), handed_on(up_2, block), handed_on(gate_2, block)
-            row_2, up_2, gate_2 = gemm1_scales(
-                hidden_scale_at, up_scale_at, gate_scale_at, block + SCALES_AHEAD, stride_scale_k, real, K_BLOCKS
+            row_scale, up_scale, gate_scale = next_row, next_up, next_gate
+            next_row, next_up, next_gate = gemm1_scales(
+                hidden_scale_at, up_scale_at, gate_scale_at, block + 1, stride_scale_k, real, K_BLOCKS
             )
-            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            # Weights first: their loads wait for nothing, those of the rows for the tokens' numbers.
             w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
             w_gate = load_weights(weight, weight_row + GATE, block, BLOCK_N, HIDDEN, TMA)
-            up += tl.dot(x, tl.trans(w_up)) * (row_scale * up_scale)[:, None]
-            gate += tl.dot(x, tl.trans(w_gate)) * (row_scale * gate_scale)[:, None]
-    return up, gate
+            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+            up += scaled_product(x, w_up, row_scale * up_scale, SWAP)
+            gate += scaled_product(x, w_gate, row_scale * gate_scale, SWAP)
+    if SWAP:
+        return tl.trans(up), tl.trans(gate)
+    else:
+        return up, gate
 
 
 @triton.jit
@@ -323,32 +337,29 @@ def gemm2_sum(
     weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N
     scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
 
-    total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    SWAP: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
+    total = zeros(BLOCK_M, WIDTH, SWAP)
     scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
     if TWO:
-        right = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    row_0, left_0, right_0 = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
-    row_1, left_1, right_1 = gemm2_scales(activated_scale_at, scale_at, scales, 1, capacity, real, K_BLOCKS)
-    row_2, left_2, right_2 = gemm2_scales(activated_scale_at, scale_at, scales, 2, capacity, real, K_BLOCKS)
+        right = zeros(BLOCK_M, WIDTH, SWAP)
+    next_row, next_left, next_right = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, scale, right_scale = row_0, left_0, right_0
-            row_0, left_0, right_0 = handed_on(row_1, block), handed_on(left_1, block), handed_on(right_1, block)
-            row_1, left_1, right_1 = handed_on(row_2, block), handed_on(left_2, block), handed_on(right_2, block)
-            row_2, left_2, right_2 = gemm2_scales(
-                activated_scale_at, scale_at, scales, block + SCALES_AHEAD, capacity, real, K_BLOCKS
+            row_scale, scale, right_scale = next_row, next_left, next_right
+            next_row, next_left, next_right = gemm2_scales(
+                activated_scale_at, scale_at, scales, block + 1, capacity, real, K_BLOCKS
             )
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
             w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)
-            total += tl.dot(x, tl.trans(w)) * (row_scale * scale)[:, None]
+            total += scaled_product(x, w, row_scale * scale, SWAP)
             if TWO:
                 w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
-                right += tl.dot(x, tl.trans(w_right)) * (row_scale * right_scale)[:, None]
+                right += scaled_product(x, w_right, row_scale * right_scale, SWAP)
     if TWO:
-        return total, right
+        return (tl.trans(total), tl.trans(right)) if SWAP else (total, right)
     else:
-        return total, total
+        return (tl.trans(total), tl.trans(total)) if SWAP else (total, total)
 
 
 @triton.jit

@@ -1,0 +1,98 @@
+"""``hybrid-moe solution``: a policy or a candidate as a Solution for flashinfer-bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..choice import Choice
+from ..definition import definition_of
+from ..files import write_whole
+from ..solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
+from ..workloads import DEEPSEEK_V3
+from .common import (
+    GateFirst,
+    HiddenSize,
+    IntermediateSize,
+    Json,
+    NGroup,
+    NumExperts,
+    NumLocalExperts,
+    PolicyPath,
+    TopK,
+    TopkGroup,
+    out,
+    policy_in,
+    print_json,
+    problem_from,
+    wanted_policy,
+)
+
+
+def solution(
+    device: Annotated[
+        str | None, typer.Option(help="Slug of the policy's device, as nvidia_b200. [default: this machine's GPU]")
+    ] = None,
+    policy: PolicyPath = None,
+    candidate: Annotated[
+        str | None, typer.Option(help="Of one candidate instead of a policy: name or name[key=value].")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: NAME.json]")] = None,
+    definition: Annotated[Path | None, typer.Option(help="Write the layer's Definition too, to this file.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the Solution. [default: hybrid_moe_ with the device or the candidate]")
+    ] = None,
+    author: Annotated[str, typer.Option(help="Of the Solution.")] = AUTHOR,
+    num_experts: NumExperts = None,
+    num_local_experts: NumLocalExperts = None,
+    top_k: TopK = None,
+    n_group: NGroup = None,
+    topk_group: TopkGroup = None,
+    hidden_size: HiddenSize = None,
+    intermediate_size: IntermediateSize = None,
+    gate_first: GateFirst = None,
+    as_json: Json = False,
+) -> None:
+    """Write a policy as a Solution for flashinfer-bench 0.1.2 and flashinfer.trace_apply.
+
+    It stands alone: the policy is code in it, and the kernels that it runs are there as sources. The same policy gives
+    the same bytes.
+    """
+    given = None if candidate is not None else policy_in(policy)
+    problem = problem_from(
+        DEEPSEEK_V3 if given is None else given.problem,
+        num_experts=num_experts,
+        num_local_experts=num_local_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        gate_first=gate_first,
+    )
+    if candidate is not None:
+        if device is not None or policy is not None:
+            raise ValueError(f"--candidate {candidate} runs on any device and has no policy: leave out the others")
+        made = candidate_solution(Choice.parse(candidate), problem, name=name, author=author)
+    else:
+        found, _ = wanted_policy(device, problem, policy)
+        made = policy_solution(found, name=name, author=author)
+    path = Path(f"{made['name']}.json") if output is None else output
+    for target in filter(None, (path, definition)):
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; a file name is wanted, as {target / made['name']}.json")
+    if definition is not None:
+        if definition.resolve() == path.resolve():
+            raise ValueError(f"{path} is to be both the Solution and the Definition; two files are wanted")
+        write_whole(definition, (json.dumps(definition_of(problem), indent=2) + "\n").encode())
+    write_whole(path, dumps_solution(made).encode())
+    if as_json:
+        print_json({"path": str(path), **{key: value for key, value in made.items() if key != "sources"}})
+        return
+    out.print(f"[bold]{escape(made['name'])}[/], {made['definition']}\n{escape(made['description'])}", soft_wrap=True)
+    out.print(f"needs {', '.join(made['spec']['dependencies'])}")
+    out.print(f"written to {escape(str(path))}", soft_wrap=True)

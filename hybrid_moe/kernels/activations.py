@@ -58,7 +58,7 @@ def quantize_rows(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     scale = torch.empty((width // 128, tokens), dtype=torch.float32, device=hidden_states.device)
     if tokens:
         with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
-            quantize_rows_kernel[(triton.cdiv(tokens, ROWS), width // 128)](
-                hidden_states, values, scale, tokens, hidden_states.stride(0), width, ROWS, num_warps=4
-            )
+            grid = (triton.cdiv(tokens, ROWS), width // 128)
+            arguments = (hidden_states, values, scale, tokens, hidden_states.stride(0), width, ROWS)
+            quantize_rows_kernel[grid](*arguments, num_warps=4, enable_fp_fusion=True)
     return values, scale

@@ -114,6 +114,15 @@ def test_the_calls_take_bfloat16(weights, tokens):
     assert torch.equal(run(inputs.routing_logits, hidden), wanted)
 
 
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_our_kernels_take_bfloat16(weights):
+    inputs = inputs_of(weights, 5)
+    values, scale = quantize_rows(hidden_of(5))
+    layer = layer_of(inputs, backend="triton_fused")
+    assert torch.equal(layer(inputs.routing_logits, hidden_of(5)), layer(inputs.routing_logits, values, scale))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -5,6 +5,7 @@ Importing this package imports no kernel library; backends load theirs when they
 
 from __future__ import annotations
 
+from . import metrics
 from .api import HybridMoE, fused_moe
 from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, PolicyError, load_policy, save_policy
@@ -28,5 +29,6 @@ __all__ = [
     "PolicyMismatchWarning",
     "fused_moe",
     "load_policy",
+    "metrics",
     "save_policy",
 ]

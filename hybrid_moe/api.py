@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from . import backends
-from .choice import BackendUnsupportedError, Choice
-from .policy import Policy, find_policy
+from . import activations, op, warm_up
+from .choice import Choice
+from .dispatch import Dispatch
+from .lookup import DEFAULT_ORDER, as_choice, decision_table
+from .metrics import Counters, Sample
+from .policy import Policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
-from .select import Decision, DecisionTable, explicit, resolve
-from .versions import PolicyMismatchWarning, installed_versions, mismatch
+from .select import Decision
+from .warm_up import WarmedUp
 
-# What runs where no policy speaks: the first of these that is supported.
-DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
-# On the CPU the reference: the kernels run there in Triton's interpreter alone, for tests.
-CPU_ORDER: tuple[Choice, ...] = DEFAULT_ORDER[::-1]
+__all__ = ["DEFAULT_ORDER", "HybridMoE", "as_choice", "decision_table", "fused_moe"]
 
 
 def fused_moe(
     routing_logits: torch.Tensor,
     routing_bias: torch.Tensor,
     hidden_states: torch.Tensor,
-    hidden_states_scale: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
     gemm1_weights: torch.Tensor,
     gemm1_weights_scale: torch.Tensor,
     gemm2_weights: torch.Tensor,
@@ -51,9 +53,9 @@ def fused_moe(
     routing_bias
         ``[num_experts]`` bfloat16; all zeros for none.
     hidden_states
-        ``[T, H]`` float8_e4m3fn.
+        ``[T, H]`` float8_e4m3fn; bfloat16 without scales.
     hidden_states_scale
-        ``[H/128, T]`` float32.
+        ``[H/128, T]`` float32. ``None``: the hidden states are in bfloat16, and quantised here for each 1x128 block.
     gemm1_weights, gemm1_weights_scale
         ``[E, 2I, H]`` float8_e4m3fn, rows ``[0, I)`` up and ``[I, 2I)`` gate; ``[E, 2I/128, H/128]`` float32.
     gemm2_weights, gemm2_weights_scale
@@ -93,7 +95,7 @@ def fused_moe(
         routing_logits,
         routing_bias,
         hidden_states,
-        hidden_states_scale,
+        hidden_states_scale,  # type: ignore[arg-type]  # None until they are quantised
         gemm1_weights,
         gemm1_weights_scale,
         gemm2_weights,
@@ -101,22 +103,11 @@ def fused_moe(
         local_expert_offset,
         routed_scaling_factor,
     )
-    problem = MoEProblem.from_tensors(
-        inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
-    )
-    if output is None:
-        output = _new_output(problem, inputs)
-    else:
-        problem.check_output(output, inputs)
-    device = DeviceKey.of(hidden_states.device)
-    if backend is not None:
-        choice = as_choice(backend)
-    else:
-        choice = _cached_table(problem, device, _Identity(policy)).choice(inputs.num_tokens)
-    runner = backends.prepare(problem, device, choice)
-    if inputs.num_tokens:
-        runner.run(inputs, output)
-    return output
+    if is_compiling():
+        from .traced import handle_of  # loads the compiler, which is there by now
+
+        return op.call_fused_moe(inputs, output, handle_of(backend, policy), top_k, n_group, topk_group, gate_first)
+    return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first)
 
 
 class HybridMoE:
@@ -188,10 +179,29 @@ class HybridMoE:
         self._device = gemm1_weights.device
         self._routing_bias = routing_bias
         self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
-        self._explicit = None if backend is None else as_choice(backend)
-        self._table = None if backend is not None else decision_table(self.problem, self.device, policy)
-        choices = [self._explicit] if self._explicit else self._table.choices  # type: ignore[union-attr]
-        self._runners = {choice: backends.prepare(self.problem, self.device, choice) for choice in choices}
+        self._counters = Counters()
+        self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
+        self._handle = op.register(self)
+
+    def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
+        decider = decision_table(self.problem, self.device, policy, stacklevel=4) if backend is None else backend
+        return Dispatch(self.problem, self.device, decider, self._counters, policy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
+        dispatch, problem = self._dispatch, self.problem
+        w13, s13, w2, s2, offset, factor = self._held
+        options = dict(
+            local_expert_offset=offset,
+            routed_scaling_factor=factor,
+            top_k=problem.top_k,
+            n_group=problem.n_group,
+            topk_group=problem.topk_group,
+            gate_first=problem.gate_first,
+            backend=dispatch.backend,
+            policy=dispatch.policy,
+        )
+        return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
 
     @classmethod
     def from_inputs(
@@ -223,7 +233,7 @@ class HybridMoE:
         self,
         routing_logits: torch.Tensor,
         hidden_states: torch.Tensor,
-        hidden_states_scale: torch.Tensor,
+        hidden_states_scale: torch.Tensor | None = None,
         *,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -233,8 +243,17 @@ class HybridMoE:
         inputs = tuple.__new__(
             MoEInputs, (routing_logits, self._routing_bias, hidden_states, hidden_states_scale, *self._held)
         )
+        if is_compiling():
+            return op.call_layer(inputs, output, self._handle)
+        return self.run(inputs, output)
+
+    def run(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> torch.Tensor:
+        """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
         problem = self.problem
-        tokens = problem.plain_num_tokens(hidden_states, routing_logits, hidden_states_scale, output, self._device)
+        if inputs[3] is None:  # hidden_states_scale
+            inputs = activations.quantize(inputs)
+        logits, _, hidden, scale, *_ = inputs
+        tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
         if tokens is None:
             problem.check_activations(inputs)
             if output is not None:
@@ -243,81 +262,110 @@ class HybridMoE:
         if output is None:
             output = _new_output(problem, inputs)
         if tokens:
-            choice = self._explicit or self._table.choice(tokens)  # type: ignore[union-attr]
-            self._runners[choice].run(inputs, output)
+            self._dispatch.run(tokens, inputs, output)
         return output
 
     def choice(self, num_tokens: int) -> Choice:
         """What runs at ``num_tokens``."""
-        return self._explicit or self._table.choice(num_tokens)  # type: ignore[union-attr]
+        return self._dispatch.choice(num_tokens)
 
     def explain(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, and why."""
-        if self._table is None:
-            return explicit(self._explicit, num_tokens, {})  # type: ignore[arg-type]
-        return self._table.decision(num_tokens)
+        return self._dispatch.decision(num_tokens)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
-        return self._runners[self.choice(num_tokens)].workspace_bytes(num_tokens) if num_tokens else 0
+        return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
+
+    def warm_up(
+        self,
+        token_counts: Iterable[int] | None = None,
+        *,
+        max_num_tokens: int = 16384,
+        progress: Callable[[WarmedUp], None] | None = None,
+    ) -> tuple[WarmedUp, ...]:
+        """Compile and set up all that serving will run: one call at each T, before the first request.
+
+        The calls have made-up activations, whose quantisation is warmed up with them, and count in no statistics. They
+        wait for the device, so make them before graphs are captured. Libraries that tune inside of a context of theirs
+        do so here if this is called in it (``with flashinfer.autotune(): layer.warm_up()``).
+
+        Parameters
+        ----------
+        token_counts
+            T to call at, as those of the graphs that will be captured. By default the bounds of every regime, and the
+            powers of two, as kernels change inside of a regime too.
+        max_num_tokens
+            The largest T of the default ones; no others are left out.
+        progress
+            Called after each T with what it was.
+
+        Returns
+        -------
+        tuple of WarmedUp
+            Choice, T and seconds of each call, by T.
+
+        Raises
+        ------
+        ValueError
+            One of ``token_counts``, or ``max_num_tokens``, is no integer of at least 1.
+        """
+        dispatch = self._dispatch
+        if token_counts is None:
+            counts = warm_up.token_counts(dispatch.starts, max_num_tokens)
+        else:
+            counts = warm_up.checked(token_counts)
+        done = []
+        for inputs in warm_up.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
+            tokens = inputs.num_tokens
+            output = _new_output(self.problem, inputs)
+            warm_up.synchronize(self._device)
+            begin = time.perf_counter()
+            dispatch.runner(tokens).run(inputs, output)
+            warm_up.synchronize(self._device)
+            done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
+            if progress is not None:
+                progress(done[-1])
+        return tuple(done)
+
+    def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
+        """Take another policy from the next call on, as after `hybrid-moe regenerate`.
+
+        The new policy is resolved and all that it can choose is prepared first, and then taken in one step: a call in
+        another thread runs by the old one or by the new one, and after an error the old one stays. Captured graphs keep
+        what they were captured with; `warm_up` again before new ones are. Compiled code takes it without compiling
+        anew.
+
+        Parameters
+        ----------
+        policy
+            As in `fused_moe`; by default it is looked up anew.
+
+        Raises
+        ------
+        ValueError
+            The layer has an explicit backend, which no policy changes.
+        PolicyError, NoBackendError, BackendUnsupportedError
+            As when a layer is made.
+        """
+        if self._dispatch.backend is not None:
+            raise ValueError(
+                f"policy is given to a layer with backend={self._dispatch.backend}; a layer without is wanted: "
+                "an explicit backend is never changed"
+            )
+        self._dispatch = self._dispatch_of(None, policy)
+
+    def stats(self) -> tuple[Sample, ...]:
+        """Calls of this layer so far and their tokens, by what ran and in which regime.
+
+        Counted when a call is made: the replay of a CUDA graph runs no Python, so of a graph its capture alone counts.
+        `metrics.snapshot` has the whole process's.
+        """
+        return self._counters.samples()
 
 
-def as_choice(backend: str | Choice) -> Choice:
-    """A full `Choice` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
-    if not isinstance(backend, str | Choice):
-        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Choice is wanted")
-    return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
-
-
-def decision_table(
-    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None, *, stacklevel: int = 3
-) -> DecisionTable:
-    """Find the policy and resolve it against what can run here.
-
-    Warns where a GPU has no policy, and says how to get one; and once in a process, with `PolicyMismatchWarning`, where
-    a policy was measured on something else than there is here. ``stacklevel`` is that of the warning's place.
-    """
-    if not isinstance(policy, Policy | str | Path | None):
-        raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
-    found, where = find_policy(problem, device.name, policy)
-    if found is None and device.name != "cpu":
-        warnings.warn(
-            f"no policy for device {device.name} and problem {problem.definition}: the first supported of "
-            f"{', '.join(map(str, DEFAULT_ORDER))} runs at every token count. Learn one from measurements on this GPU: "
-            "hybrid-moe learn RECORDS.jsonl",
-            stacklevel=stacklevel,
-        )
-    order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
-    candidates = [*(found.candidates if found else ()), *order]
-    refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
-    while True:
-        table = resolve(found, problem, device, refusals=refusals, fallback_order=order)
-        # Some refuse only when they are prepared, as a library that is installed but doesn't load.
-        late = {
-            choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))
-        }
-        if not late:
-            break
-        refusals |= late
-    if found is not None:
-        differs = mismatch(found, device.name, refusals, installed_versions())
-        for message in differs.messages(where):
-            _warn_once(message)
-    return table
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    # Python's own once-a-place would repeat it at every place that makes a layer.
-    warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
-
-
-def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
-    try:
-        backends.prepare(problem, device, choice)
-    except BackendUnsupportedError as error:
-        return tuple(error.reasons)
-    return ()
+def _make(kind: type[HybridMoE], weights: tuple[torch.Tensor, ...], options: dict[str, Any]) -> HybridMoE:
+    return kind(*weights, **options)
 
 
 class _Identity:
@@ -338,8 +386,63 @@ class _Identity:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_table(problem: MoEProblem, device: DeviceKey, policy: _Identity) -> DecisionTable:
-    return decision_table(problem, device, policy.value, stacklevel=4)
+def _cached_dispatch(problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity) -> Dispatch:
+    decider = decision_table(problem, device, policy.value, stacklevel=5) if backend is None else backend
+    return Dispatch(problem, device, decider, _function_counters(), policy.value)
+
+
+@functools.cache
+def _function_counters() -> Counters:
+    """Where calls of `fused_moe` are counted."""
+    return Counters()
+
+
+class _Call:
+    """`fused_moe` with its backend and policy given."""
+
+    __slots__ = ("_backend", "_policy", "__weakref__")
+
+    def __init__(self, backend: str | Choice | None, policy: Policy | str | Path | None) -> None:
+        self._backend, self._policy = backend, policy
+
+    def run(
+        self,
+        inputs: MoEInputs,
+        output: torch.Tensor | None,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        gate_first: bool,
+    ) -> torch.Tensor:
+        if inputs.hidden_states_scale is None:
+            inputs = activations.quantize(inputs)
+        problem = MoEProblem.from_tensors(
+            inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+        )
+        if output is None:
+            output = _new_output(problem, inputs)
+        else:
+            problem.check_output(output, inputs)
+        device = DeviceKey.of(inputs.hidden_states.device)
+        # A backend that is named never looks at the policy.
+        backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy))
+        if inputs.num_tokens:
+            dispatch.run(inputs.num_tokens, inputs, output)
+        return output
+
+
+def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
+    """What stands for `fused_moe` with this backend and policy in a compiled graph."""
+    handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
+    return handle
+
+
+@functools.cache
+def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, _Call]:
+    # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
+    call = _Call(backend, policy.value)
+    return op.register(call), call
 
 
 def _new_output(problem: MoEProblem, inputs: MoEInputs) -> torch.Tensor:

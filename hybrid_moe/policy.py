@@ -431,6 +431,16 @@ def find_policy(
     )
 
 
+def policies_of(device: str) -> list[tuple[Path, Policy]]:
+    """Every policy for a device, whatever its problem: the user's own, then the shipped ones."""
+    return [
+        (path, policy)
+        for root in (user_policy_dir(), shipped_policy_dir())
+        for path, policy in policies_in(root)
+        if policy.device == device
+    ]
+
+
 def _find_in(root: Path, problem: MoEProblem, device: str) -> tuple[Path, Policy] | None:
     found = [(path, p) for path, p in policies_in(root) if p.device == device and p.problem == problem]
     if len(found) > 1:

@@ -232,6 +232,11 @@ class MoEProblem:
         """Check the tensors that change from call to call."""
         device = inputs.gemm1_weights.device
         tokens = inputs.hidden_states.shape[0]
+        if inputs.hidden_states.dtype == torch.bfloat16:
+            raise TypeError(
+                f"hidden_states has dtype torch.bfloat16 beside hidden_states_scale; {FP8} is wanted, or no "
+                "hidden_states_scale (None): they are quantised here then"
+            )
         _check("hidden_states", inputs.hidden_states, (tokens, self.hidden_size), FP8, device)
         _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
         blocks = self.hidden_size // self.block
@@ -309,6 +314,23 @@ def check_ranks(arguments: Mapping[str, object]) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
         if tensor.ndim != ndim:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
+
+
+def check_unquantized(hidden_states: torch.Tensor) -> None:
+    """Check hidden states that are given without scales: bfloat16, ``[T, H]``, in whole 128 blocks."""
+    check_ranks({"hidden_states": hidden_states})
+    if hidden_states.dtype != torch.bfloat16:
+        wanted = "hidden_states_scale" if hidden_states.dtype == FP8 else "torch.bfloat16"
+        raise TypeError(
+            f"hidden_states has dtype {hidden_states.dtype} and hidden_states_scale is None; {wanted} is wanted: "
+            "hidden states without scales are bfloat16, and quantised here"
+        )
+    if hidden_states.shape[1] % 128:
+        raise ValueError(
+            f"hidden_states has shape {list(hidden_states.shape)}; a last size that is a multiple of 128 is wanted"
+        )
+    if hidden_states.shape[0] and hidden_states.stride(1) != 1:
+        raise ValueError(f"hidden_states has strides {list(hidden_states.stride())}; contiguous rows are wanted")
 
 
 def _check(

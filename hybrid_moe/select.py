@@ -93,7 +93,7 @@ class DecisionTable:
     `choice` only bisects, so that a call can afford it; `decision` says why as well.
     """
 
-    __slots__ = ("_policy", "_problem", "_device", "_refusals", "_fallback_order", "_starts", "_choices")
+    __slots__ = ("_policy", "_problem", "_device", "_refusals", "_fallback_order", "_note", "_starts", "_choices")
 
     def __init__(
         self,
@@ -102,10 +102,12 @@ class DecisionTable:
         device: DeviceKey,
         refusals: Refusals | None = None,
         fallback_order: Sequence[Choice] = (),
+        note: str | None = None,
     ) -> None:
         self._policy, self._problem, self._device = policy, problem, device
         self._refusals = {choice: tuple(reasons) for choice, reasons in (refusals or {}).items()}
         self._fallback_order = tuple(fallback_order)
+        self._note = note
         # The decision changes only where a regime starts or has ended.
         starts = {0}
         for regime in policy.regimes if policy is not None else ():
@@ -130,7 +132,13 @@ class DecisionTable:
             num_tokens,
             refusals=self._refusals,
             fallback_order=self._fallback_order,
+            note=self._note,
         )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The T at which the decision may change, sorted, 0 the first."""
+        return tuple(self._starts)
 
     def spans(self) -> tuple[Span, ...]:
         """All T from 1 on, cut where a regime of the policy starts or has ended."""
@@ -150,9 +158,10 @@ def resolve(
     device: DeviceKey,
     refusals: Refusals | None = None,
     fallback_order: Sequence[Choice] = (),
+    note: str | None = None,
 ) -> DecisionTable:
     """Decide once for every T. Arguments and errors are those of `choose`."""
-    return DecisionTable(policy, problem, device, refusals, fallback_order)
+    return DecisionTable(policy, problem, device, refusals, fallback_order, note)
 
 
 def explicit(choice: Choice, num_tokens: int, refusals: Refusals | None = None) -> Decision:
@@ -181,6 +190,7 @@ def choose(
     *,
     refusals: Refusals | None = None,
     fallback_order: Sequence[Choice] = (),
+    note: str | None = None,
 ) -> Decision:
     """What runs at ``num_tokens``, by the order in this module's description.
 
@@ -196,6 +206,8 @@ def choose(
         Why each candidate can't run here; those missing or with an empty list can.
     fallback_order
         What to try without a policy, the best hope first.
+    note
+        What there is to say of the policy itself; the first reason of every decision by it.
 
     Raises
     ------
@@ -216,7 +228,9 @@ def choose(
 
     regime = next((r for r in policy.regimes if num_tokens in r), None)
     evidence = policy.default_evidence if regime is None else regime.evidence
-    reasons = [] if regime is not None else [f"policy regimes: none holds T = {num_tokens}"]
+    reasons = [] if note is None else [note]
+    if regime is None:
+        reasons.append(f"policy regimes: none holds T = {num_tokens}")
     tried: set[Choice] = set()
     for source, choice, why in _steps(policy, regime):
         if choice in tried:

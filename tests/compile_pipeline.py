@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
@@ -110,6 +111,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
     for tokens in token_counts:
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
+        quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
         routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
         gemm.run(inputs, routed, problem, launch, output)

@@ -25,6 +25,7 @@ from hybrid_moe import (
     api,
     backends,
     fused_moe,
+    lookup,
     save_policy,
 )
 from hybrid_moe.backends import Backend, Runner
@@ -45,7 +46,7 @@ ACTIVATIONS = ("routing_logits", "hidden_states", "hidden_states_scale")
 
 def forget():
     """Empty what the library remembers of problems, devices and policies."""
-    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_table):
+    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_dispatch):
         memo.cache_clear()
 
 
@@ -164,7 +165,7 @@ def test_importing_it_loads_no_kernel_library():
         """
         import json, sys
         import hybrid_moe, hybrid_moe.api, hybrid_moe.backends, hybrid_moe.workloads
-        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm")
+        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm", "triton", "torch._dynamo")
         print(json.dumps([m for m in sys.modules if m.startswith(wanted)]))
         """
     )
@@ -552,7 +553,7 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
     stub = backends.BACKENDS["flashinfer_trtllm"]
     monkeypatch.setattr(type(stub), "not_supported_reasons", lambda *_: [])
     monkeypatch.setattr(type(stub), "prepare", refuse)
-    monkeypatch.setattr(api, "CPU_ORDER", (Choice("flashinfer_trtllm"), api.as_choice("torch_reference")))
+    monkeypatch.setattr(lookup, "CPU_ORDER", (Choice("flashinfer_trtllm"), api.as_choice("torch_reference")))
     backends.not_supported_reasons.cache_clear()
     try:
         decision = layer_of(inputs).explain(7)

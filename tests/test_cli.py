@@ -125,8 +125,14 @@ def test_explain_unknown_device_lists_the_known_ones():
     assert "nvidia_b300" in message and "nvidia_b200" in message
 
 
-def test_explain_unknown_problem():
-    assert "nvidia_b200" in fails("explain", "--device", "nvidia_b200", *SMALL_OPTIONS)
+def test_explain_a_problem_without_a_policy_says_whose_regimes_it_gets():
+    text = cli("explain", "--device", "nvidia_b200", "--num-tokens", 4, *SMALL_OPTIONS).stdout
+    assert "nothing was measured for moe_fp8_block_scale_ds_routing_topk4_ng4_kg2_e8_h512_i256: it takes" in text
+    assert "topk8_ng8_kg4_e32_h7168_i2048" in text
+    # 32 experts and 4 choices instead of 256 and 8: a quarter of the T.
+    found = cli_json("explain", "--device", "nvidia_b200", "--num-tokens", 4, *SMALL_OPTIONS)
+    assert found["regime"] == {"min_tokens": 4, "max_tokens": 8} and found["backend"] == "triton_fused"
+    assert "nearest problem" in cli_json("explain", "--device", "nvidia_b200", *SMALL_OPTIONS)["where"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to explain")

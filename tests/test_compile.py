@@ -19,8 +19,8 @@ from hybrid_moe.problem import MoEProblem
 TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.
 SHARED_MEMORY = 232448
-# Spilled registers go through memory: a tile that needs more is too large. On Hopper the largest tile (128 rows) keeps 88
-# bytes there with Triton 3.6, with which it was measured faster than smaller tiles without, and 664 with Triton 3.9.
+# Spilled registers go through memory: a tile that needs more is too large. On Hopper the largest tile (128 rows) keeps
+# 88 bytes there with Triton 3.6, with which it was measured faster than smaller tiles without, and 664 with Triton 3.9.
 SPILL_BYTES = {90: 700, 100: 0}
 KERNELS = {
     "clear_kernel",
@@ -30,6 +30,7 @@ KERNELS = {
     "combine_kernel",
     "gather_kernel",
     "swiglu_quantize_kernel",
+    "quantize_rows_kernel",
     "select_kernel",
     "dequantize_kernel",
 }

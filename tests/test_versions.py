@@ -7,7 +7,7 @@ import pytest
 from test_learn import PROBLEM, learned, record
 from test_policy import make_policy, make_regime
 
-from hybrid_moe import api, backends, versions
+from hybrid_moe import api, backends, lookup, versions
 from hybrid_moe.choice import Choice
 from hybrid_moe.learn import learn, learn_from_files
 from hybrid_moe.policy import LearnerOptions, dumps_policy
@@ -195,7 +195,7 @@ def test_it_is_said_once_a_policy(monkeypatch):
         regimes=[make_regime(1, 2, missing)],
         environment={"torch": "1.0.0"},
     )
-    api._warn_once.cache_clear()
+    lookup._warn_once.cache_clear()
     with pytest.warns(PolicyMismatchWarning) as caught:
         for _ in range(3):
             assert api.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference

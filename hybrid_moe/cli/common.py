@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..lookup import nearest_policy
 from ..policy import Policy, find_policy, load_policy, policies_in, shipped_policy_dir, user_policy_dir
 from ..problem import DeviceKey, MoEProblem
 
@@ -106,18 +107,37 @@ def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) ->
     PolicyError
         As `find_policy`.
     """
+    device = _wanted_device(device, path)
+    policy, where = find_policy(problem, device, path)
+    if policy is None:
+        raise ValueError(f"no policy for device {device} and {problem.definition}. There are policies of: {_known()}")
+    return policy, where
+
+
+def policy_or_nearest(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str, str | None]:
+    """As `wanted_policy`, but a problem without a policy has the one that serving takes, and a note that says so."""
+    policy, where = find_policy(problem, _wanted_device(device, path), path)
+    near = None if policy is not None else nearest_policy(problem, _wanted_device(device, path))
+    if near is not None:
+        return *near, near[1]
+    return *wanted_policy(device, problem, path), None
+
+
+def _wanted_device(device: str | None, path: Path | None) -> str:
     loaded = policy_in(path)
     if device is None and loaded is not None:
         device = loaded.device
     if device is None and torch.cuda.is_available():
         device = DeviceKey.of("cuda").name
-    known = "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
     if device is None:
-        raise ValueError(f"this machine has no GPU to explain: name one with --device. There are policies of: {known}")
-    policy, where = find_policy(problem, device, path)
-    if policy is None:
-        raise ValueError(f"no policy for device {device} and {problem.definition}. There are policies of: {known}")
-    return policy, where
+        raise ValueError(
+            f"this machine has no GPU to explain: name one with --device. There are policies of: {_known()}"
+        )
+    return device
+
+
+def _known() -> str:
+    return "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
 
 
 def print_json(value: object) -> None:

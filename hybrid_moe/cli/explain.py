@@ -31,10 +31,10 @@ from .common import (
     TopkGroup,
     out,
     policy_in,
+    policy_or_nearest,
     print_json,
     problem_from,
     this_device,
-    wanted_policy,
 )
 
 
@@ -69,12 +69,17 @@ def explain(
         intermediate_size=intermediate_size,
         gate_first=gate_first,
     )
-    found, where = wanted_policy(device, problem, policy)
+    found, where, note = policy_or_nearest(device, problem, policy)
     this = DeviceKey.of(this_device())
     refusals = _refusals(found, problem, this) if here or found.device == this.name else {}
     differs = mismatch(found, this.name, refusals, installed_versions()) if refusals else None
     table = resolve(
-        found, problem, DeviceKey(found.device), refusals=refusals if here else {}, fallback_order=DEFAULT_ORDER
+        found,
+        problem,
+        DeviceKey(found.device),
+        refusals=refusals if here else {},
+        fallback_order=DEFAULT_ORDER,
+        note=note,
     )
     if num_tokens is not None:
         decision = table.decision(num_tokens)
@@ -88,7 +93,7 @@ def explain(
         regrets = ("training_regret", "leave_one_out_regret")
         # How it differs from this machine; null where it is of another one.
         compared = None if differs is None else asdict(differs)
-        print_json({name: data[name] for name in (*names, *regrets)} | {"mismatch": compared})
+        print_json({name: data[name] for name in (*names, *regrets)} | {"mismatch": compared, "where": where})
     else:
         _print_regimes(found, where, table, here)
     if differs is not None and not as_json:

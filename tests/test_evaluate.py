@@ -151,7 +151,7 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
     records = [
         r
         for r in read_records(ROOT / "benchmarks" / "results" / device / "definition.jsonl")
-        if r.timing == "cuda_graph"
+        if r.timing == "cuda_graph" and r.routing == "uniform"
     ]
     half = set(sorted({r.num_tokens for r in records})[::2])
     options = LearnerOptions(tie_margin=0.03, max_gap=2.5, prefer="triton_fused[gemm=triton]")
@@ -169,6 +169,15 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
 @pytest.mark.parametrize("device", ["nvidia_h100_80gb_hbm3", "nvidia_h200"])
 def test_on_what_it_was_learned_from_it_has_the_training_regret(device):
     policy = load_policy(ROOT / "policies" / device / f"{PROBLEM.definition}.json")
-    found = evaluate(policy, read_records(ROOT / "benchmarks" / "results" / device / "definition.jsonl"))
-    assert found.policy.mean == pytest.approx(policy.training_regret.mean, abs=1e-6)
-    assert found.policy.worst == pytest.approx(policy.training_regret.worst, abs=1e-6)
+    records = read_records(ROOT / "benchmarks" / "results" / device / "definition.jsonl")
+    # Where each T has one workload, judging workloads is judging T; the T with several loads are left out.
+    several = {r.num_tokens for r in records if r.routing != "uniform"}
+    found = evaluate(policy, [r for r in records if r.num_tokens not in several])
+    at = {r.num_tokens for r in records} - several
+    assert found.policy.workloads == len(at)
+    if not several:
+        assert found.policy.mean == pytest.approx(policy.training_regret.mean, abs=1e-6)
+        assert found.policy.worst == pytest.approx(policy.training_regret.worst, abs=1e-6)
+    else:
+        assert found.policy.mean <= policy.training_regret.mean * policy.training_regret.num_tokens / len(at) + 1e-6
+        assert found.policy.worst <= policy.training_regret.worst + 1e-6

@@ -43,7 +43,7 @@ DEVICES = ("nvidia_b200", "nvidia_h100_80gb_hbm3", "nvidia_h200")
 DEPENDENCIES = {
     "nvidia_b200": ["torch", "flashinfer-python", "triton", "sglang-kernel"],
     "nvidia_h100_80gb_hbm3": ["torch", "triton", "sgl-deep-gemm"],
-    "nvidia_h200": ["torch", "triton", "sglang-kernel", "sgl-deep-gemm"],
+    "nvidia_h200": ["torch", "triton", "sgl-deep-gemm"],
 }
 TRITON = Choice("triton_fused", {"gemm": "triton"})
 DEEP = Choice("triton_fused", {"gemm": "deep_gemm"})

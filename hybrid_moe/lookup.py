@@ -10,7 +10,7 @@ from pathlib import Path
 from . import backends
 from .choice import BackendUnsupportedError, Choice
 from .nearest import nearest, scaled
-from .policy import Policy, find_policy, policies_of
+from .policy import Policy, find_policy, how_to_make_one, policies_of
 from .problem import DeviceKey, MoEProblem
 from .select import DecisionTable, resolve
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
@@ -52,8 +52,8 @@ def decision_table(
             instead = note = where
         if device.name != "cpu":
             warnings.warn(
-                f"no policy for device {device.name} and problem {problem.definition}: {instead}. Learn one from "
-                "measurements on this GPU: hybrid-moe learn RECORDS.jsonl",
+                f"no policy for device {device.name} and problem {problem.definition}: {instead}. "
+                f"{how_to_make_one(problem)}",
                 stacklevel=stacklevel,
             )
     candidates = [*(found.candidates if found else ()), *order]

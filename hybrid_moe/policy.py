@@ -33,6 +33,8 @@ from .numerics import Tolerance
 from .problem import MoEProblem
 
 SCHEMA_VERSION = 1
+# Both ways to a policy, for messages.
+_ANEW = "`hybrid-moe regenerate` on that GPU, or from its records by `hybrid-moe learn`"
 
 Verdict = Literal["best", "tie", "unsure"]
 Verified = Literal["seed_only", "measured"]
@@ -301,7 +303,10 @@ def load_policy(path: str | Path) -> Policy:
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
-        raise PolicyError(f"policy file {path} doesn't exist; make one with `hybrid-moe learn`") from None
+        raise PolicyError(
+            f"policy file {path} doesn't exist; make it with `hybrid-moe regenerate -o {path}` on the GPU that it is "
+            f"for, or from records with `hybrid-moe learn RECORDS -o {path}`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy file {path} can't be read: {error}") from error
     try:
@@ -310,7 +315,7 @@ def load_policy(path: str | Path) -> Policy:
         raise PolicyError(
             f"policy file {path} isn't whole JSON ({error.msg}, line {error.lineno} column {error.colno} of "
             f"{len(text)} characters): it may have been cut short when it was copied; "
-            "copy it again, or make it anew with `hybrid-moe learn`"
+            f"copy it again, or make it anew with {_ANEW}"
         ) from error
     if not isinstance(data, dict):
         raise PolicyError(f"policy file {path} holds a JSON {type(data).__name__}; a policy's object is wanted")
@@ -319,7 +324,7 @@ def load_policy(path: str | Path) -> Policy:
     if version != SCHEMA_VERSION or isinstance(version, bool):
         found = f"schema_version {version!r}" if "schema_version" in data else "no schema_version"
         raise PolicyError(
-            f"policy file {path} has {found}; {SCHEMA_VERSION} is wanted: make it anew with `hybrid-moe learn`, "
+            f"policy file {path} has {found}; {SCHEMA_VERSION} is wanted: make it anew with {_ANEW}, "
             "or use the release of hybrid_moe that wrote it"
         )
     try:
@@ -417,7 +422,7 @@ def find_policy(
             known = sorted({f"{p.device} with {_describe_problem(p.problem)}" for _, p in policies_in(path)})
             raise PolicyError(
                 f"no policy in {path} is for {device} with {_describe_problem(problem)}; it has: "
-                f"{'; '.join(known) or 'none'}. Make one with `hybrid-moe learn`"
+                f"{'; '.join(known) or 'none'}. {how_to_make_one(problem)}"
             )
         return found[1], f"policy file {found[0]}"
     user, shipped = user_policy_dir(), shipped_policy_dir()
@@ -426,9 +431,20 @@ def find_policy(
         if found is not None:
             return found[1], f"{kind} {found[0]}"
     return None, (
-        f"no policy for {device} with {_describe_problem(problem)} in {user} or {shipped}; "
-        "`hybrid-moe learn` makes one from measurements"
+        f"no policy for {device} with {_describe_problem(problem)} in {user} or {shipped}. {how_to_make_one(problem)}"
     )
+
+
+def how_to_make_one(problem: MoEProblem) -> str:
+    """How to come by a policy for a problem, for people: the command with its options."""
+    options = []
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        if value != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            options.append(option if value is True else f"{option} {value}")
+    command = " ".join(["hybrid-moe regenerate", *options])
+    return f"`{command}` makes one for the GPU that it runs on, `hybrid-moe learn` one from records"
 
 
 def policies_of(device: str) -> list[tuple[Path, Policy]]:
@@ -454,8 +470,8 @@ def _matching(policy: Policy, problem: MoEProblem, device: str, what: str) -> Po
     if policy.device != device or policy.problem != problem:
         raise PolicyError(
             f"{what} is for {policy.device} with {_describe_problem(policy.problem)}; "
-            f"{device} with {_describe_problem(problem)} is wanted: leave the policy out to look one up, or learn one "
-            "with `hybrid-moe learn`"
+            f"{device} with {_describe_problem(problem)} is wanted: leave the policy out to look one up. "
+            f"{how_to_make_one(problem)}"
         )
     return policy
 

@@ -250,7 +250,7 @@ def choose(
     if unmeasured:
         hint = (
             f"\nNot measured on {device.name}, but able to run: {', '.join(unmeasured)}; name one as backend=, "
-            "or measure it there and learn the policy anew (`hybrid-moe learn`)"
+            "or make the policy anew there, with it among the candidates: `hybrid-moe regenerate`"
         )
     others = [c for c in fallback_order if c not in tried and refusals.get(c)]
     raise NoBackendError(_nothing(device, [*policy.candidates, *others], refusals) + hint)

@@ -214,7 +214,9 @@ def test_the_cpu_needs_no_policy(no_interpreter, inputs):
 
 
 def test_a_gpu_without_a_policy_says_how_to_get_one():
-    with pytest.warns(UserWarning, match="no policy for device nvidia_x .*hybrid-moe learn") as caught:
+    with pytest.warns(
+        UserWarning, match="no policy for device nvidia_x .*`hybrid-moe regenerate --num-experts 16 .*` makes one"
+    ) as caught:
         table = api.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
     assert len(caught) == 1
     assert table.choice(1).backend == "triton_fused"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_moe import api, backends
+from hybrid_moe import api, backends, lookup
 from hybrid_moe.backends.base import Backend, Runner
 from hybrid_moe.choice import Choice
 from hybrid_moe.cli import app, demo
@@ -418,12 +418,19 @@ def test_demo_without_a_gpu():
 
 
 def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
-    # The way that a GPU takes, at a size for a CPU.
-    monkeypatch.setattr(api, "DEFAULT_ORDER", (Choice("torch_reference"),))
+    # The way that a GPU takes, at a size for a CPU. Without a policy the first of the order runs.
+    monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())
+    monkeypatch.setattr(api, "_cached_dispatch", api._cached_dispatch.__wrapped__)
     cpu = torch.device("cpu")
-    assert demo._run_all(SMALL, demo.SMALL_WORKLOADS, [None], DeviceKey.of(cpu), cpu) == []
-    shown = capsys.readouterr().out
-    assert shown.count("pass") == len(demo.SMALL_WORKLOADS)
+    for first in ("torch_reference", _Broken.name):
+        monkeypatch.setattr(lookup, "CPU_ORDER", (Choice(first), Choice("flashinfer_trtllm")))
+        failures = demo._run_all(SMALL, demo.SMALL_WORKLOADS, [None], DeviceKey.of(cpu), cpu)
+        shown = capsys.readouterr().out
+        assert shown.count(first) == len(demo.SMALL_WORKLOADS)
+        failed = {failure.partition(":")[0] for failure in failures}
+        wrong = demo.SMALL_WORKLOADS if first == _Broken.name else ()
+        assert failed == {f"{first} at T = {w.num_tokens}" for w in wrong}
+        assert shown.count("pass") == len(demo.SMALL_WORKLOADS) - len(wrong)
 
 
 @pytest.mark.gpu

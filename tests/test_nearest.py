@@ -136,7 +136,10 @@ def test_a_gpu_says_whose_regimes_it_takes():
     with pytest.warns(UserWarning, match="no policy for device nvidia_h200 .*nearest problem") as caught:
         table = api.decision_table(problem, DeviceKey("nvidia_h200", (9, 0)))
     message = str(next(w.message for w in caught if "no policy" in str(w.message)))
-    assert MoEProblem().definition in message and "hybrid-moe learn" in message
+    assert (
+        MoEProblem().definition in message
+        and "hybrid-moe regenerate --num-experts 128 --num-local-experts 16`" in message
+    )
     for tokens in (1, 64, 20000):
         assert f"nothing was measured for {problem.definition}" in table.decision(tokens).reasons[0]
 

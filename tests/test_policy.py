@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from hybrid_moe import policy as policy_module
 from hybrid_moe.choice import Choice
+from hybrid_moe.cli import app
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy import (
     Evidence,
@@ -88,7 +91,7 @@ def test_a_file_cut_anywhere_is_reported(tmp_path_factory, cut):
         load_policy(path)
     assert str(path) in str(error.value)
     assert "isn't whole" in str(error.value)
-    assert "hybrid-moe learn" in str(error.value)
+    assert "hybrid-moe regenerate" in str(error.value) and "hybrid-moe learn" in str(error.value)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
@@ -96,7 +99,9 @@ def test_another_schema_version(tmp_path, version):
     path = tmp_path / "p.json"
     # Another version has other fields too; the version is what has to be told.
     path.write_text(json.dumps({"schema_version": version, "new_field": 1}))
-    with pytest.raises(PolicyError, match=rf"p\.json has schema_version {version!r}; 1 is wanted.*hybrid-moe learn"):
+    with pytest.raises(
+        PolicyError, match=rf"p\.json has schema_version {version!r}; 1 is wanted.*hybrid-moe regenerate"
+    ):
         load_policy(path)
 
 
@@ -208,7 +213,7 @@ def test_lookup_order(dirs, tmp_path):
     problem = MoEProblem()
     found, where = find_policy(problem, "gpu_x")
     assert found is None
-    assert str(user) in where and str(shipped) in where and "hybrid-moe learn" in where
+    assert str(user) in where and str(shipped) in where and "`hybrid-moe regenerate` makes one" in where
 
     save_policy(make_policy(default_reason="shipped"), policy_path(shipped, "gpu_x", problem))
     found, where = find_policy(problem, "gpu_x")
@@ -225,6 +230,17 @@ def test_lookup_order(dirs, tmp_path):
     assert find_policy(problem, "gpu_x", shipped / "gpu_x")[0].default_reason == "shipped"
     given_policy = make_policy(default_reason="object")
     assert find_policy(problem, "gpu_x", given_policy)[0] is given_policy
+
+
+def test_the_command_that_makes_a_missing_policy_is_whole(dirs, monkeypatch):
+    problem = MoEProblem(num_experts=128, num_local_experts=16, hidden_size=1024, gate_first=True)
+    _, where = find_policy(problem, "gpu_x")
+    command = "hybrid-moe regenerate --num-experts 128 --num-local-experts 16 --hidden-size 1024 --gate-first"
+    assert f"`{command}` makes one" in where
+    # The command line takes it: no GPU is what stops it, not the options.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, command.split()[1:])
+    assert result.exit_code == 2 and "regenerate measures on an NVIDIA GPU" in result.stderr
 
 
 def test_the_inside_of_a_file_decides(dirs):
@@ -247,7 +263,7 @@ def test_an_explicit_policy_must_match(tmp_path):
             find_policy(other, "gpu_x", given_policy)
     with pytest.raises(PolicyError, match="no policy in .* is for gpu_y .*it has: gpu_x with"):
         find_policy(MoEProblem(), "gpu_y", tmp_path)
-    with pytest.raises(PolicyError, match="doesn't exist"):
+    with pytest.raises(PolicyError, match="doesn't exist; make it with `hybrid-moe regenerate -o .*nowhere`"):
         find_policy(MoEProblem(), "gpu_x", tmp_path / "nowhere")
 
 

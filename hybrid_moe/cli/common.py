@@ -20,7 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from ..lookup import nearest_policy
-from ..policy import Policy, find_policy, load_policy, policies_in, shipped_policy_dir, user_policy_dir
+from ..policy import (
+    Policy,
+    find_policy,
+    how_to_make_one,
+    load_policy,
+    policies_in,
+    shipped_policy_dir,
+    user_policy_dir,
+)
 from ..problem import DeviceKey, MoEProblem
 
 # A pipe has no width: 80 columns would fold the tables.
@@ -103,14 +111,17 @@ def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) ->
     Raises
     ------
     ValueError
-        There is none; the message lists the devices that have one.
+        There is none; the message lists the devices that have one, and says how to make one.
     PolicyError
         As `find_policy`.
     """
     device = _wanted_device(device, path)
     policy, where = find_policy(problem, device, path)
     if policy is None:
-        raise ValueError(f"no policy for device {device} and {problem.definition}. There are policies of: {_known()}")
+        raise ValueError(
+            f"no policy for device {device} and {problem.definition}. There are policies of: {_known()}. "
+            f"{how_to_make_one(problem)}"
+        )
     return policy, where
 
 

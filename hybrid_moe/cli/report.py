@@ -103,7 +103,8 @@ def _policy_for(records: Sequence[BenchRecord], path: Path | None, device: str |
     found, where = find_policy(problem, device, path)
     if found is None:
         raise ValueError(
-            f"{where}: `hybrid-moe learn RECORDS -o policy.json`, then `hybrid-moe report RECORDS --policy policy.json`"
+            f"{where}: for these `hybrid-moe learn RECORDS -o policy.json`, then `hybrid-moe report RECORDS --policy "
+            "policy.json`"
         )
     if not any(r.device == device and is_about(r, problem) for r in records):
         raise ValueError(f"{where} is for {problem}; the records are of {_list({r.problem for r in records})}")

@@ -14,14 +14,14 @@ from torch.compiler import is_compiling
 from . import activations, op, warm_up
 from .choice import Choice
 from .dispatch import Dispatch
-from .lookup import DEFAULT_ORDER, as_choice, decision_table
+from .lookup import as_choice, decision_table
 from .metrics import Counters, Sample
 from .policy import Policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
 from .select import Decision
 from .warm_up import WarmedUp
 
-__all__ = ["DEFAULT_ORDER", "HybridMoE", "as_choice", "decision_table", "fused_moe"]
+__all__ = ["HybridMoE", "fused_moe"]
 
 
 def fused_moe(

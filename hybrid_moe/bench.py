@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -20,13 +19,13 @@ from .problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
 from .reference import has_local_work, moe_reference
 from .timing import Call, Ceilings, Work, time_eager, time_graph
+from .versions import LIBRARIES, installed_version
 from .workloads import LayerWeights, Workload, make_inputs
 
 # A graph holds so many calls, on as many weight copies in turn as are given.
 CALLS_PER_GRAPH = 12
 OWN_BACKENDS = ("triton_fused", "torch_reference")
-PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "sgl-deep-gemm", "hybrid-moe")
-
+PACKAGES = (*LIBRARIES, "hybrid-moe")
 
 # From an input on given weights to the call that writes its output: what is timed is that call alone.
 Prepare = Callable[[MoEInputs], Callable[[torch.Tensor], object]]
@@ -215,12 +214,9 @@ def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
 
 def versions() -> dict[str, EnvironmentValue]:
     """Versions of the packages that are installed, of Python, CUDA and the driver, and the GPU's product name."""
-    found: dict[str, EnvironmentValue] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found: dict[str, EnvironmentValue] = {
+        package: version for package in PACKAGES if (version := installed_version(package)) is not None
+    }
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,

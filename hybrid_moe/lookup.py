@@ -10,7 +10,7 @@ from pathlib import Path
 from . import backends
 from .choice import BackendUnsupportedError, Choice
 from .nearest import nearest, scaled
-from .policy import Policy, find_policy, how_to_make_one, policies_of
+from .policy import Policy, find_policy, how_to_make_one, known_policies
 from .problem import DeviceKey, MoEProblem
 from .select import DecisionTable, resolve
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
@@ -33,7 +33,7 @@ def decision_table(
 ) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
-    A problem without a policy gets the regimes of the nearest one that has one on this device (`nearest`), and its
+    A problem without a policy gets the regimes of the nearest one that has one on this device, and its
     decisions say so.
 
     Warns where a GPU has no policy for the problem, and says how to get one; and once in a process, with
@@ -43,19 +43,14 @@ def decision_table(
     if not isinstance(policy, Policy | str | Path | None):
         raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
     order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
-    found, where = find_policy(problem, device.name, policy)
-    note = None
-    if found is None:
-        instead = f"the first supported of {', '.join(map(str, order))} runs at every token count"
-        if (near := nearest_policy(problem, device.name, order)) is not None:
-            found, where = near
-            instead = note = where
-        if device.name != "cpu":
-            warnings.warn(
-                f"no policy for device {device.name} and problem {problem.definition}: {instead}. "
-                f"{how_to_make_one(problem)}",
-                stacklevel=stacklevel,
-            )
+    found, where, note = policy_or_nearest(problem, device.name, policy, order)
+    if (found is None or note is not None) and device.name != "cpu":
+        instead = note or f"the first supported of {', '.join(map(str, order))} runs at every token count"
+        warnings.warn(
+            f"no policy for device {device.name} and problem {problem.definition}: {instead}. "
+            f"{how_to_make_one(problem)}",
+            stacklevel=stacklevel,
+        )
     candidates = [*(found.candidates if found else ()), *order]
     refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
     while True:
@@ -74,23 +69,36 @@ def decision_table(
     return table
 
 
-def nearest_policy(
-    problem: MoEProblem, device: str, order: Sequence[Choice] = DEFAULT_ORDER
-) -> tuple[Policy, str] | None:
-    """The nearest problem's policy, scaled to this one, and where it is from; ``None`` if the device has none at all.
+def policy_or_nearest(
+    problem: MoEProblem,
+    device: str,
+    policy: Policy | str | Path | None = None,
+    order: Sequence[Choice] = DEFAULT_ORDER,
+) -> tuple[Policy | None, str, str | None]:
+    """As `find_policy`; a problem that has none gets that of the nearest one on this device, scaled to it.
 
     Where nothing that was measured for the other problem can run this one, the first of ``order`` that can does.
+
+    Returns
+    -------
+    policy, where
+        As `find_policy` has them; ``None`` if the device has no policy at all.
+    note
+        For people: whose regimes they are; ``None`` where the policy is the problem's own or there is none.
     """
-    known = policies_of(device)
-    policy = nearest(problem, [policy for _, policy in known])
-    if policy is None:
-        return None
-    path = next(path for path, each in known if each is policy)
-    where = (
+    found, where = find_policy(problem, device, policy)
+    if found is not None:
+        return found, where, None
+    known = [(path, policy) for path, policy in known_policies() if policy.device == device]
+    near = nearest(problem, [policy for _, policy in known])
+    if near is None:
+        return None, where, None
+    path = next(path for path, each in known if each is near)
+    note = (
         f"nothing was measured for {problem.definition}: it takes the regimes of the nearest problem, "
-        f"{policy.definition} ({path}), scaled by rows per expert"
+        f"{near.definition} ({path}), scaled by rows per expert"
     )
-    return scaled(policy, problem, order), where
+    return scaled(near, problem, order), note, note
 
 
 @functools.cache

@@ -447,14 +447,9 @@ def how_to_make_one(problem: MoEProblem) -> str:
     return f"`{command}` makes one for the GPU that it runs on, `hybrid-moe learn` one from records"
 
 
-def policies_of(device: str) -> list[tuple[Path, Policy]]:
-    """Every policy for a device, whatever its problem: the user's own, then the shipped ones."""
-    return [
-        (path, policy)
-        for root in (user_policy_dir(), shipped_policy_dir())
-        for path, policy in policies_in(root)
-        if policy.device == device
-    ]
+def known_policies() -> list[tuple[Path, Policy]]:
+    """Every policy that is looked up, of any device and problem: the user's own, then the shipped ones."""
+    return [*policies_in(user_policy_dir()), *policies_in(shipped_policy_dir())]
 
 
 def _find_in(root: Path, problem: MoEProblem, device: str) -> tuple[Path, Policy] | None:

@@ -147,12 +147,13 @@ def candidate_of(solution: str, solutions: Mapping[str, str]) -> Choice:
     ValueError
         ``solutions`` gives it a candidate that there isn't.
     """
-    known = {name: choice for choice in _candidates() for name in (str(choice), solution_name(choice))}
+    candidates = backends.candidates()
+    known = {name: choice for choice in candidates for name in (str(choice), solution_name(choice))}
     if solution in solutions:
         given = solutions[solution]
         found = known.get(_completed(given))
         if found is None:
-            names = ", ".join(map(str, _candidates()))
+            names = ", ".join(map(str, candidates))
             raise ValueError(f"solution {solution!r} is said to be {given!r}; one of these is wanted: {names}")
         return found
     return known.get(_completed(solution)) or Choice(PEER_PREFIX + solution)
@@ -161,10 +162,6 @@ def candidate_of(solution: str, solutions: Mapping[str, str]) -> Choice:
 def solution_name(choice: Choice) -> str:
     """What a candidate is called as a solution: ``hybrid_moe_triton_fused_gemm_triton``."""
     return "hybrid_moe_" + re.sub(r"[^a-z0-9]+", "_", str(choice).lower()).strip("_")
-
-
-def _candidates() -> list[Choice]:
-    return [Choice(name, config) for name, backend in backends.BACKENDS.items() for config in backend.configs()]
 
 
 def _completed(text: str) -> str:

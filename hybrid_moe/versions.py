@@ -37,6 +37,10 @@ def release(version: str, numbers: int | None = None) -> str:
     return public if numbers is None else ".".join(public.split(".")[:numbers])
 
 
+# Packages that some backend uses.
+LIBRARIES = tuple(dict.fromkeys(name for choice in backends.candidates() for name in packages_of(choice)))
+
+
 # ---- Records ----
 
 
@@ -48,7 +52,7 @@ def is_of(record: BenchRecord, where: Mapping[str, str]) -> bool:
     used = packages_of(record.choice)
     for name, wanted in where.items():
         found = record.environment.get(name)
-        if name not in used and name in _libraries():
+        if name not in used and name in LIBRARIES:
             continue
         text = "" if found is None else str(found)
         if text != wanted and not text.startswith((f"{wanted}.", f"{wanted}+")):
@@ -85,16 +89,6 @@ def check_one_version(records: Iterable[BenchRecord]) -> None:
             f"as where= of the options (--where {name}={max(versions, key=lambda v: (versions[v], v))}), or measure "
             "the rest again"
         )
-
-
-@functools.cache
-def _libraries() -> frozenset[str]:
-    return frozenset(
-        name
-        for backend in backends.BACKENDS.values()
-        for config in backend.configs()
-        for name in backend.packages(config)
-    )
 
 
 # ---- A policy on this machine ----
@@ -181,4 +175,4 @@ def installed_version(package: str) -> str | None:
 
 def installed_versions() -> dict[str, str | None]:
     """Version here of each package that some backend uses."""
-    return {name: installed_version(name) for name in sorted(_libraries())}
+    return {name: installed_version(name) for name in LIBRARIES}

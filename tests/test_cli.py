@@ -379,7 +379,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def bug(*arguments):
         raise KeyError("bug")
 
-    monkeypatch.setattr("hybrid_moe.cli.doctor.find_policy", bug)
+    monkeypatch.setattr("hybrid_moe.cli.doctor.policy_or_nearest", bug)
     with pytest.raises(KeyError):
         cli("doctor")
 

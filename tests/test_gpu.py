@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from hybrid_moe import Choice, DeviceKey, HybridMoE, api, backends, fused_moe
+from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe, lookup
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.reference import has_local_work, moe_reference
 from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, make_inputs, random_weights
 
 pytestmark = pytest.mark.gpu
 
-CHOICES = [api.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
+CHOICES = [lookup.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
 TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
 OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hybrid_moe import HybridMoE, MoEProblem, api, fused_moe
+from hybrid_moe import HybridMoE, MoEProblem, fused_moe, lookup
 from hybrid_moe.activations import quantize
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.numerics import Tolerance, check
@@ -15,7 +15,7 @@ from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weig
 
 pytestmark = pytest.mark.gpu
 
-TRITON = api.as_choice("triton_fused")
+TRITON = lookup.as_choice("triton_fused")
 GRAPHS = (1, 16, 80, 901)
 REPLAYS = 1000
 
@@ -232,7 +232,7 @@ def test_nothing_compiles_after_warming_up(monkeypatch):
 
 def test_a_policy_is_taken_between_replays(weights):
     """A captured graph keeps what it was captured with, and new calls take the new policy."""
-    table = api.decision_table(DEEPSEEK_V3, HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3).device)
+    table = lookup.decision_table(DEEPSEEK_V3, HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3).device)
     layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3)
     graph = Replay(layer, 16, bfloat16=False)
     graph.graph.replay()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, api, backends, fused_moe
+from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8
@@ -20,7 +20,7 @@ from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token
 from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHOICE = api.as_choice("triton_fused")
+CHOICE = lookup.as_choice("triton_fused")
 REFUSALS = backends.not_supported_reasons(MoEProblem(), DeviceKey.of(DEVICE), CHOICE)
 pytestmark = [
     pytest.mark.skipif(bool(REFUSALS), reason=f"triton_fused can't run here: {'; '.join(REFUSALS)}"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_api import PROBLEM, REFERENCE, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, api, save_policy
+from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, lookup, save_policy
 from hybrid_moe.nearest import distance, nearest, scaled
 from hybrid_moe.policy import dumps_policy, load_policy, policy_path, shipped_policy_dir, user_policy_dir
 from hybrid_moe.select import resolve
@@ -134,7 +134,7 @@ def test_a_policy_that_is_given_must_match(spies):  # noqa: F811
 def test_a_gpu_says_whose_regimes_it_takes():
     problem = MoEProblem(num_experts=128, num_local_experts=16)
     with pytest.warns(UserWarning, match="no policy for device nvidia_h200 .*nearest problem") as caught:
-        table = api.decision_table(problem, DeviceKey("nvidia_h200", (9, 0)))
+        table = lookup.decision_table(problem, DeviceKey("nvidia_h200", (9, 0)))
     message = str(next(w.message for w in caught if "no policy" in str(w.message)))
     assert (
         MoEProblem().definition in message
@@ -146,7 +146,7 @@ def test_a_gpu_says_whose_regimes_it_takes():
 
 def test_the_gpu_without_any_policy_runs_the_first_that_can():
     with pytest.warns(UserWarning, match="the first supported of"):
-        table = api.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
+        table = lookup.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
     assert table.decision(3).source == "no_policy"
     with pytest.raises(NoBackendError):
         resolve(None, PROBLEM, CPU)

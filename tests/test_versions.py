@@ -7,7 +7,7 @@ import pytest
 from test_learn import PROBLEM, learned, record
 from test_policy import make_policy, make_regime
 
-from hybrid_moe import api, backends, lookup, versions
+from hybrid_moe import backends, lookup, versions
 from hybrid_moe.choice import Choice
 from hybrid_moe.learn import learn, learn_from_files
 from hybrid_moe.policy import LearnerOptions, dumps_policy
@@ -198,7 +198,7 @@ def test_it_is_said_once_a_policy(monkeypatch):
     lookup._warn_once.cache_clear()
     with pytest.warns(PolicyMismatchWarning) as caught:
         for _ in range(3):
-            assert api.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference
+            assert lookup.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference
     hard, soft = (str(warning.message) for warning in caught)
     assert "flashinfer_trtllm (T = 1-2): " in hard and "torch" not in hard
     assert f"torch 1.0.0, here {versions.installed_version('torch')}" in soft
@@ -207,7 +207,7 @@ def test_it_is_said_once_a_policy(monkeypatch):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        api.decision_table(problem, DeviceKey("cpu"), measured_here)
+        lookup.decision_table(problem, DeviceKey("cpu"), measured_here)
 
 
 def test_records_of_this_machine_give_a_policy_that_fits_it():

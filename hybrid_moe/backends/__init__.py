@@ -30,6 +30,11 @@ def complete(choice: Choice) -> Choice:
     return Choice(choice.backend, {**get_backend(choice.backend).default_config, **choice.config})
 
 
+def candidates() -> list[Choice]:
+    """Every backend with each configuration worth measuring, in the order of rank."""
+    return [complete(Choice(name, config)) for name, backend in BACKENDS.items() for config in backend.configs()]
+
+
 @functools.lru_cache(maxsize=1024)
 def not_supported_reasons(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
     """Why ``choice`` can't run; empty if it can. Memoised: asked once for each problem and device."""
@@ -50,6 +55,7 @@ __all__ = [
     "BackendUnsupportedError",
     "Choice",
     "Runner",
+    "candidates",
     "complete",
     "get_backend",
     "not_supported_reasons",

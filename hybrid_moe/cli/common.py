@@ -19,15 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..lookup import nearest_policy
+from .. import lookup
 from ..policy import (
     Policy,
     find_policy,
     how_to_make_one,
+    known_policies,
     load_policy,
-    policies_in,
-    shipped_policy_dir,
-    user_policy_dir,
 )
 from ..problem import DeviceKey, MoEProblem
 
@@ -100,11 +98,6 @@ def policy_in(path: Path | None) -> Policy | None:
     return None if path is None or path.is_dir() else load_policy(path)
 
 
-def known_policies() -> list[tuple[Path, Policy]]:
-    """Every policy that is looked up: the user's own, then the shipped ones."""
-    return [*policies_in(user_policy_dir()), *policies_in(shipped_policy_dir())]
-
-
 def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str]:
     """The policy that a command is to speak of, and where it came from.
 
@@ -118,20 +111,25 @@ def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) ->
     device = _wanted_device(device, path)
     policy, where = find_policy(problem, device, path)
     if policy is None:
-        raise ValueError(
-            f"no policy for device {device} and {problem.definition}. There are policies of: {_known()}. "
-            f"{how_to_make_one(problem)}"
-        )
+        raise _no_policy(device, problem)
     return policy, where
 
 
 def policy_or_nearest(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str, str | None]:
     """As `wanted_policy`, but a problem without a policy has the one that serving takes, and a note that says so."""
-    policy, where = find_policy(problem, _wanted_device(device, path), path)
-    near = None if policy is not None else nearest_policy(problem, _wanted_device(device, path))
-    if near is not None:
-        return *near, near[1]
-    return *wanted_policy(device, problem, path), None
+    device = _wanted_device(device, path)
+    policy, where, note = lookup.policy_or_nearest(problem, device, path)
+    if policy is None:
+        raise _no_policy(device, problem)
+    return policy, where, note
+
+
+def _no_policy(device: str, problem: MoEProblem) -> ValueError:
+    known = "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
+    return ValueError(
+        f"no policy for device {device} and {problem.definition}. There are policies of: {known}. "
+        f"{how_to_make_one(problem)}"
+    )
 
 
 def _wanted_device(device: str | None, path: Path | None) -> str:
@@ -141,14 +139,11 @@ def _wanted_device(device: str | None, path: Path | None) -> str:
     if device is None and torch.cuda.is_available():
         device = DeviceKey.of("cuda").name
     if device is None:
+        devices = ", ".join(sorted({policy.device for _, policy in known_policies()})) or "none"
         raise ValueError(
-            f"this machine has no GPU to explain: name one with --device. There are policies of: {_known()}"
+            f"this machine has no GPU to speak of: name one with --device. There are policies of: {devices}"
         )
     return device
-
-
-def _known() -> str:
-    return "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
 
 
 def print_json(value: object) -> None:

@@ -12,11 +12,12 @@ import torch
 import typer
 from rich.markup import escape
 
-from .. import api, backends
+from .. import backends
 from ..bench import poisoned_output
 from ..choice import Choice
 from ..learn import learn_from_files
-from ..policy import LearnerOptions, Policy, dumps_policy, find_policy, load_policy, policy_path, shipped_policy_dir
+from ..lookup import decision_table, policy_or_nearest
+from ..policy import LearnerOptions, Policy, dumps_policy, load_policy, policy_path, shipped_policy_dir
 from ..problem import DeviceKey, MoEProblem
 from ..reference import moe_reference
 from ..select import resolve
@@ -67,13 +68,10 @@ def _on_gpu() -> list[str]:
     out.rule("The definition's 19 workloads at full size", align="left")
     out.print(f"{torch.cuda.get_device_name(device)}, {DEEPSEEK_V3.definition}")
     with warnings_shown():
-        decisions = api.decision_table(DEEPSEEK_V3, key)
-    first = decisions.decision(1)
-    if first.source == "no_policy":
-        for reason in first.reasons:
-            out.print(f"  - {escape(reason)}")
-    else:
-        out.print(escape(find_policy(DEEPSEEK_V3, key.name)[1]), soft_wrap=True)
+        decisions = decision_table(DEEPSEEK_V3, key)
+    policy, where, _ = policy_or_nearest(DEEPSEEK_V3, key.name)
+    for said in [where] if policy is not None else decisions.decision(1).reasons:
+        out.print(f"  - {escape(said)}", soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a missing policy was spoken of above
         return _run_all(DEEPSEEK_V3, DEFINITION_WORKLOADS, [None], key, device)
@@ -149,7 +147,7 @@ def _run_all(
     """Run every workload on every candidate (``None``: what the policy chooses); print the table, return failures."""
     table = view.checks()
     failures = []
-    decisions = api.decision_table(problem, key) if None in candidates else None
+    decisions = decision_table(problem, key) if None in candidates else None
     with progress(1 + len(workloads)) as begin, torch.inference_mode():
         begin("making the weights")
         weights: LayerWeights = random_weights(problem, device)

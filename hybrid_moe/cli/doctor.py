@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -12,14 +11,16 @@ from rich.markup import escape
 
 from .. import __version__, backends
 from ..choice import Choice
-from ..policy import PolicyError, find_policy, policies_in, shipped_policy_dir, user_policy_dir
+from ..lookup import policy_or_nearest
+from ..policy import PolicyError, policies_in, shipped_policy_dir, user_policy_dir
 from ..problem import DeviceKey
-from ..versions import Mismatch, installed_versions, mismatch
+from ..versions import Mismatch, installed_version, installed_versions, mismatch
 from ..workloads import DEEPSEEK_V3
 from . import view
 from .common import Json, out, print_json, this_device
 
-_PACKAGES = ("torch", "triton", "numpy", "sglang-kernel", "sgl-deep-gemm", "flashinfer-python", "flashinfer-bench")
+# Packages that no backend runs on.
+_OTHERS = ("numpy", "flashinfer-bench")
 
 
 def doctor(as_json: Json = False) -> None:
@@ -45,13 +46,20 @@ def examine() -> dict[str, Any]:
             problems.append(str(error))
         looked_up.append({"kind": kind, "folder": str(folder), "policies": policies})
     # One file that can't be read stops every look-up: say which, and go on with the rest of the report.
-    found, where = (None, "; ".join(problems)) if problems else find_policy(DEEPSEEK_V3, key.name)
+    found, where = None, "; ".join(problems)
+    if not problems:
+        found, where, _ = policy_or_nearest(DEEPSEEK_V3, key.name)
     differs = None
     if found is not None:
         refusals = {c: backends.not_supported_reasons(DEEPSEEK_V3, key, c) for c in found.candidates}
         differs = asdict(mismatch(found, key.name, refusals, installed_versions()))
     return {
-        "versions": {"hybrid-moe": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "hybrid-moe": __version__,
+            "python": platform.python_version(),
+            **installed_versions(),
+            **{name: installed_version(name) for name in _OTHERS},
+        },
         "device": _device(device, key),
         "problem": DEEPSEEK_V3.definition,
         "backends": _backends(key),
@@ -63,16 +71,6 @@ def examine() -> dict[str, Any]:
             "unreadable": problems,
         },
     }
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _device(device: torch.device, key: DeviceKey) -> dict[str, Any]:
@@ -91,19 +89,18 @@ def _device(device: torch.device, key: DeviceKey) -> dict[str, Any]:
 
 def _backends(key: DeviceKey) -> list[dict[str, Any]]:
     rows = []
-    for name, backend in backends.BACKENDS.items():
-        for config in backend.configs():
-            reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, Choice(name, config))
-            remarks = [] if reasons else backend.remarks(DEEPSEEK_V3, key, config)
-            rows.append(
-                {
-                    "backend": name,
-                    "config": dict(config),
-                    "works": not reasons,
-                    "reasons": list(reasons),
-                    "remarks": remarks,
-                }
-            )
+    for choice in backends.candidates():
+        reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, choice)
+        backend = backends.get_backend(choice.backend)
+        rows.append(
+            {
+                "backend": choice.backend,
+                "config": dict(choice.config),
+                "works": not reasons,
+                "reasons": list(reasons),
+                "remarks": [] if reasons else backend.remarks(DEEPSEEK_V3, key, choice.config),
+            }
+        )
     return rows
 
 

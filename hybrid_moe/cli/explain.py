@@ -9,8 +9,8 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..api import DEFAULT_ORDER
 from ..choice import Choice
+from ..lookup import DEFAULT_ORDER
 from ..policy import Policy
 from ..problem import DeviceKey, MoEProblem
 from ..report.data import candidate_letters

@@ -177,19 +177,14 @@ def candidates_of(names: Sequence[str] | None) -> list[Choice]:
     The reference isn't among them by itself: it can't be captured in a CUDA graph, and takes seconds at large T.
     """
     if not names:
-        return [
-            backends.complete(Choice(name, config))
-            for name, backend in backends.BACKENDS.items()
-            if name != "torch_reference"
-            for config in backend.configs()
-        ]
+        return [choice for choice in backends.candidates() if choice.backend != "torch_reference"]
     found: dict[Choice, None] = {}
     for name in names:
-        choice = Choice.parse(name)
-        configs = backends.get_backend(choice.backend).configs()
+        given = Choice.parse(name)
+        choice = backends.complete(given)
         # By their text: what is read from text has strings where the configuration may have numbers.
-        known = {str(c): c for c in (backends.complete(Choice(choice.backend, config)) for config in configs)}
-        wanted = known if not choice.config else [str(backends.complete(choice))]
+        known = {str(c): c for c in backends.candidates() if c.backend == choice.backend}
+        wanted = known if not given.config else [str(choice)]
         for text in wanted:
             if text not in known:
                 raise ValueError(f"candidate is {name!r}; one of {', '.join(known)} is wanted")

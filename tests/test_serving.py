@@ -1,8 +1,10 @@
 """What serving does beside calling: warming up, and taking another policy in the middle of it."""
 
 import copy
+import itertools
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -249,7 +251,11 @@ def test_calls_of_threads_see_the_old_policy_or_the_new_one(weights, spies):  # 
             warnings.simplefilter("ignore")
             for thread in threads:
                 thread.start()
-            for number in range(60):
+            # Until the calls have seen both: on a busy machine sixty reloads may pass between two of them.
+            end = time.monotonic() + 60
+            for number in itertools.count():
+                if number >= 60 and len(set(seen[3])) == 2 or time.monotonic() > end:
+                    break
                 layer.reload_policy(policies[1 - number % 2])
     finally:
         stop.set()

@@ -20,22 +20,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .choice import Choice
-from .learn import check_records, is_about, standing, under
+from .learn import WorkloadKey, by_workload, check_records, is_about, under
 from .policy import LearnerOptions, Policy, Timing
 from .problem import DeviceKey
 from .records import BenchRecord
 from .select import resolve
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadId:
-    """Which workload; the fields are those of a record."""
-
-    num_tokens: int
-    local_expert_offset: int
-    routing: str
-    seed: int
-    workload: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +43,7 @@ class Judged:
         Measured spread of the noisier of choice and oracle, see `BenchRecord.spread`; ``None`` where it isn't known.
     """
 
-    at: WorkloadId
+    at: WorkloadKey
     choice: Choice
     oracle: Choice
     bound: Choice
@@ -88,21 +77,25 @@ class Score:
 
     mean: float
     worst: float
-    worst_at: WorkloadId
+    worst_at: WorkloadKey
     workloads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as a JSON object."""
+        return asdict(self) | {"worst_at": self.worst_at._asdict()}
 
 
 @dataclass(frozen=True, slots=True)
 class Single:
     """One candidate used everywhere, at the workloads where it was right.
 
-    ``gain`` is how much slower it is than the policy: geometric mean of its latency over the policy's, less 1, each T
-    counted once.
+    ``policy_gain`` is how much slower it is than the policy: geometric mean of its latency over the policy's, less 1,
+    each T counted once.
     """
 
     choice: Choice
     score: Score
-    gain: float
+    policy_gain: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +125,23 @@ class Evaluation:
     singles: tuple[Single, ...]
     judged: tuple[Judged, ...]
     noise: float | None
-    not_judged: tuple[tuple[WorkloadId, str], ...]
+    not_judged: tuple[tuple[WorkloadKey, str], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as a JSON object."""
         return {
             "timing": self.timing,
-            "policy": asdict(self.policy),
-            "bound": asdict(self.bound),
+            "policy": self.policy.to_dict(),
+            "bound": self.bound.to_dict(),
             "singles": [
-                {"candidate": str(s.choice), "score": asdict(s.score), "gain_of_policy": s.gain} for s in self.singles
+                {"candidate": str(s.choice), "score": s.score.to_dict(), "policy_gain": s.policy_gain}
+                for s in self.singles
             ],
             "noise": self.noise,
             "beyond_noise": sum(not j.within_noise for j in self.judged),
             "judged": [
                 {
-                    **asdict(j.at),
+                    **j.at._asdict(),
                     "choice": str(j.choice),
                     "oracle": str(j.oracle),
                     "bound": str(j.bound),
@@ -157,7 +151,7 @@ class Evaluation:
                 }
                 for j in self.judged
             ],
-            "not_judged": [{**asdict(at), "reason": reason} for at, reason in self.not_judged],
+            "not_judged": [{**at._asdict(), "reason": reason} for at, reason in self.not_judged],
         }
 
 
@@ -192,7 +186,7 @@ def evaluate(
     if not here:
         found = ", ".join(sorted({f"{r.device} with {r.problem}" for r in ours})) or "none"
         raise ValueError(f"policy is for {policy.device} with {policy.problem}; the records are of {found}")
-    wanted = timing or policy.learner.timing or policy.environment.get("timing")
+    wanted = timing or policy.timing
     used = [r for r in here if wanted in (None, r.timing)]
     if not used:
         found = ", ".join(sorted({r.timing for r in here}))
@@ -217,26 +211,17 @@ def evaluate(
     )
 
 
-def _judge(policy: Policy, records: Sequence[BenchRecord]) -> tuple[list[Judged], list[tuple[WorkloadId, str]]]:
-    passed: dict[WorkloadId, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
-    for (choice, key), standing_records in standing(records).items():
-        at = WorkloadId(*key)
-        passed[at] |= {choice: standing_records} if standing_records else {}
+def _judge(policy: Policy, records: Sequence[BenchRecord]) -> tuple[list[Judged], list[tuple[WorkloadKey, str]]]:
+    workloads = by_workload(records)
     table = resolve(policy, policy.problem, DeviceKey(policy.device))
-    by_tokens: dict[int, list[WorkloadId]] = defaultdict(list)
-    for at in sorted(passed, key=lambda at: tuple(asdict(at).values())):
+    by_tokens: dict[int, list[WorkloadKey]] = defaultdict(list)
+    for at in workloads:
         by_tokens[at.num_tokens].append(at)
 
     judged: list[Judged] = []
-    not_judged: list[tuple[WorkloadId, str]] = []
+    not_judged: list[tuple[WorkloadKey, str]] = []
     for num_tokens, ats in by_tokens.items():
-        times = {
-            at: {
-                c: statistics.median(r.relative_time for r in rs) for c, rs in sorted(passed[at].items(), key=_by_name)
-            }
-            for at in ats
-        }
-        slowdowns = {at: {c: t / min(ts.values()) for c, t in ts.items()} for at, ts in times.items()}
+        slowdowns = {at: workloads[at].slowdown for at in ats}
         everywhere = set.intersection(*(set(s) for s in slowdowns.values()))
         if not everywhere:
             not_judged += [(at, f"no candidate is right at all workloads of T = {num_tokens}") for at in ats]
@@ -249,18 +234,10 @@ def _judge(policy: Policy, records: Sequence[BenchRecord]) -> tuple[list[Judged]
                 not_judged.append((at, f"{choice}, which the policy runs at T = {num_tokens}, has no right result"))
             else:
                 oracle = next(c for c, slowdown in slowdowns[at].items() if slowdown == 1)
-                noise = _noise([*passed[at][choice], *passed[at][oracle]])
+                spread = workloads[at].spread
+                noise = max((spread[c] for c in (choice, oracle) if c in spread), default=None)
                 judged.append(Judged(at, choice, oracle, bound, slowdowns[at], noise))
     return judged, not_judged
-
-
-def _noise(records: Iterable[BenchRecord]) -> float | None:
-    spreads = [r.spread for r in records if r.spread is not None]
-    return max(spreads) if spreads else None
-
-
-def _by_name(item: tuple[Choice, object]) -> str:
-    return str(item[0])
 
 
 def _singles(judged: Sequence[Judged]) -> tuple[Single, ...]:
@@ -269,7 +246,7 @@ def _singles(judged: Sequence[Judged]) -> tuple[Single, ...]:
         there = [j for j in judged if choice in j.slowdown]
         logs = ((j, math.log(j.slowdown[choice] / j.slowdown[j.choice])) for j in there)
         singles.append(Single(choice, _score((j, choice) for j in there), math.exp(_mean_over_tokens(logs)) - 1))
-    return tuple(sorted(singles, key=lambda s: (-s.score.workloads, s.gain, str(s.choice))))
+    return tuple(sorted(singles, key=lambda s: (-s.score.workloads, s.policy_gain, str(s.choice))))
 
 
 def _score(chosen: Iterable[tuple[Judged, Choice]]) -> Score:

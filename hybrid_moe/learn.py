@@ -24,18 +24,23 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .choice import Choice
 from .numerics import Tolerance
 from .policy import (
     Evidence,
     InputDigest,
+    Interval,
     LearnerOptions,
     Policy,
     Regime,
     RegretSummary,
     Verdict,
     Verified,
+    expected_regret,
+    label,
+    six_digits,
 )
 from .problem import DeviceKey, MoEProblem
 from .records import BenchRecord, problem_of_record, read_with_digest
@@ -45,7 +50,6 @@ from .versions import check_one_version, is_of
 # Differences below this are rounding of the logarithms, not of the measurements.
 _ROUNDING = 12
 _SLACK = 1e-12
-Interval = tuple[int, int | None]
 
 
 def learn_from_files(
@@ -159,7 +163,7 @@ def learn(
         options=options,
         intervals=intervals,
         preferred=preferred_among(options.prefer, {r.choice for r in used}),
-        wrong=frozenset(choice for (choice, _), passed in standing(used).items() if not passed),
+        wrong=frozenset(choice for workload in by_workload(used).values() for choice in workload.wrong),
         inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
         environment=dict(environment) if environment is not None else _environment(used),
         tolerance=tolerance,
@@ -203,22 +207,40 @@ def parse_regimes(text: str) -> list[Interval]:
     intervals.sort(key=lambda interval: interval[0])
     for lower, above in zip(intervals, intervals[1:], strict=False):
         if lower[1] is None or lower[1] >= above[0]:
-            raise ValueError(f"regimes {_label(lower)} and {_label(above)} overlap; disjoint intervals are wanted")
+            raise ValueError(f"regimes {label(lower)} and {label(above)} overlap; disjoint intervals are wanted")
     return intervals
-
-
-def _label(interval: Interval) -> str:
-    low, high = interval
-    return str(low) if low == high else f"{low}-{'' if high is None else high}"
 
 
 # ---- From records to one point for each T ----
 
 
+class WorkloadKey(NamedTuple):
+    """What tells one workload from another; the fields are those of a record, ``workload`` empty where it has none."""
+
+    num_tokens: int
+    local_expert_offset: int
+    routing: str
+    seed: int
+    workload: str
+
+
 @dataclass(frozen=True)
-class _Workload:
-    slowdown: Mapping[Choice, float]  # latency over that of the workload's fastest
-    spread: Mapping[Choice, float]  # (p90 - p10) / (2 * median), where it was measured
+class Workload:
+    """How the candidates did at one workload, by the median of each one's records.
+
+    Attributes
+    ----------
+    slowdown
+        Of each candidate that was right: its latency over that of the fastest.
+    spread
+        `BenchRecord.spread` of the same, where it was measured.
+    wrong
+        Those of which a wrong answer stands.
+    """
+
+    slowdown: Mapping[Choice, float]
+    spread: Mapping[Choice, float]
+    wrong: frozenset[Choice]
 
 
 @dataclass(frozen=True)
@@ -226,20 +248,19 @@ class _Point:
     """One T: its workloads, and the mean log slowdown of each candidate that was right at all of them."""
 
     num_tokens: int
-    workloads: Sequence[_Workload]
+    workloads: Sequence[Workload]
     log: Mapping[Choice, float]
 
     def evidence(self) -> Evidence:
-        slowdown = {str(choice): _digits(math.exp(value)) for choice, value in self.log.items()}
+        slowdown = {str(choice): six_digits(math.exp(value)) for choice, value in self.log.items()}
         return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
 
 
-WorkloadKey = tuple[int, int, str, int, str]
-
-
 def workload_key(record: BenchRecord) -> WorkloadKey:
-    """What tells one workload from another: T, offset, routing load, seed and id."""
-    return record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
+    """The workload of a record."""
+    return WorkloadKey(
+        record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
+    )
 
 
 def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
@@ -266,29 +287,36 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey],
     return kept
 
 
-def _points(records: Sequence[BenchRecord]) -> list[_Point]:
-    speeds: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
-    wrong: dict[int, set[Choice]] = defaultdict(set)
-    for (choice, key), passed in standing(records).items():
-        if passed:
-            speeds[key][choice] = passed
-        else:
-            wrong[key[0]].add(choice)
+def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Workload]:
+    """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
+    found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
+        found[key][choice] = passed
+    workloads = {}
+    for key, standing_records in sorted(found.items()):
+        right = {choice: rs for choice, rs in standing_records.items() if rs}
+        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in right.items()}
+        best = min(latency.values(), default=1.0)
+        spreads = {choice: [r.spread for r in rs if r.spread is not None] for choice, rs in right.items()}
+        workloads[key] = Workload(
+            {choice: value / best for choice, value in latency.items()},
+            {choice: statistics.median(known) for choice, known in spreads.items() if known},
+            frozenset(standing_records.keys() - right.keys()),
+        )
+    return workloads
 
-    workloads: dict[int, list[_Workload]] = defaultdict(list)
-    for key in sorted(speeds):
-        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in speeds[key].items()}
-        spread = {}
-        for choice, rs in speeds[key].items():
-            measured = [r.spread for r in rs if r.spread is not None]
-            if measured:
-                spread[choice] = statistics.median(measured)
-        best = min(latency.values())
-        workloads[key[0]].append(_Workload({c: value / best for c, value in latency.items()}, spread))
 
+def _points(records: Iterable[BenchRecord]) -> list[_Point]:
+    by_tokens: dict[int, list[Workload]] = defaultdict(list)
+    for key, workload in by_workload(records).items():
+        by_tokens[key.num_tokens].append(workload)
     points = []
-    for num_tokens, ws in sorted(workloads.items()):
-        right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong[num_tokens]
+    for num_tokens, measured in sorted(by_tokens.items()):
+        ws = [w for w in measured if w.slowdown]
+        if not ws:
+            continue
+        wrong = set().union(*(w.wrong for w in measured))
+        right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong
         log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
         points.append(_Point(num_tokens, ws, log))
     return points
@@ -441,7 +469,6 @@ class _Learner:
 
     def _regime(self, interval: Interval, ruling: _Ruling, note: str = "") -> Regime:
         evidence = tuple(p.evidence() for p in ruling.points)
-        slowdowns = [e.slowdown[str(ruling.choice)] for e in evidence]
         return Regime(
             min_tokens=interval[0],
             max_tokens=interval[1],
@@ -449,7 +476,7 @@ class _Learner:
             verdict=ruling.verdict,
             verified=self.verified,
             reason=ruling.reason + note,
-            expected_regret=_digits(math.fsum(slowdowns) / len(slowdowns) - 1),
+            expected_regret=expected_regret(ruling.choice, evidence),
             evidence=evidence,
         )
 
@@ -624,20 +651,14 @@ def _regret_at(policy: Policy, point: _Point) -> float:
 
 def summarise(regrets: Iterable[tuple[int, float]]) -> RegretSummary:
     """Mean and worst of the regrets at each T, given as ``(T, regret)``; the smallest T of equal worst ones."""
-    found = [(num_tokens, _digits(regret)) for num_tokens, regret in regrets]
+    found = [(num_tokens, six_digits(regret)) for num_tokens, regret in regrets]
     worst_tokens, worst = max(found, key=lambda item: (item[1], -item[0]))
     return RegretSummary(
-        mean=_digits(math.fsum(regret for _, regret in found) / len(found)),
+        mean=six_digits(math.fsum(regret for _, regret in found) / len(found)),
         worst=worst,
         worst_num_tokens=worst_tokens if worst > 0 else None,
         num_tokens=len(found),
     )
-
-
-def _digits(value: float) -> float:
-    """Six significant digits, so that another mathematics library's last bits don't change the file."""
-    value = float(f"{value:.6g}")
-    return 0.0 if abs(value) < _SLACK else value
 
 
 # ---- Checks and provenance ----
@@ -683,9 +704,9 @@ def check_records(
 
 def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> None:
     wrong: dict[int, set[str]] = defaultdict(set)
-    for (choice, key), passed in standing(records).items():
-        if not passed:
-            wrong[key[0]].add(str(choice))
+    for key, workload in by_workload(records).items():
+        if workload.wrong:
+            wrong[key.num_tokens].update(map(str, workload.wrong))
     hopeless = sorted(set(wrong) - {point.num_tokens for point in points})
     if hopeless:
         named = "; ".join(f"T = {t}: {', '.join(sorted(wrong[t]))}" for t in hopeless)

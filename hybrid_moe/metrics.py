@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .choice import Choice
+from .policy import Interval
 from .problem import MoEProblem
 from .select import Source
 
@@ -42,7 +43,7 @@ class Label:
     device: str
     problem: MoEProblem
     choice: Choice
-    regime: tuple[int, int | None] | None
+    regime: Interval | None
     source: Source
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,6 +41,8 @@ Verdict = Literal["best", "tie", "unsure"]
 Verified = Literal["seed_only", "measured"]
 SLUG = r"^[a-z0-9]+(_[a-z0-9]+)*$"
 Timing = Literal["cuda_graph", "eager", "cupti"]
+# Inclusive bounds of T; no upper one where that is None.
+Interval = tuple[int, int | None]
 
 
 class PolicyError(ValueError):
@@ -110,6 +113,26 @@ class Evidence(_Model):
     slowdown: _SortedDict[Annotated[float, Field(gt=0)]]
 
 
+def expected_regret(choice: Choice, evidence: Sequence[Evidence]) -> float | None:
+    """Mean over the evidence of a choice's slowdown - 1; ``None`` where it isn't in all of it, or there is none."""
+    slowdowns = [e.slowdown[str(choice)] for e in evidence if str(choice) in e.slowdown]
+    if not slowdowns or len(slowdowns) != len(evidence):
+        return None
+    return six_digits(math.fsum(slowdowns) / len(slowdowns) - 1)
+
+
+def six_digits(value: float) -> float:
+    """Six significant digits, so that another mathematics library's last bits don't change a policy's file."""
+    value = float(f"{value:.6g}")
+    return 0.0 if abs(value) < 1e-12 else value
+
+
+def label(interval: Interval) -> str:
+    """An interval of T for people: ``14-32``, ``901`` or ``10001-``."""
+    low, high = interval
+    return str(low) if low == high else f"{low}-{'' if high is None else high}"
+
+
 class Regime(_Model):
     """An interval of T and what runs in it.
 
@@ -149,16 +172,14 @@ class Regime(_Model):
         return self
 
     @property
-    def bounds(self) -> tuple[int, int | None]:
+    def bounds(self) -> Interval:
         """``(min_tokens, max_tokens)``."""
         return self.min_tokens, self.max_tokens
 
     @property
     def label(self) -> str:
         """The interval for people: ``14-32``, ``901`` or ``10001-``."""
-        if self.max_tokens == self.min_tokens:
-            return str(self.min_tokens)
-        return f"{self.min_tokens}-{'' if self.max_tokens is None else self.max_tokens}"
+        return label(self.bounds)
 
     def __contains__(self, num_tokens: int) -> bool:
         return self.min_tokens <= num_tokens and (self.max_tokens is None or num_tokens <= self.max_tokens)
@@ -266,6 +287,12 @@ class Policy(_Model):
     tolerance: Annotated[Tolerance, _whole(Tolerance)]
     inputs: _Sequence[InputDigest]
     environment: _SortedDict[str]
+
+    @property
+    def timing(self) -> str | None:
+        """How the records that it was learned from were timed; ``None`` where the file doesn't say."""
+        # Where all records were of one timing, it isn't among the options but in what they have in common.
+        return self.learner.timing or self.environment.get("timing")
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .choice import BackendUnsupportedError, Choice
-from .policy import Evidence, Policy, Regime
+from .policy import Evidence, Interval, Policy, Regime, expected_regret
 from .problem import DeviceKey, MoEProblem
 
 Source = Literal["explicit", "regime", "default", "fallback", "no_policy"]
@@ -57,7 +57,7 @@ class Decision:
 
     choice: Choice
     num_tokens: int
-    regime: tuple[int, int | None] | None
+    regime: Interval | None
     source: Source
     reasons: tuple[str, ...]
     evidence: tuple[Evidence, ...]
@@ -242,7 +242,9 @@ def choose(
             continue
         reasons.append(f"{step}: {choice} taken: {why}")
         bounds = None if regime is None else regime.bounds
-        regret = regime.expected_regret if source == "regime" and regime is not None else _regret(choice, evidence)
+        regret = (
+            regime.expected_regret if source == "regime" and regime is not None else expected_regret(choice, evidence)
+        )
         return Decision(choice, num_tokens, bounds, source, tuple(reasons), evidence, regret)
 
     unmeasured = [str(c) for c in fallback_order if c not in tried and not refusals.get(c)]
@@ -279,14 +281,6 @@ def _without_policy(
         reasons.append(f"order without a policy: {choice} taken, the first that can run")
         return Decision(choice, num_tokens, None, "no_policy", tuple(reasons), (), None)
     raise NoBackendError(_nothing(device, fallback_order, refusals))
-
-
-def _regret(choice: Choice, evidence: Sequence[Evidence]) -> float | None:
-    slowdowns = [e.slowdown.get(str(choice)) for e in evidence]
-    known = [s for s in slowdowns if s is not None]
-    if not known or len(known) != len(slowdowns):
-        return None
-    return float(f"{sum(known) / len(known) - 1:.6g}")
 
 
 def _nothing(device: DeviceKey, candidates: Sequence[Choice], refusals: Refusals) -> str:

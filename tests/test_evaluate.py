@@ -50,7 +50,7 @@ def test_regret_bound_and_gain():
     assert (found.policy.worst, found.policy.worst_at.num_tokens, found.policy.worst_at.routing) == (0.5, 5, "zipf")
     assert {j.bound for j in found.judged} == {B}
     assert found.bound.mean == pytest.approx(0.2 / 6) and found.bound.worst == pytest.approx(0.2)
-    gains = {s.choice: s.gain for s in found.singles}
+    gains = {s.choice: s.policy_gain for s in found.singles}
     assert gains[A] == pytest.approx(math.exp((0 + math.log(1.5)) / 2) - 1)
     assert gains[B] == pytest.approx(math.exp(math.log(1.2 / 1.5) / 3 / 2) - 1)  # better than the policy
     assert [s.choice for s in found.singles] == [B, A]
@@ -163,7 +163,7 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
     assert found.bound.worst == 0
     assert 0 < found.policy.mean < 0.02 and found.policy.worst < worst
     assert 0 < found.noise < 0.01
-    assert all(single.gain > 0.02 for single in found.singles) and len(found.singles) == 3
+    assert all(single.policy_gain > 0.02 for single in found.singles) and len(found.singles) == 3
 
 
 @pytest.mark.parametrize("device", ["nvidia_h100_80gb_hbm3", "nvidia_h200"])

@@ -104,8 +104,8 @@ def test_regret_by_hand():
     assert (small.regret.mean, small.regret.worst, small.regret.worst_num_tokens) == (0.375, 1.0, 2000)
     assert large.regret.mean == pytest.approx((0.1 + 0.2) / 4)
     assert (large.regret.worst, large.regret.worst_num_tokens) == (pytest.approx(0.2), 10)
-    assert small.policy_gain == pytest.approx((1.5 * 2.0) ** (1 / 4))
-    assert large.policy_gain == pytest.approx((1.1 * 1.2) ** (1 / 4))
+    assert small.policy_gain == pytest.approx((1.5 * 2.0) ** (1 / 4) - 1)
+    assert large.policy_gain == pytest.approx((1.1 * 1.2) ** (1 / 4) - 1)
     assert found.best_single.choice == FAST_LARGE
 
 
@@ -114,8 +114,8 @@ def test_a_policy_of_other_records_is_judged_by_these():
     policy = learned([record(c, t, us) for t in (1, 2000) for c, us in ((FAST_SMALL, 10), (FAST_LARGE, 90))])
     found = data.report(two_candidates(), policy).overall[0]
     assert found.policy.regret.mean == 0.375 and found.policy.regret.worst_num_tokens == 2000
-    assert standing(found, FAST_SMALL).policy_gain == 1.0
-    assert standing(found, FAST_LARGE).policy_gain == pytest.approx((1.1 * 1.2 / 1.5 / 2.0) ** (1 / 4))
+    assert standing(found, FAST_SMALL).policy_gain == 0.0
+    assert standing(found, FAST_LARGE).policy_gain == pytest.approx((1.1 * 1.2 / 1.5 / 2.0) ** (1 / 4) - 1)
     assert [row.chosen for row in found.rows] == [FAST_SMALL] * 4
 
 

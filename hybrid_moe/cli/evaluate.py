@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..evaluate import Evaluation, Score, WorkloadId
+from ..evaluate import Evaluation, Score
 from ..evaluate import evaluate as judge
-from ..learn import check_solutions
+from ..learn import WorkloadKey, check_solutions
 from ..policy import Policy, Timing, load_policy
 from ..records import BenchRecord, read_with_digest
 from . import view
@@ -67,7 +67,7 @@ def _print(policy: Policy, result: Evaluation, learned_from: list[str]) -> None:
         out.print(f"[yellow]learned from {escape(path)} itself: regret there is training regret[/]", soft_wrap=True)
     table = view.table("what runs", ">workloads", ">mean regret", ">worst", "at", ">policy is faster by")
     rows: list[tuple[str, Score, str]] = [("the policy", result.policy, ""), ("the best by T alone", result.bound, "")]
-    rows += [(str(single.choice), single.score, view.percent(single.gain)) for single in result.singles]
+    rows += [(str(single.choice), single.score, view.percent(single.policy_gain)) for single in result.singles]
     for name, score, gain in rows:
         table.add_row(
             escape(name),
@@ -90,6 +90,6 @@ def _print(policy: Policy, result: Evaluation, learned_from: list[str]) -> None:
         out.print(f"[yellow]not judged: {escape(_place(at))}: {escape(reason)}[/]")
 
 
-def _place(at: WorkloadId) -> str:
+def _place(at: WorkloadKey) -> str:
     workload = f" ({at.workload[:8]})" if at.workload else ""
     return f"T = {at.num_tokens}, {at.routing}, seed {at.seed}{workload}"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..choice import Choice
 from ..numerics import Correctness
-from ..policy import Evidence, Policy, RegretSummary
+from ..policy import Evidence, Policy, RegretSummary, label
 from ..select import Decision, Span
 from ..timing import Work
 from .execute import SimpleTime
@@ -150,10 +150,7 @@ def evidence(items: Sequence[Evidence], chosen: Choice | None = None) -> Table:
 
 def regime_text(decision: Decision) -> str:
     """The bounds of the decision's regime for people."""
-    if decision.regime is None:
-        return "none"
-    low, high = decision.regime
-    return str(low) if low == high else f"{low}-{'' if high is None else high}"
+    return "none" if decision.regime is None else label(decision.regime)
 
 
 def checks() -> Table:

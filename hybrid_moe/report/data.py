@@ -25,7 +25,7 @@ from ..select import Span, resolve
 _TIMINGS: tuple[Timing, ...] = ("cuda_graph", "cupti", "eager")
 _MAIN_LOAD = "uniform"
 
-Interval = tuple[float, float]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Standing:
     regret
         Mean and worst; ``None`` where nothing is known.
     policy_gain
-        Geometric mean, over the T where both are known, of its latency over the policy's: 1.05 means that the policy
-        is 1.05 times as fast.
+        Geometric mean, over the T where both are known, of its latency over the policy's, less 1: 0.05 means that the
+        policy is 1.05 times as fast.
     """
 
     choice: Choice | None
@@ -119,10 +119,10 @@ class Checked:
 
     choice: Choice
     workloads: int
-    relative_l2: Interval | None
-    cosine: Interval | None
-    matched_ratio: Interval | None
-    max_abs_error: Interval | None
+    relative_l2: Range | None
+    cosine: Range | None
+    matched_ratio: Range | None
+    max_abs_error: Range | None
     bounds: Sequence[str]
 
 
@@ -251,9 +251,7 @@ def candidate_letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
 
 
 def _timings(policy: Policy, measured: set[Timing]) -> list[Timing]:
-    # A policy learned from records of one timing doesn't name it among the options, but in the environment.
-    own = policy.learner.timing or policy.environment.get("timing")
-    return sorted(measured, key=lambda timing: (timing != own, _TIMINGS.index(timing)))
+    return sorted(measured, key=lambda timing: (timing != policy.timing, _TIMINGS.index(timing)))
 
 
 # ---- One timing and load ----
@@ -294,7 +292,7 @@ def _standings(rows: Sequence[Row]) -> list[Standing]:
             for row in rows
             if choice in row.slowdown and row.chosen is not None and choice is not None
         ]
-        gain = math.exp(math.fsum(gains) / len(gains)) if gains else None
+        gain = math.exp(math.fsum(gains) / len(gains)) - 1 if gains else None
         return Standing(choice, summarise(regrets) if regrets else None, gain)
 
     singles = [of(choice) for choice in sorted({c for row in rows for c in row.regret}, key=str)]
@@ -309,7 +307,7 @@ def _latencies(records: Sequence[BenchRecord]) -> dict[tuple[Choice, int], Laten
     wanted: dict[int, set[WorkloadKey]] = defaultdict(set)
     for choice, key in kept:
         if not choice.backend.startswith(PEER_PREFIX):
-            wanted[key[0]].add(key)
+            wanted[key.num_tokens].add(key)
     latencies = {}
     for choice in sorted({choice for choice, _ in kept}, key=str):
         for num_tokens, keys in wanted.items():
@@ -368,7 +366,7 @@ def _checked(records: Sequence[BenchRecord], order: Mapping[Choice, str]) -> lis
     for choice in [*ranked, *sorted(set(by_choice) - set(ranked), key=str)]:
         gates = [r.correctness for r in by_choice[choice] if r.correctness is not None]
 
-        def interval(name: str, gates: Sequence[object] = gates) -> Interval | None:
+        def interval(name: str, gates: Sequence[object] = gates) -> Range | None:
             known = [value for value in (getattr(gate, name) for gate in gates) if value is not None]
             return (min(known), max(known)) if known else None
 

@@ -38,7 +38,6 @@ def html(report: Report) -> str:
     environment.filters |= {
         "number": _number,
         "percent": _percent,
-        "gain": _gain,
         "tokens": _tokens,
         "cell": _cell,
         "fastest": lambda row: min(row.slowdown, key=lambda c: row.slowdown[c], default=None),
@@ -109,11 +108,11 @@ def _costs(standing: Standing) -> str:
 
 def _against(best: Standing) -> str:
     gain = best.policy_gain
-    if gain is None or _percent(gain - 1) == _percent(0):
+    if gain is None or _percent(abs(gain)) == _percent(0):
         return ""
-    if gain > 1:
-        return f"; the policy is {_percent(gain - 1)} faster (geometric mean)"
-    return f"; the policy is {_percent(1 / gain - 1)} slower (geometric mean)"
+    if gain > 0:
+        return f"; the policy is {_percent(gain)} faster (geometric mean)"
+    return f"; the policy is {_percent(1 / (1 + gain) - 1)} slower (geometric mean)"
 
 
 def _in_words(problem: MoEProblem) -> str:
@@ -165,10 +164,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def _gain(value: float | None) -> str:
-    return "–" if value is None else _percent(value - 1)
 
 
 def _tokens(tokens: Sequence[int]) -> str:

@@ -8,13 +8,14 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from .api import HybridMoE
 from .choice import BackendUnsupportedError, Choice
 from .numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, Tolerance, check
+from .policy import GraphOrEager
 from .problem import FP8, DeviceKey, MoEInputs, MoEProblem
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
 from .reference import has_local_work, moe_reference
@@ -139,7 +140,7 @@ def measure(
     environment: dict[str, EnvironmentValue],
     *,
     prepare: Prepare | None = None,
-    timings: Sequence[Literal["cuda_graph", "eager"]] = ("cuda_graph", "eager"),
+    timings: Sequence[GraphOrEager] = ("cuda_graph", "eager"),
     runs: int = 15,
 ) -> Iterator[BenchRecord]:
     """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed.

@@ -40,7 +40,8 @@ _ANEW = "`hybrid-moe regenerate` on that GPU, or from its records by `hybrid-moe
 Verdict = Literal["best", "tie", "unsure"]
 Verified = Literal["seed_only", "measured"]
 SLUG = r"^[a-z0-9]+(_[a-z0-9]+)*$"
-Timing = Literal["cuda_graph", "eager", "cupti"]
+GraphOrEager = Literal["cuda_graph", "eager"]  # the ways in which this package times
+Timing = Literal[GraphOrEager, "cupti"]
 # Inclusive bounds of T; no upper one where that is None.
 Interval = tuple[int, int | None]
 

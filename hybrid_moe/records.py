@@ -22,8 +22,6 @@ from .policy import SLUG, InputDigest, Timing, describe
 from .problem import MoEProblem, device_slug, problem_of_definition
 from .traces import is_trace, record_fields
 
-RECORD_SCHEMA_VERSION = 1
-
 Status = Literal["passed", "failed", "unsupported", "timeout"]
 EnvironmentValue = str | int | float | bool | None
 

@@ -11,7 +11,7 @@ from .problem import FP8, MoEInputs, MoEProblem
 from .reference import FP8_MAX, route
 
 RoutingLoad = Literal["uniform", "zipf", "concentrated", "none"]
-ROUTING_LOADS: tuple[str, ...] = get_args(RoutingLoad)
+ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
 
 DEEPSEEK_V3 = MoEProblem()
 ROUTED_SCALING_FACTOR = 2.5

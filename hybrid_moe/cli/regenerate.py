@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from .. import backends
 from ..choice import Choice
 from ..learn import learn, preferred_among
 from ..policy import (
+    GraphOrEager,
     LearnerOptions,
     Policy,
     PolicyError,
@@ -33,7 +34,7 @@ from ..select import NoBackendError
 from ..sweep import journal
 from ..sweep import run as sweeping
 from ..sweep.gpu import GpuBench
-from ..sweep.plan import MAX_TOKENS, Plan, Results, middle_rank
+from ..sweep.plan import LOADS, MAX_TOKENS, Plan, Results, middle_rank
 from ..sweep.process import Bench, Identity, Worker
 from ..workloads import DEEPSEEK_V3, ROUTING_LOADS, RoutingLoad, Workload, make_routing
 from .common import (
@@ -57,7 +58,6 @@ from .watch import watching
 
 # To stay under 8 and 20 minutes of GPU time with the start of the processes and the verification.
 QUICK_MINUTES, FULL_MINUTES = 6.0, 18.0
-LOADS: tuple[RoutingLoad, ...] = ("uniform", "zipf", "concentrated")
 
 
 def regenerate(
@@ -97,9 +97,7 @@ def regenerate(
     tie_margin: Annotated[float, typer.Option(help="Share of the speed that a tie may cost.")] = 0.03,
     prefer: Annotated[str | None, typer.Option(help="Backend, or name[key=value], that ties go to.")] = None,
     max_gap: Annotated[float, typer.Option(help="Between T whose ratio is larger there is no evidence.")] = 2.0,
-    timing: Annotated[
-        Literal["cuda_graph", "eager"], typer.Option(help="What the policy is for; both are measured.")
-    ] = "cuda_graph",
+    timing: Annotated[GraphOrEager, typer.Option(help="What the policy is for; both are measured.")] = "cuda_graph",
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -206,7 +204,7 @@ def loads_of(
     for name in wanted or ():
         if name not in ROUTING_LOADS:
             raise ValueError(f"routing is {name!r}; one of {', '.join(ROUTING_LOADS)} is wanted")
-    loads: list[RoutingLoad] = [load for load in get_args(RoutingLoad) if load in (wanted or LOADS)]
+    loads: list[RoutingLoad] = [load for load in ROUTING_LOADS if load in (wanted or LOADS)]
     for load in loads:
         try:
             make_routing(Workload(8, middle_rank(problem), load), problem)

@@ -9,11 +9,11 @@ import torch
 
 from ..bench import Case, environment_of, measure, versions
 from ..choice import Choice
+from ..policy import GraphOrEager
 from ..problem import DeviceKey, MoEProblem
 from ..records import BenchRecord, EnvironmentValue
 from ..timing import Ceilings, measure_ceilings
 from ..workloads import LayerWeights, Workload, random_weights
-from .plan import GraphOrEager
 from .process import Identity
 
 # The reference holds so many tokens at most: all 16384 would take half a minute.

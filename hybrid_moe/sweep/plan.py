@@ -14,15 +14,16 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from ..choice import Choice
+from ..policy import GraphOrEager
 from ..problem import MoEProblem
 from ..records import BenchRecord
 from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload
 
-GraphOrEager = Literal["cuda_graph", "eager"]
-TIMINGS: tuple[GraphOrEager, ...] = ("cuda_graph", "eager")
+TIMINGS: tuple[GraphOrEager, ...] = get_args(GraphOrEager)
+LOADS: tuple[RoutingLoad, ...] = ("uniform", "zipf", "concentrated")
 MAX_TOKENS = 16384
 # How many T are put between the anchors.
 QUICK_REFINEMENTS, FULL_REFINEMENTS = 8, 16
@@ -79,7 +80,7 @@ class Plan:
         candidates: Sequence[Choice],
         *,
         quick: bool = False,
-        loads: Sequence[RoutingLoad] = ("uniform", "zipf", "concentrated"),
+        loads: Sequence[RoutingLoad] = LOADS,
         max_tokens: int = MAX_TOKENS,
         timing: GraphOrEager = "cuda_graph",
     ) -> Plan:

@@ -24,9 +24,10 @@ from types import TracebackType
 from typing import Protocol
 
 from ..choice import Choice
+from ..policy import GraphOrEager
 from ..records import BenchRecord, EnvironmentValue
 from ..workloads import Workload
-from .plan import GraphOrEager, Job
+from .plan import Job
 
 # Imports of torch and of a library from a slow disk; weights, inputs and reference of the largest workload.
 START_LIMIT_S, LOAD_LIMIT_S = 300.0, 600.0

@@ -7,12 +7,12 @@ import inspect
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import cutlass_emulation
 import pytest
 import torch
+from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_package
 
 from hybrid_moe import HybridMoE, backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
@@ -65,15 +65,8 @@ def is_cuda_version_at_least(wanted):
 
 
 def recorded_signature(version: str) -> inspect.Signature:
-    """The signature of that release; defaults are their source text."""
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                row["name"], inspect._ParameterKind[row["kind"]], default=row.get("default", inspect.Parameter.empty)
-            )
-            for row in RECORDED["versions"][version]
-        ]
-    )
+    """The signature of that release."""
+    return signature_of(RECORDED["versions"][version])
 
 
 @pytest.fixture
@@ -93,11 +86,6 @@ def tools(tmp_path, monkeypatch):
 @pytest.fixture
 def fake_flashinfer(tmp_path, monkeypatch, tools):
     """Install a package flashinfer of a given version, state of its module and CUDA; its function is the code given."""
-    saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "flashinfer"}
-
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
-            del sys.modules[name]
 
     def install(
         code: str = "from cutlass_emulation import cutlass_fused_moe",
@@ -108,23 +96,16 @@ def fake_flashinfer(tmp_path, monkeypatch, tools):
         cuda: str = "13.0",
         before: str = "pass",
     ) -> None:
-        jit = tmp_path / "flashinfer" / "jit"
-        jit.mkdir(parents=True)
-        (jit.parent / "__init__.py").write_text("")
-        (jit.parent / "fused_moe.py").write_text(textwrap.dedent(code))
+        jit = write_package(tmp_path, code, version) / "jit"
+        jit.mkdir()
         (jit / "__init__.py").write_text("")
         spec = JIT.format(is_aot=is_aot, is_compiled=is_compiled, sources=list(sources), before=before)
         (jit / "fused_moe.py").write_text(spec)
         (jit / "cpp_ext.py").write_text(CPP_EXT.format(cuda=cuda))
-        info = tmp_path / f"flashinfer_python-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {version}\n")
         monkeypatch.syspath_prepend(tmp_path)
 
-    forget()
-    yield install
-    forget()
-    sys.modules.update(saved)
+    with forgotten():
+        yield install
 
 
 @pytest.fixture
@@ -139,25 +120,7 @@ def on_this_device(monkeypatch):
 
 
 def make_inputs(tokens: int, offset: int, problem: MoEProblem = SMALL, seed: int = 0) -> MoEInputs:
-    """Random inputs; the scales have both signs, as flashinfer-bench's."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    e, h, i = problem.num_local_experts, problem.hidden_size, problem.intermediate_size
-    return MoEInputs(
-        routing_logits=randn(tokens, problem.num_experts),
-        routing_bias=(0.1 * randn(problem.num_experts)).bfloat16(),
-        hidden_states=randn(tokens, h).clamp(-2, 2).to(FP8),
-        hidden_states_scale=randn(h // 128, tokens),
-        gemm1_weights=randn(e, 2 * i, h).clamp(-2, 2).to(FP8),
-        gemm1_weights_scale=0.1 * randn(e, 2 * i // 128, h // 128),
-        gemm2_weights=randn(e, h, i).clamp(-2, 2).to(FP8),
-        gemm2_weights_scale=0.1 * randn(e, h // 128, i // 128),
-        local_expert_offset=offset,
-        routed_scaling_factor=2.5,
-    )
+    return inputs_of_any_sign(tokens, offset, problem, seed, DEVICE)
 
 
 def poison(tokens: int, problem: MoEProblem = SMALL) -> torch.Tensor:

@@ -8,19 +8,19 @@ import inspect
 import json
 import re
 import sys
-import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import trtllm_emulation
+from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_package
 
 from hybrid_moe.backends import flashinfer_package, flashinfer_trtllm
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm, contract_reasons, layer_arguments
 from hybrid_moe.choice import BackendUnsupportedError
 from hybrid_moe.numerics import Tolerance, check
-from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem
+from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference
 
 B200 = DeviceKey("nvidia_b200", (10, 0))
@@ -38,45 +38,24 @@ NEWEST = VERSIONS[-1]
 
 
 def recorded_signature(version: str) -> inspect.Signature:
-    """The signature of that release; defaults are their source text."""
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                row["name"],
-                inspect._ParameterKind[row["kind"]],
-                default=row.get("default", inspect.Parameter.empty),
-            )
-            for row in RECORDED["versions"][version]
-        ]
-    )
+    """The signature of that release."""
+    return signature_of(RECORDED["versions"][version])
 
 
 @pytest.fixture
 def fake_flashinfer(tmp_path, monkeypatch):
     """Install a package flashinfer of a given version, whose function is the code given."""
-    saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "flashinfer"}
-
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
-            del sys.modules[name]
 
     def install(
         code: str = "from trtllm_emulation import trtllm_fp8_block_scale_moe",
         version: str = NEWEST,
         package: str = "flashinfer-python",
     ) -> None:
-        (tmp_path / "flashinfer").mkdir()
-        (tmp_path / "flashinfer" / "__init__.py").write_text("")
-        (tmp_path / "flashinfer" / "fused_moe.py").write_text(textwrap.dedent(code))
-        info = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        write_package(tmp_path, code, version, package)
         monkeypatch.syspath_prepend(tmp_path)
 
-    forget()
-    yield install
-    forget()
-    sys.modules.update(saved)
+    with forgotten():
+        yield install
 
 
 @pytest.fixture
@@ -89,25 +68,7 @@ def no_flashinfer(monkeypatch):
 
 
 def make_inputs(tokens: int, offset: int, problem: MoEProblem = SMALL, seed: int = 0) -> MoEInputs:
-    """Random inputs; the scales have both signs, as flashinfer-bench's."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    e, h, i = problem.num_local_experts, problem.hidden_size, problem.intermediate_size
-    return MoEInputs(
-        routing_logits=randn(tokens, problem.num_experts),
-        routing_bias=(0.1 * randn(problem.num_experts)).bfloat16(),
-        hidden_states=randn(tokens, h).clamp(-2, 2).to(FP8),
-        hidden_states_scale=randn(h // 128, tokens),
-        gemm1_weights=randn(e, 2 * i, h).clamp(-2, 2).to(FP8),
-        gemm1_weights_scale=0.1 * randn(e, 2 * i // 128, h // 128),
-        gemm2_weights=randn(e, h, i).clamp(-2, 2).to(FP8),
-        gemm2_weights_scale=0.1 * randn(e, h // 128, i // 128),
-        local_expert_offset=offset,
-        routed_scaling_factor=2.5,
-    )
+    return inputs_of_any_sign(tokens, offset, problem, seed)
 
 
 def poison(tokens: int, problem: MoEProblem = SMALL) -> torch.Tensor:

@@ -162,11 +162,9 @@ def test_traces_of_its_candidates_are_learned_to_the_same_choices(tmp_path):
     """The records of the shipped policy, as the candidates' Solutions would have left them."""
     device = "nvidia_h100_80gb_hbm3"
     records = read_records(ROOT / "benchmarks" / "results" / device / "definition.jsonl")
-    traces = []
-    for record in records:
-        if record.timing == "cuda_graph" and record.latency_us is not None:
-            name = candidate_solution(record.choice, MoEProblem())["name"]
-            traces.append(trace_of(record).model_copy(update={"solution": name}))
+    timed = [record for record in records if record.timing == "cuda_graph" and record.latency_us is not None]
+    names = {choice: candidate_solution(choice, MoEProblem())["name"] for choice in {record.choice for record in timed}}
+    traces = [trace_of(record).model_copy(update={"solution": names[record.choice]}) for record in timed]
     policy = shipped(device)
     # The policy's own Solution is no candidate: named, not learned from.
     mixed = trace(policy_solution(policy)["name"], 16, 0.001, hardware="NVIDIA H100 80GB HBM3")

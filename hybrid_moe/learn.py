@@ -225,7 +225,7 @@ class WorkloadKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Workload:
+class Comparison:
     """How the candidates did at one workload, by the median of each one's records.
 
     Attributes
@@ -248,7 +248,7 @@ class _Point:
     """One T: its workloads, and the mean log slowdown of each candidate that was right at all of them."""
 
     num_tokens: int
-    workloads: Sequence[Workload]
+    workloads: Sequence[Comparison]
     log: Mapping[Choice, float]
 
     def evidence(self) -> Evidence:
@@ -287,7 +287,7 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey],
     return kept
 
 
-def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Workload]:
+def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
     """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
     found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
     for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
@@ -298,7 +298,7 @@ def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Workload]:
         latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in right.items()}
         best = min(latency.values(), default=1.0)
         spreads = {choice: [r.spread for r in rs if r.spread is not None] for choice, rs in right.items()}
-        workloads[key] = Workload(
+        workloads[key] = Comparison(
             {choice: value / best for choice, value in latency.items()},
             {choice: statistics.median(known) for choice, known in spreads.items() if known},
             frozenset(standing_records.keys() - right.keys()),
@@ -307,7 +307,7 @@ def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Workload]:
 
 
 def _points(records: Iterable[BenchRecord]) -> list[_Point]:
-    by_tokens: dict[int, list[Workload]] = defaultdict(list)
+    by_tokens: dict[int, list[Comparison]] = defaultdict(list)
     for key, workload in by_workload(records).items():
         by_tokens[key.num_tokens].append(workload)
     points = []

@@ -19,7 +19,7 @@ from hybrid_moe.choice import Choice
 from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json
 from hybrid_moe.cli.demo import SMALL
-from hybrid_moe.policy import load_policy, user_policy_dir
+from hybrid_moe.policy import load_policy, save_policy, user_policy_dir
 from hybrid_moe.problem import DeviceKey, MoEProblem
 from hybrid_moe.records import BenchRecord, append_record
 from hybrid_moe.select import Decision
@@ -454,6 +454,17 @@ def test_help_shows_brackets():
         flat = " ".join(cli(command, "--help").output.replace("│", " ").split())
         for text in texts:
             assert text in flat, (command, text)
+
+
+def test_doctor_names_the_nearest_policy_where_there_is_no_other(tmp_path, monkeypatch):
+    policy = load_policy(cpu_policy(tmp_path, "torch_reference"))
+    save_policy(policy, user_policy_dir() / "cpu" / "small.json")
+    monkeypatch.setattr("hybrid_moe.cli.doctor.this_device", lambda: torch.device("cpu"))
+    found = cli_json("doctor")["policies"]
+    assert (
+        found["applies"] and "regimes of the nearest problem" in found["found"] and SMALL.definition in found["found"]
+    )
+    assert "Without one" not in cli("doctor").stdout
 
 
 def test_doctor_survives_a_policy_that_cannot_be_read():

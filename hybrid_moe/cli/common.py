@@ -140,9 +140,7 @@ def _wanted_device(device: str | None, path: Path | None) -> str:
         device = DeviceKey.of("cuda").name
     if device is None:
         devices = ", ".join(sorted({policy.device for _, policy in known_policies()})) or "none"
-        raise ValueError(
-            f"this machine has no GPU to speak of: name one with --device. There are policies of: {devices}"
-        )
+        raise ValueError(f"torch finds no GPU here: name one with --device. There are policies of: {devices}")
     return device
 
 

@@ -170,7 +170,7 @@ def select_kernel(
     GROUP_SIZE_POW2: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T,), one warp each. For a library that sorts by itself: all experts, with the local ones numbered 0 to E.
+    """Grid: (T,), one warp each. For a library that sorts by itself: all experts, the local ones first: 0 to E - 1.
 
     It lets the next kernel start when all before that has finished.
     """

@@ -4,8 +4,8 @@ python benchmarks/sanitize.py                    # both tools, T = 15 and 901
 python benchmarks/sanitize.py --tool memcheck --tokens 15
 
 Only this package's kernels are watched, one launch of each, on a layer of a seventh of DeepSeek-V3's width (the same
-tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. Exit code 1
-if a tool finds something.
+tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. The exit
+code is 1 if a tool finds something.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ LAUNCHES = 5
 
 def call(tokens: int, full_size: bool) -> None:
     """One call at a T, whose result is looked at: a kernel that isn't launched has no errors."""
-    import torch  # here, as the process that starts the tool needs no GPU
 
     from hybrid_moe import fused_moe
     from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights

@@ -32,24 +32,23 @@ SHARED_LIMIT = 225_000
 
 
 def candidates(which: str, tokens: int) -> list[Tile]:
-    """Tiles worth trying at this T."""
-    shapes: list[tuple[int, int, int]] = []
-    pipelines: tuple[tuple[int, int], ...] = ((2, 1), (3, 1), (4, 1), (2, 2))
-    if tokens <= 128:
-        pipelines += ((5, 1), (3, 2), (2, 4), (3, 4))
-    if tokens <= 32:
-        shapes += [(16, 32, 2), (16, 32, 4), (16, 64, 4)] + ([(16, 128, 4)] if which == "gemm2" else [])
-    if 16 < tokens <= 128:
-        shapes += [(32, 32, 2), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4)]
-    if tokens > 128:
-        shapes += [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+    """Tiles worth trying at this T: up to 16 rows for all, then 64 or 128 rows, or 16 where an expert has no more."""
+    shapes = [(16, 64, 4), (16, 128, 4)] if tokens <= 32 else []
+    if tokens > 16:
+        shapes += [(32, 64, 4), (64, 64, 4), (64, 128, 4)]
+    if tokens > 256:
+        shapes += [(64, 128, 8), (128, 64, 8), (128, 128, 8)]
         if which == "gemm2":
-            shapes += [(128, 128, 4), (128, 256, 8), (64, 256, 4), (64, 256, 8)]
+            shapes += [(128, 256, 8), (64, 256, 8)]
     tiles = []
-    for (m, n, warps), (stages, unroll) in product(shapes, pipelines):
-        shared = stages * unroll * 128 * ((2 * n if which == "gemm1" else n) + m)
-        if shared <= SHARED_LIMIT:
-            tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 128 else 4))
+    for (m, n, warps), (stages, unroll) in product(shapes, ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2))):
+        if m > 16 and unroll > 1:
+            continue
+        for few in ((0, 1, 1), (16, 3, 2), (16, 4, 1)) if m > 16 and n <= 128 else ((0, 1, 1),):
+            weights = 2 * n if which == "gemm1" else n
+            shared = 128 * max(stages * unroll * (weights + m), few[1] * few[2] * (weights + few[0]))
+            if shared <= SHARED_LIMIT:
+                tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 2560 else 4, few))
     return tiles
 
 
@@ -134,10 +133,11 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
         h = PROBLEM.hidden_size
         inputs = MoEInputs(
             empty(tokens, 256), empty(256), empty(tokens, h, dtype=FP8), empty(h // 128, tokens),
-            empty(1, 16, dtype=FP8), empty(16), empty(1, 16, dtype=FP8), empty(16), 32, 2.5,
+            empty(1, 256, h, dtype=FP8), empty(16), empty(1, 256, PROBLEM.intermediate_size, dtype=FP8), empty(16),
+            32, 2.5,
         )  # fmt: skip
         ints = empty(32, dtype=torch.int32)
-        routed = Routed(ints, ints, ints, ints, ints, aligned=False)
+        routed = Routed(ints, ints, ints, ints, ints, aligned=True)
         if which == "gemm1":
             gemm1(inputs, routed, PROBLEM, launch_of(), tile)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -83,6 +84,9 @@ class Kernel:
         key = (constants, device.index)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is None:
+            # Later launches go by position alone.
+            names = list(inspect.signature(self.function.fn).parameters)
+            assert names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
             compiled = self.function[grid](*arguments, **constants.arguments, **constants.options)
             # The interpreter returns nothing to keep.
             if aligned and isinstance(compiled, CompiledKernel):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from ...problem import FP8, MoEInputs, MoEProblem
 from ..gather import gather_kernel
+from ..launch import Constants, Kernel
 from ..pipeline import Launch, Routed, pow2
 from ..swiglu import swiglu_quantize_kernel
 
@@ -120,8 +122,7 @@ def gather(
     if problem_tables:
         tables.problem_sizes = torch.empty((2, e, 3), dtype=torch.int32, device=device)
         tables.strides = torch.empty((3, e), dtype=torch.int64, device=device)
-    hidden_pow2 = pow2(problem.hidden_size)
-    gather_kernel[(inputs.num_tokens,)](
+    arguments = (
         inputs.hidden_states,
         inputs.hidden_states_scale,
         routed.counts,
@@ -130,26 +131,15 @@ def gather(
         rows.gathered_scale,
         tables.start,
         tables.end,
-        tables.problem_sizes if problem_tables else bounds,
-        tables.strides if problem_tables else bounds,
+        bounds if tables.problem_sizes is None else tables.problem_sizes,
+        bounds if tables.strides is None else tables.strides,
         inputs.hidden_states_scale.stride(0),
         inputs.hidden_states_scale.stride(1),
         rows.gathered_scale.stride(0),
         rows.gathered_scale.stride(1),
-        STRIDE_HIDDEN=inputs.hidden_states.stride(0),
-        E=e,
-        E_POW2=pow2(e),
-        TOP_K=problem.top_k,
-        TOP_K_POW2=pow2(problem.top_k),
-        HIDDEN=problem.hidden_size,
-        HIDDEN_POW2=hidden_pow2,
-        INTERMEDIATE=problem.intermediate_size,
-        ALIGN=rows.align,
-        TABLES=problem_tables,
-        PDL=launch.pdl,
-        num_warps=8 if hidden_pow2 >= 4096 else 4,
-        **launch.options,
     )
+    constants = _gather_constants(problem, launch, rows.align, inputs.hidden_states.stride(0), problem_tables)
+    GATHER.launch((inputs.num_tokens,), arguments, constants, device, routed.aligned)
     return tables
 
 
@@ -161,20 +151,50 @@ def swiglu(routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows) -> N
     most = 2 if capacity < 8 * launch.multiprocessors else 8
     piece = next(n for n in (8, 4, 2, 1) if n <= most and blocks % n == 0)
     pieces = capacity * (blocks // piece)
-    swiglu_quantize_kernel[(min(pieces, launch.multiprocessors * SWIGLU_PROGRAMS),)](
+    arguments = (
         rows.gemm1,
         routed.counts,
         rows.activated,
         rows.activated_scale,
         rows.activated_scale.stride(0),
         rows.activated_scale.stride(1),
-        INTERMEDIATE=problem.intermediate_size,
-        GATE_FIRST=problem.gate_first,
-        E=problem.num_local_experts,
-        E_POW2=pow2(problem.num_local_experts),
-        ALIGN=rows.align,
-        BLOCKS=piece,
-        PDL=launch.pdl,
-        num_warps=1 if piece < 8 else 4,
-        **launch.options,
     )
+    grid = (min(pieces, launch.multiprocessors * SWIGLU_PROGRAMS),)
+    constants = _swiglu_constants(problem, launch, rows.align, piece)
+    SWIGLU.launch(grid, arguments, constants, rows.gemm1.device, True)
+
+
+GATHER, SWIGLU = Kernel(gather_kernel), Kernel(swiglu_quantize_kernel)
+
+
+@functools.lru_cache(maxsize=256)
+def _gather_constants(problem: MoEProblem, launch: Launch, align: int, stride_hidden: int, tables: bool) -> Constants:
+    hidden_pow2 = pow2(problem.hidden_size)
+    arguments = {
+        "STRIDE_HIDDEN": stride_hidden,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "HIDDEN": problem.hidden_size,
+        "HIDDEN_POW2": hidden_pow2,
+        "INTERMEDIATE": problem.intermediate_size,
+        "ALIGN": align,
+        "TABLES": tables,
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 8 if hidden_pow2 >= 4096 else 4})
+
+
+@functools.lru_cache(maxsize=256)
+def _swiglu_constants(problem: MoEProblem, launch: Launch, align: int, blocks: int) -> Constants:
+    arguments = {
+        "INTERMEDIATE": problem.intermediate_size,
+        "GATE_FIRST": problem.gate_first,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "ALIGN": align,
+        "BLOCKS": blocks,
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 1 if blocks < 8 else 4})

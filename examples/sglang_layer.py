@@ -8,8 +8,8 @@ SGLang goes on loading the checkpoint, running the gate and the shared experts, 
 In a server, as a plugin: an entry point ``hybrid_moe = "sglang_layer:register"`` of group ``sglang.srt.plugins`` in the
 package that holds this file, and
 
-    python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --tp 8 --ep 8 \\
-        --moe-runner-backend triton --disable-shared-experts-fusion
+    python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --tp 8 --ep 8 --moe-runner-backend triton
+        --disable-shared-experts-fusion
 
 With ``--moe-runner-backend triton`` the weights stay as the checkpoint has them.
 
@@ -199,9 +199,7 @@ def prepare(layer: FusedMoE, fp8: Fp8MoEMethod, topk_config: Any, **options: Any
         f"activation is {runner.activation!r}; gated 'silu' is wanted": (
             runner.activation != "silu" or not runner.is_gated
         ),
-        "a SwiGLU limit or alpha": not (
-            runner.swiglu_limit is runner.gemm1_alpha is runner.gemm1_clamp_limit is None
-        ),
+        "a SwiGLU limit or alpha": not (runner.swiglu_limit is runner.gemm1_alpha is runner.gemm1_clamp_limit is None),
         "apply_router_weight_on_input": runner.apply_router_weight_on_input,
         "no_combine": runner.no_combine,
         "experts with biases": layer.with_bias,
@@ -210,7 +208,9 @@ def prepare(layer: FusedMoE, fp8: Fp8MoEMethod, topk_config: Any, **options: Any
         ),
     }
     if any(reasons.values()):
-        raise ValueError(f"layer can't be computed by HybridMoE: {'; '.join(r for r, holds in reasons.items() if holds)}")
+        raise ValueError(
+            f"layer can't be computed by HybridMoE: {'; '.join(r for r, holds in reasons.items() if holds)}"
+        )
     factor = runner.routed_scaling_factor
     return HybridMoE(
         layer.w13_weight.data,
@@ -231,8 +231,8 @@ def prepare(layer: FusedMoE, fp8: Fp8MoEMethod, topk_config: Any, **options: Any
 def routing_bias(bias: torch.Tensor | None, num_experts: int, device: torch.device) -> torch.Tensor:
     """The correction bias in bfloat16, zeros for none.
 
-    SGLang has it in float32. Only its differences count for the choice, so its mean is taken off before it is rounded: a
-    bias that is large and nearly the same for all experts would lose what tells them apart.
+    SGLang has it in float32. Only its differences count for the choice, so its mean is taken off before it is rounded:
+    a bias that is large and nearly the same for all experts would lose what tells them apart.
     """
     if bias is None:
         return torch.zeros(num_experts, dtype=torch.bfloat16, device=device)
@@ -270,7 +270,8 @@ def replace_experts(model: torch.nn.Module, **options: Any) -> dict[str, HybridM
         swaps.append((name, block, method))
     if not swaps:
         raise ValueError(
-            "model has no MoE block of a FusedMoE with Fp8MoEMethod and a TopK; a DeepSeek-V3 checkpoint in FP8 is wanted"
+            "model has no MoE block of a FusedMoE with Fp8MoEMethod and a TopK; "
+            "a DeepSeek-V3 checkpoint in FP8 is wanted"
         )
     for _, block, method in swaps:
         block.experts.weight_load_method = method.fp8  # for loaders that ask the method what it is
@@ -301,7 +302,7 @@ def register() -> None:
 
 
 def after_loading(model: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
-    """The hook: the same model with its experts replaced. A model without any, as a dense draft model, is left alone."""
+    """The hook: the same model with its experts replaced. One without any, as a dense draft model, is left alone."""
     log = logging.getLogger("hybrid_moe")
     if any(True for _ in moe_blocks(model)):
         log.info("%d MoE layers of %s by HybridMoE", len(replace_experts(model)), type(model).__name__)

@@ -16,8 +16,8 @@ captured; it wants ``--moe-backend triton``, as other backends of vLLM change th
 Of vLLM 0.33.0 it relies on (``vllm/model_executor/layers/``):
 
 - ``fused_moe/runner/moe_runner.py``: `MoERunner._apply_quant_method` calls ``forward_monolithic`` of the experts; where
-  ``moe_kernel`` is None, `_maybe_dispatch` gathers the logits of all data-parallel ranks and `_maybe_reduce_final_output`
-  sums over the ranks; a factor of its own is in `MoERunner.routed_scaling_factor`, and `RoutedExperts` then has 1.
+  ``moe_kernel`` is None, `_maybe_dispatch` gathers the logits of all data-parallel ranks, and
+  `_maybe_reduce_final_output` sums over the ranks; a factor that the runner applies isn't in `RoutedExperts` too.
 - ``fused_moe/routed_experts.py``: `RoutedExperts.forward_monolithic` calls ``apply_monolithic(layer=, x=,
   router_logits=, input_ids=)``; the fields in `FIELDS`.
 - ``fused_moe/fused_moe_method_base.py``: `FusedMoEMethodBase`, above all ``is_monolithic``.
@@ -25,7 +25,8 @@ Of vLLM 0.33.0 it relies on (``vllm/model_executor/layers/``):
   their ``_scale_inv``; `Fp8Config.get_quant_method` makes the method.
 - ``quantization/__init__.py``: `register_quantization_config`.
 
-Not done: experts placed otherwise than in one range for each rank (EPLB, round robin), the capture of routed experts.
+Not done: all-to-all kernels (DeepEP), which want the choice first; experts placed otherwise than in one range for each
+rank (EPLB, round robin); the capture of routed experts.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def prepare(layer: RoutedExperts, **options: Any) -> HybridMoE:
     if missing:
         raise _drift(f"{', '.join(missing)} isn't there")
     config, bias = layer.moe_config, layer.e_score_correction_bias
+    parallel = config.moe_parallel_config
     reasons = {
         f"scoring_func is {layer.scoring_func!r}; 'sigmoid' is wanted": layer.scoring_func != "sigmoid",
         "renormalize is False": not layer.renormalize,
@@ -180,16 +182,21 @@ def prepare(layer: RoutedExperts, **options: Any) -> HybridMoE:
         "routing by a hash table": layer.hash_indices_table is not None,
         "a router that has to choose the experts itself": config.require_decomposed_backend,
         "experts with biases": config.has_bias,
+        f"tokens are dispatched by {parallel.all2all_backend}; --all2all-backend allgather_reducescatter is wanted": (
+            parallel.use_all2all_kernels and not parallel.use_ag_rs_all2all_kernels
+        ),
         f"in_dtype is {config.in_dtype}; torch.bfloat16 is wanted": config.in_dtype != torch.bfloat16,
         f"weight_block_size is {layer.weight_block_size}; [128, 128] is wanted": (
             list(layer.weight_block_size or ()) != [128, 128]
         ),
         "experts moved or copied by EPLB": (
-            config.moe_parallel_config.enable_eplb or config.num_logical_experts != layer.global_num_experts
+            parallel.enable_eplb or config.num_logical_experts != layer.global_num_experts
         ),
     }
     if any(reasons.values()):
-        raise ValueError(f"layer can't be computed by HybridMoE: {'; '.join(r for r, holds in reasons.items() if holds)}")
+        raise ValueError(
+            f"layer can't be computed by HybridMoE: {'; '.join(r for r, holds in reasons.items() if holds)}"
+        )
     return HybridMoE(
         layer.w13_weight.data,
         layer.w13_weight_scale_inv.data,

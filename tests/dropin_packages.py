@@ -93,6 +93,7 @@ def vllm() -> None:
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
     from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     vllm_layer.check_interface()
@@ -114,7 +115,8 @@ def vllm() -> None:
         initialize_model_parallel(1, 1)
         torch.set_default_dtype(torch.bfloat16)
         gate, shared = Gate(), torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
-        for applied_by_runner in (False, True):
+        cases = (("hybrid_moe", False), ("hybrid_moe", True), ("fp8", False))
+        for number, (quantization, applied_by_runner) in enumerate(cases):
             runner = FusedMoEFactory(
                 num_experts=TOTAL,
                 top_k=TOP_K,
@@ -123,8 +125,8 @@ def vllm() -> None:
                 use_grouped_topk=True,
                 num_expert_group=GROUPS,
                 topk_group=KEPT,
-                quant_config=config_cls.from_config({"quant_method": "fp8", **FP8}),
-                prefix=f"model.layers.{int(applied_by_runner)}.mlp.experts",
+                quant_config=get_quantization_config(quantization).from_config({"quant_method": "fp8", **FP8}),
+                prefix=f"model.layers.{number}.mlp.experts",
                 scoring_func="sigmoid",
                 routed_scaling_factor=FACTOR,
                 apply_routed_scale_to_output=applied_by_runner,
@@ -133,18 +135,26 @@ def vllm() -> None:
                 shared_experts=shared,
             )
             experts = runner.routed_experts
-            assert type(experts.quant_method) is vllm_layer.HybridMoEMethod
-            weights = random_weights(problem(TOTAL), "cpu")
+            weights = random_weights(problem(TOTAL), "cpu", seed=number)
             fill(experts, weights)
-            experts.quant_method.options = {"backend": "torch_reference"}
-            experts.quant_method.process_weights_after_loading(experts)
+            if quantization == "fp8":
+                # As --moe-backend triton gives; without a GPU vLLM finds none.
+                experts.quant_method.fp8_backend = Fp8MoeBackend.TRITON
+                (name,) = vllm_layer.replace_experts(runner, backend="torch_reference")
+                assert name == "routed_experts"
+            else:
+                experts.quant_method.options = {"backend": "torch_reference"}
+                experts.quant_method.process_weights_after_loading(experts)
+            assert type(experts.quant_method) is vllm_layer.HybridMoEMethod
 
             def run(hidden: torch.Tensor, _: torch.Tensor, runner: torch.nn.Module = runner) -> torch.Tensor:
                 with set_forward_context(None, config, num_tokens=len(hidden)):
                     return runner(hidden_states=hidden, router_logits=hidden)
 
-            by = "the runner" if applied_by_runner else "the experts"
-            judge(f"vLLM, factor applied by {by}", weights, 0, run, lambda x: gate(x)[0], lambda x: shared(x).float())
+            what = (
+                f"vLLM, --quantization {quantization}, factor applied by {'runner' if applied_by_runner else 'experts'}"
+            )
+            judge(what, weights, 0, run, lambda x: gate(x)[0], lambda x: shared(x).float())
 
     for rank in range(4):
         local, expert_map, _ = determine_expert_map(4, rank, TOTAL)
@@ -208,10 +218,22 @@ def sglang() -> None:
     for ranks in (1, 4):
         for rank in range(ranks):
             get_parallel().override_permanently(
-                moe_ep_rank=rank, moe_ep_size=ranks, moe_tp_rank=0, moe_tp_size=1, tp_rank=0, tp_size=1, tp_group=None
+                moe_ep_rank=rank,
+                moe_ep_size=ranks,
+                moe_tp_rank=0,
+                moe_tp_size=1,
+                tp_rank=rank,
+                tp_size=ranks,
+                tp_group=None,
+                attn_tp_size=ranks,
+                attn_tp_rank=rank,
             )
             block, weights = Block(), random_weights(problem(TOTAL // ranks), "cpu", seed=rank)
             fill(block.experts, weights)
+            # The dispatcher makes it at its first call, on a GPU.
+            mapping = torch.full((TOTAL,), -1, dtype=torch.int32)
+            mapping[rank * TOTAL // ranks : (rank + 1) * TOTAL // ranks] = torch.arange(TOTAL // ranks)
+            block.experts.dispatcher.local_expert_mapping = mapping
             (name,) = sglang_layer.replace_experts(torch.nn.ModuleDict({"mlp": block}), backend="torch_reference")
             assert name == "mlp.experts" and block.topk.topk_config.output_format.name == "BYPASSED"
             judge(

@@ -173,13 +173,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def report(result: Correctness, rank: int, tokens: slice) -> None:
-    """One line for this rank's result."""
+def in_words(result: Correctness, rank: int, tokens: slice) -> str:
+    """One line for a rank's result."""
     verdict = "right" if result.passed else f"WRONG: {'; '.join(result.failures)}"
-    print(
+    return (
         f"rank {rank}: tokens {tokens.start}-{tokens.stop - 1} {verdict}, relative L2 {result.relative_l2:.5f}, "
-        f"largest error {result.max_abs_error:.4f}",
-        flush=True,
+        f"largest error {result.max_abs_error:.4f}"
     )
 
 
@@ -229,17 +228,17 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
             f"T = {options.tokens}, reduce {options.reduce}, {how}: {layer.choice(options.tokens)}\n"
             f"step          {step_us:9.1f} us\n"
             f"its layer     {partial_us:9.1f} us, on {problem.num_local_experts} experts\n"
-            f"one device    {one_us:9.1f} us, on {all_here.num_local_experts} experts by {one.choice(options.tokens)}",
-            flush=True,
+            f"one device    {one_us:9.1f} us, on {all_here.num_local_experts} experts by {one.choice(options.tokens)}"
         )
 
     wanted = sum_of_parts(tokens, whole, problem, ranks, backend)[step.tokens]
     work = has_local_work(together, all_here)[step.tokens]
     correctness = check(result, wanted, work, SUM_TOLERANCE)
-    report(correctness, rank, step.tokens)
-    wrong = torch.tensor(0 if correctness.passed else 1, device=device)
-    dist.all_reduce(wrong)
-    return not wrong.item()
+    results: list[tuple[bool, str]] = [(False, "")] * ranks
+    dist.all_gather_object(results, (correctness.passed, in_words(correctness, rank, step.tokens)))
+    if rank == 0:
+        print("\n".join(line for _, line in results))
+    return all(passed for passed, _ in results)
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ RoutingMethodName = Annotated[
     RoutingMethod | None, typer.Option(help="How the scores come of the logits. [default: deepseek_v3]")
 ]
 Model = Annotated[
-    ModelName | None, typer.Option(help="A model whose layer it is, on one of 8 ranks; other sizes change it.")
+    ModelName | None,
+    typer.Option(help="A model whose layer it is, on one of 8 ranks; sizes given beside it change it."),
 ]
 Where = Annotated[
     list[str] | None,

@@ -236,6 +236,17 @@ def test_the_inside_of_a_file_decides(dirs):
     assert find_policy(other, "whatever")[0] is None
 
 
+def test_a_policy_is_for_one_routing(tmp_path):
+    ungrouped = dataclasses.replace(MoEProblem(), n_group=1, topk_group=1)
+    softmax = dataclasses.replace(ungrouped, routing_method="softmax")
+    paths = [policy_path(tmp_path, "gpu_x", problem) for problem in (ungrouped, softmax)]
+    assert paths[0] != paths[1]
+    save_policy(make_policy(problem=softmax), paths[1])
+    assert find_policy(softmax, "gpu_x", tmp_path)[0].problem == softmax
+    with pytest.raises(PolicyError, match="routing_method=softmax"):
+        find_policy(ungrouped, "gpu_x", paths[1])
+
+
 def test_an_explicit_policy_must_match(tmp_path):
     path = tmp_path / "p.json"
     save_policy(make_policy(), path)

@@ -41,9 +41,11 @@ from .common import (
     HiddenSize,
     IntermediateSize,
     Json,
+    Model,
     NGroup,
     NumExperts,
     NumLocalExperts,
+    RoutingMethodName,
     TopK,
     TopkGroup,
     err,
@@ -100,6 +102,7 @@ def regenerate(
     timing: Annotated[
         Literal["cuda_graph", "eager"], typer.Option(help="What the policy is for; both are measured.")
     ] = "cuda_graph",
+    model: Model = None,
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -107,6 +110,7 @@ def regenerate(
     topk_group: TopkGroup = None,
     hidden_size: HiddenSize = None,
     intermediate_size: IntermediateSize = None,
+    routing_method: RoutingMethodName = None,
     gate_first: GateFirst = None,
     as_json: Json = False,
 ) -> None:
@@ -117,6 +121,7 @@ def regenerate(
     """
     problem = problem_from(
         DEEPSEEK_V3,
+        model=model,
         num_experts=num_experts,
         num_local_experts=num_local_experts,
         top_k=top_k,
@@ -124,6 +129,7 @@ def regenerate(
         topk_group=topk_group,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        routing_method=routing_method,
         gate_first=gate_first,
     )
     try:

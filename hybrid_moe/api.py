@@ -17,7 +17,7 @@ from .dispatch import Dispatch
 from .lookup import as_choice, decision_table
 from .metrics import Counters, Sample
 from .policy import Policy
-from .problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
+from .problem import DeviceKey, MoEInputs, MoEProblem, RoutingMethod, check_ranks
 from .select import Decision
 from .warm_up import WarmedUp
 
@@ -40,6 +40,7 @@ def fused_moe(
     n_group: int = 8,
     topk_group: int = 4,
     gate_first: bool = False,
+    routing_method: RoutingMethod = "deepseek_v3",
     output: torch.Tensor | None = None,
     backend: str | Choice | None = None,
     policy: Policy | str | Path | None = None,
@@ -68,6 +69,8 @@ def fused_moe(
         See `MoEProblem`.
     gate_first
         The halves of ``gemm1_weights`` are stored gate first, as SGLang and vLLM do.
+    routing_method
+        ``"deepseek_v3"``, or ``"softmax"`` as Qwen3, which wants ``n_group=1, topk_group=1``; see `MoEProblem`.
     output
         ``[T, H]`` bfloat16 to write into; a new tensor if not given.
     backend
@@ -106,8 +109,9 @@ def fused_moe(
     if is_compiling():
         from .traced import handle_of  # loads the compiler, which is there by now
 
-        return op.call_fused_moe(inputs, output, handle_of(backend, policy), top_k, n_group, topk_group, gate_first)
-    return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first)
+        handle = handle_of(backend, policy)
+        return op.call_fused_moe(inputs, output, handle, top_k, n_group, topk_group, gate_first, routing_method)
+    return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first, routing_method)
 
 
 class HybridMoE:
@@ -120,7 +124,7 @@ class HybridMoE:
     ----------
     gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, routing_bias
         See `fused_moe`. Held, never copied.
-    local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, backend, policy
+    local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, routing_method, backend, policy
         See `fused_moe`.
 
     Attributes
@@ -147,6 +151,7 @@ class HybridMoE:
         n_group: int = 8,
         topk_group: int = 4,
         gate_first: bool = False,
+        routing_method: RoutingMethod = "deepseek_v3",
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
     ) -> None:
@@ -172,7 +177,12 @@ class HybridMoE:
             routed_scaling_factor,
         )
         self.problem = MoEProblem.from_tensors(
-            empty, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+            empty,
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            gate_first=gate_first,
+            routing_method=routing_method,
         )
         self.device = DeviceKey.of(gemm1_weights.device)
         # What every call has in common: the bias, and all that stands behind the activations.
@@ -198,6 +208,7 @@ class HybridMoE:
             n_group=problem.n_group,
             topk_group=problem.topk_group,
             gate_first=problem.gate_first,
+            routing_method=problem.routing_method,
             backend=dispatch.backend,
             policy=dispatch.policy,
         )
@@ -225,6 +236,7 @@ class HybridMoE:
             n_group=problem.n_group,
             topk_group=problem.topk_group,
             gate_first=problem.gate_first,
+            routing_method=problem.routing_method,
             backend=backend,
             policy=policy,
         )
@@ -413,11 +425,17 @@ class _Call:
         n_group: int,
         topk_group: int,
         gate_first: bool,
+        routing_method: RoutingMethod,
     ) -> torch.Tensor:
         if inputs.hidden_states_scale is None:
             inputs = activations.quantize(inputs)
         problem = MoEProblem.from_tensors(
-            inputs, top_k=top_k, n_group=n_group, topk_group=topk_group, gate_first=gate_first
+            inputs,
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            gate_first=gate_first,
+            routing_method=routing_method,
         )
         if output is None:
             output = _new_output(problem, inputs)

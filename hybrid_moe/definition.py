@@ -41,7 +41,7 @@ def run(
     routed_scaling_factor,
 ):
     tokens, experts = routing_logits.shape
-    scores = torch.sigmoid(routing_logits.float())
+    scores = {scores}
     biased = scores + routing_bias.float()
     if TOPK_GROUP < N_GROUP:
         # A group ranks by the sum of its two best; only the experts of the kept groups can be chosen.
@@ -117,12 +117,16 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
     axes: dict[str, Any] = {"seq_len": {"type": "var", "description": "Number of tokens, T."}}
     axes |= {name: {"type": "const", "value": value, "description": text} for name, (value, text) in sizes.items()}
     halves = "gate, up" if problem.gate_first else "up, gate"
+    routing, scores = {
+        "deepseek_v3": ("DeepSeek-V3 routing", "torch.sigmoid(routing_logits.float())"),
+        "softmax": ("softmax routing", "torch.softmax(routing_logits.float(), dim=1)"),
+    }[problem.routing_method]
     output = {"shape": ["seq_len", "hidden_size"], "dtype": "bfloat16", "description": "This rank's part of the layer."}
     return {
         "name": problem.definition,
         "op_type": "moe",
         "description": "MoE layer with FP8 weights and activations in blocks, from the router's logits to the output "
-        "of the local experts: DeepSeek-V3 routing, two grouped GEMMs with SwiGLU between them.",
+        f"of the local experts: {routing}, two grouped GEMMs with SwiGLU between them.",
         "tags": ["quantization:float8_e4m3fn", "fi_api:flashinfer.fused_moe.trtllm_fp8_block_scale_moe"],
         "axes": axes,
         "inputs": {
@@ -136,6 +140,7 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
             topk_group=problem.topk_group,
             block=problem.block,
             intermediate_size=problem.intermediate_size,
+            scores=scores,
             halves=halves,
         ),
     }

@@ -23,9 +23,16 @@ def distance(one: MoEProblem, other: MoEProblem) -> float:
 
 
 def nearest(problem: MoEProblem, policies: Iterable[Policy]) -> Policy | None:
-    """The policy whose problem is nearest, of those with the same routing method; the first of equals."""
-    comparable = [policy for policy in policies if policy.problem.routing_method == problem.routing_method]
-    return min(comparable, key=lambda policy: distance(problem, policy.problem), default=None)
+    """The policy whose problem is nearest, with the same routing method if any has it; the first of equals.
+
+    Routing is little of the layer's time, and the GEMMs are the same behind either method.
+    """
+
+    def order(policy: Policy) -> tuple[bool, float]:
+        other = policy.problem
+        return other.routing_method != problem.routing_method, distance(problem, other)
+
+    return min(policies, key=order, default=None)
 
 
 def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Choice] = ()) -> Policy:

@@ -54,7 +54,7 @@ _INPUTS = (
     "SymInt local_expert_offset, float routed_scaling_factor"
 )
 _LAYER = "SymInt handle"
-_FUSED_MOE = "SymInt handle, SymInt top_k, SymInt n_group, SymInt topk_group, bool gate_first"
+_FUSED_MOE = "SymInt handle, SymInt top_k, SymInt n_group, SymInt topk_group, bool gate_first, str routing_method"
 
 
 def _operators(name: str, options: str) -> tuple[Callable[..., torch.Tensor], Callable[..., None]]:
@@ -108,9 +108,10 @@ def call_fused_moe(
     n_group: int,
     topk_group: int,
     gate_first: bool,
+    routing_method: str,
 ) -> torch.Tensor:
     """What `hybrid_moe.fused_moe` is in code under compilation."""
     if output is None:
-        return fused_moe(*inputs, handle, top_k, n_group, topk_group, gate_first)
-    fused_moe_out(*inputs, handle, top_k, n_group, topk_group, gate_first, output)
+        return fused_moe(*inputs, handle, top_k, n_group, topk_group, gate_first, routing_method)
+    fused_moe_out(*inputs, handle, top_k, n_group, topk_group, gate_first, routing_method, output)
     return output

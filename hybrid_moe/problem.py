@@ -17,8 +17,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-RoutingMethod = Literal["deepseek_v3"]
+RoutingMethod = Literal["deepseek_v3", "softmax"]
 ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
+# What flashinfer's definition names call them.
+_ROUTING_NAMES = {"deepseek_v3": "ds", "softmax": "renormalize_naive"}
 
 FP8 = torch.float8_e4m3fn
 _FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16  # looked up in every call
@@ -44,7 +46,8 @@ class MoEProblem:
         Edge of a weight scale's block, and length of an activation scale's block.
     routing_method
         ``"deepseek_v3"``: sigmoid scores, bias added for the choice only, groups ranked by the sum
-        of their two best, weights normalised over the chosen experts.
+        of their two best, weights normalised over the chosen experts. ``"softmax"``: the scores are the softmax over
+        all experts, and there are no groups (``n_group = topk_group = 1``); else the same. Qwen3 has no bias.
     gate_first
         Order of the halves of ``gemm1_weights``: ``False`` (the definition) stores ``up`` in rows
         ``[0, I)`` and ``gate`` in rows ``[I, 2I)``; ``True`` (SGLang, vLLM) the other way round.
@@ -96,6 +99,11 @@ class MoEProblem:
             )
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group is {self.n_group}; a divisor of num_experts={self.num_experts} is wanted")
+        if self.routing_method == "softmax" and self.n_group != 1:
+            raise ValueError(
+                f"n_group is {self.n_group}; 1 is wanted with routing_method='softmax', and topk_group=1: models with "
+                "groups rank them in other ways"
+            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group is {self.topk_group}; at most n_group={self.n_group} is wanted")
         if self.n_group > 1 and self.group_size < 2:
@@ -119,14 +127,22 @@ class MoEProblem:
     @property
     def definition(self) -> str:
         """The flashinfer-bench definition name; for people and file names, not a key."""
+        groups = f"_ng{self.n_group}_kg{self.topk_group}" if self.routing_method == "deepseek_v3" else ""
         return (
-            f"moe_fp8_block_scale_ds_routing_topk{self.top_k}_ng{self.n_group}_kg{self.topk_group}"
+            f"moe_fp8_block_scale_{_ROUTING_NAMES[self.routing_method]}_routing_topk{self.top_k}{groups}"
             f"_e{self.num_local_experts}_h{self.hidden_size}_i{self.intermediate_size}"
         )
 
     @classmethod
     def from_tensors(
-        cls, inputs: MoEInputs, *, top_k: int, n_group: int, topk_group: int, gate_first: bool = False
+        cls,
+        inputs: MoEInputs,
+        *,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        gate_first: bool = False,
+        routing_method: RoutingMethod = "deepseek_v3",
     ) -> MoEProblem:
         """Derive the problem from the tensors' shapes and check all ten inputs against it.
 
@@ -157,6 +173,7 @@ class MoEProblem:
             topk_group=topk_group,
             hidden_size=inputs.hidden_states.shape[1],
             intermediate_size=inputs.gemm2_weights.shape[2],
+            routing_method=routing_method,
             gate_first=gate_first,
         )
         problem.check_weights(inputs)
@@ -399,19 +416,25 @@ def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool
     ValueError
         If it isn't such a name, or its fields contradict one another.
     """
-    match = re.fullmatch(r"moe_fp8_block_scale_ds_routing_topk(\d+)_ng(\d+)_kg(\d+)_e(\d+)_h(\d+)_i(\d+)", name)
+    match = re.fullmatch(
+        r"moe_fp8_block_scale_(?:ds_routing_topk(\d+)_ng(\d+)_kg(\d+)|renormalize_naive_routing_topk(\d+))"
+        r"_e(\d+)_h(\d+)_i(\d+)",
+        name,
+    )
     if match is None:
         raise ValueError(
-            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is wanted"
+            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is "
+            "wanted, or as moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
         )
-    top_k, n_group, topk_group, local, hidden, inter = map(int, match.groups())
+    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (int(g) if g else 0 for g in match.groups())
     return MoEProblem(
         num_experts=num_experts,
         num_local_experts=local,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
+        top_k=grouped or ungrouped,
+        n_group=n_group if grouped else 1,
+        topk_group=topk_group if grouped else 1,
         hidden_size=hidden,
         intermediate_size=inter,
+        routing_method="deepseek_v3" if grouped else "softmax",
         gate_first=gate_first,
     )

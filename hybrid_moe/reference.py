@@ -19,7 +19,7 @@ MIN_AMAX = 1e-10
 def route(
     logits: torch.Tensor, bias: torch.Tensor, routed_scaling_factor: float, problem: MoEProblem
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the experts of each token (DeepSeek-V3, without auxiliary loss).
+    """Choose the experts of each token (by default as DeepSeek-V3, without auxiliary loss).
 
     Parameters
     ----------
@@ -40,7 +40,10 @@ def route(
         ``[T, top_k]`` float32.
     """
     tokens = logits.shape[0]
-    scores = 1.0 / (1.0 + torch.exp(-logits.float()))
+    if problem.routing_method == "softmax":
+        scores = logits.float().softmax(dim=1)
+    else:
+        scores = 1.0 / (1.0 + torch.exp(-logits.float()))
     biased = scores + bias.float()
     if problem.topk_group < problem.n_group:
         grouped = biased.view(tokens, problem.n_group, problem.group_size)

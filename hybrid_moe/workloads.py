@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,34 @@ RoutingLoad = Literal["uniform", "zipf", "concentrated", "none"]
 ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
 
 DEEPSEEK_V3 = MoEProblem()
+
+# The layers of other models on one of eight ranks. Sizes and routing are those of the checkpoints' config.json:
+# moonshotai/Kimi-K2-Instruct (DeepseekV3ForCausalLM with 384 n_routed_experts and n_group 1; routed_scaling_factor
+# 2.827), zai-org/GLM-4.5-Air (Glm4MoeForCausalLM; routed_scaling_factor 1.0) and Qwen/Qwen3-235B-A22B
+# (Qwen3MoeForCausalLM with norm_topk_prob; no bias and no factor).
+KIMI_K2 = MoEProblem(num_experts=384, num_local_experts=48, n_group=1, topk_group=1)
+GLM_4_5_AIR = MoEProblem(
+    num_experts=128, num_local_experts=16, n_group=1, topk_group=1, hidden_size=4096, intermediate_size=1408
+)
+QWEN3_235B = MoEProblem(
+    num_experts=128,
+    num_local_experts=16,
+    n_group=1,
+    topk_group=1,
+    hidden_size=4096,
+    intermediate_size=1536,
+    routing_method="softmax",
+)
+
+ModelName = Literal["deepseek-v3", "kimi-k2", "glm-4.5-air", "qwen3-235b"]
+MODELS: Mapping[ModelName, MoEProblem] = {
+    "deepseek-v3": DEEPSEEK_V3,
+    "kimi-k2": KIMI_K2,
+    "glm-4.5-air": GLM_4_5_AIR,
+    "qwen3-235b": QWEN3_235B,
+}
+
+# Of made-up inputs, whatever the problem: results are linear in it.
 ROUTED_SCALING_FACTOR = 2.5
 
 
@@ -31,8 +60,8 @@ class Workload:
         How the tokens spread over the experts:
 
         ``uniform``
-            logits N(0, 1), bias 0.1 N(0, 1); the first seed from ``10000 * seed`` on that gives local work (at T = 1:
-            three active local experts where possible).
+            logits N(0, 1), bias 0.1 N(0, 1), or none with softmax routing; the first seed from ``10000 * seed`` on that
+            gives local work (at T = 1: three active local experts where possible).
         ``zipf``
             as ``uniform``, and the popularity of the local experts falls as 1/rank.
         ``concentrated``
@@ -238,5 +267,7 @@ def _is_local(logits: torch.Tensor, bias: torch.Tensor, workload: Workload, prob
 def _normal_routing(num_tokens: int, problem: MoEProblem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bias = 0.1 * torch.randn(problem.num_experts, dtype=torch.float32, generator=generator)
+    if problem.routing_method == "softmax":
+        bias.zero_()  # it would outweigh the scores, which are 1/num_experts on average
     logits = torch.randn((num_tokens, problem.num_experts), dtype=torch.float32, generator=generator)
     return logits, bias.bfloat16()

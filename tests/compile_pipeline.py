@@ -2,7 +2,8 @@
 
 Run as a script, since the compiled and the interpreted kernels can't live in one process:
 ``python tests/compile_pipeline.py 90`` prints one JSON object a kernel: its name, arguments, shared memory, registers,
-spills, and which matrix instructions its PTX holds.
+spills, and which matrix instructions its PTX holds. With the names of models (``90 kimi-k2``) it is
+their layers, at the one T that takes the most intricate tiles, and without what stands around a library's GEMM.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.workloads import MODELS
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 901, 2560, 4096, 14107)
+MODEL_TOKEN_COUNTS = (80,)  # two tiles in one kernel, for many rows and for few
 
 
 class AbsentDriver:
@@ -93,8 +96,11 @@ def resources(kernel, capability: int) -> dict[str, object]:
     }
 
 
-def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS):
-    """Yield each kernel compiled, once for each specialisation. Leaves this process unable to launch."""
+def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS, libraries: bool = True):
+    """Yield each kernel compiled, once for each specialisation. Leaves this process unable to launch.
+
+    Without ``libraries`` those that stand around a library's grouped GEMM are left out.
+    """
     triton.runtime.driver.set_active(AbsentDriver(capability))
     compiled: dict[str, tuple[str, dict, object]] = {}
     run = JITFunction.run
@@ -116,7 +122,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
         routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
         gemm.run(inputs, routed, problem, launch, output)
         # Around a library's grouped GEMM: sgl-kernel's scales are row-major and its rows unpadded, DeepGEMM's neither.
-        for align, row_major in ((1, True), (128, False)):
+        for align, row_major in ((1, True), (128, False)) if libraries else ():
             capacity = padded_capacity(problem, tokens, align)
             rows = Rows.allocate(problem, capacity, output.device, align=align, row_major_scales=row_major)
             gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
@@ -128,5 +134,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS)
 
 
 if __name__ == "__main__":
-    for row in compile_all(int(sys.argv[1]), MoEProblem()):
+    capability, *models = sys.argv[1:]
+    layers = [(MODELS[model], MODEL_TOKEN_COUNTS, False) for model in models] or [(MoEProblem(), TOKEN_COUNTS, True)]
+    for row in (row for layer in layers for row in compile_all(int(capability), *layer)):
         print(json.dumps(row), flush=True)

@@ -1,5 +1,6 @@
 """The entry points on the CPU: what runs, what is refused and how, and that nothing is loaded before it is needed."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -494,6 +495,22 @@ def test_the_layer_is_the_function(weights, gate_first):
         wanted = fused_moe(*inputs, **ROUTING, gate_first=gate_first, backend=REFERENCE)
         assert torch.equal(call(layer, inputs), wanted)
         assert torch.equal(wanted, moe_reference(inputs, problem).bfloat16())
+
+
+def test_a_softmax_layer(weights):
+    problem = dataclasses.replace(PROBLEM, n_group=1, topk_group=1, routing_method="softmax")
+    inputs = inputs_of(weights, 30)
+    layer = HybridMoE.from_inputs(inputs, problem, backend=REFERENCE)
+    assert layer.problem == problem
+    wanted = moe_reference(inputs, problem).bfloat16()
+    sigmoid = moe_reference(inputs, dataclasses.replace(problem, routing_method="deepseek_v3")).bfloat16()
+    assert not torch.equal(wanted, sigmoid)
+    assert torch.equal(call(layer, inputs), wanted)
+    assert torch.equal(call(copy.deepcopy(layer), inputs), wanted)
+    options = dict(top_k=problem.top_k, n_group=1, topk_group=1, routing_method="softmax", backend=REFERENCE)
+    assert torch.equal(fused_moe(*inputs, **options), wanted)
+    with pytest.raises(ValueError, match="n_group is 4; 1 is wanted"):
+        fused_moe(*inputs, **(options | {"n_group": 4}))
 
 
 def test_the_layer_holds_its_weights_and_copies_none(spies, inputs):

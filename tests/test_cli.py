@@ -1,5 +1,6 @@
 """The command line: what scripts read from it, its exit codes, and one whole demo."""
 
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from hybrid_moe.policy import load_policy, save_policy, user_policy_dir
 from hybrid_moe.problem import DeviceKey, MoEProblem
 from hybrid_moe.records import BenchRecord, append_record
 from hybrid_moe.select import Decision
+from hybrid_moe.workloads import KIMI_K2, QWEN3_235B
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
@@ -229,6 +231,24 @@ def test_run_for_people():
     assert "torch_reference" in text and "pass: relative L2" in text
 
 
+def test_run_the_layer_of_a_model():
+    sizes = ["--hidden-size", 256, "--intermediate-size", 128]
+    run = ["run", "--device", "cpu", "--backend", "torch_reference", "--check", *sizes]
+    found = cli_json(*run, "--model", "qwen3-235b")
+    assert found["correctness"]["passed"]
+    wanted = dataclasses.replace(QWEN3_235B, hidden_size=256, intermediate_size=128)
+    assert found["problem"] == dataclasses.asdict(wanted)
+    # The same, said by its sizes.
+    options = dataclasses.asdict(wanted)
+    given = [f"--{name.replace('_', '-')}={options[name]}" for name in options if name not in ("block", "gate_first")]
+    assert cli_json(*run, *given)["problem"] == found["problem"]
+
+
+def test_explain_a_model():
+    text = cli("explain", "--device", "nvidia_b200", "--model", "kimi-k2", "--num-tokens", 16).stdout
+    assert f"nothing was measured for {KIMI_K2.definition}" in " ".join(text.split())
+
+
 def test_run_without_check_says_nothing_about_it():
     found = cli_json("run", "--device", "cpu", "--backend", "torch_reference", *SMALL_OPTIONS)
     assert found["correctness"] is None
@@ -270,6 +290,8 @@ def test_run_fails_on_a_wrong_result(monkeypatch):
         (["--offset", "225"], "0 to 224"),
         (["--top-k", "0"], "--top-k"),
         (["--routing", "wild"], "wild"),
+        (["--model", "gpt"], "qwen3-235b"),
+        (["--routing-method", "softmax"], "n_group is 8; 1 is wanted"),
         (["--hidden-size", "500"], "multiple of block"),
         (["--backend", "nope", *SMALL_OPTIONS], "flashinfer_trtllm, triton_fused, flashinfer_cutlass, torch_reference"),
         (["--backend", "triton_fused[gemm=paper]", *SMALL_OPTIONS], "gemm='paper'"),

@@ -15,6 +15,7 @@ from compile_pipeline import TOKEN_COUNTS
 
 from hybrid_moe.kernels.grouped_gemm.tiles import tile_plan
 from hybrid_moe.problem import MoEProblem
+from hybrid_moe.workloads import MODELS
 
 TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.
@@ -41,17 +42,30 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for L
 @pytest.fixture(scope="module", params=[90, 100], ids=["sm_90a", "sm_100a"])
 def compiled(request):
     """Capability, and a row for each kernel in each configuration."""
+    return request.param, rows_of(compiling(request.param))
+
+
+def compiling(capability, *models):
+    """Start `compile_pipeline.py` in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), environment.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "compile_pipeline.py"), str(request.param)],
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "compile_pipeline.py"), str(capability), *models],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def rows_of(process):
+    """What it printed."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def describe(row):
@@ -103,3 +117,17 @@ def test_large_tiles_use_the_chips_matrix_instructions(compiled):
         if row["kernel"].startswith("gemm") and row["options"]["BLOCK_M"] >= rows_enough and not row[instruction]
     ]
     assert not without
+
+
+def test_the_layers_of_other_models():
+    models = [model for model in MODELS if model != "deepseek-v3"]
+    # Both at once: most of the time is one core's.
+    for process in [compiling(capability, *models) for capability in SPILL_BYTES]:
+        rows = rows_of(process)
+        assert {describe(row) for row in rows if row["spill_bytes"] or row["shared"] > SHARED_MEMORY} == set()
+        gemms = [row["options"] for row in rows if row["kernel"] == "gemm1_swiglu_kernel"]
+        sizes = [(MODELS[model].hidden_size, MODELS[model].intermediate_size) for model in models]
+        assert [(options["HIDDEN"], options["INTERMEDIATE"]) for options in gemms] == sizes
+        routes = [row["options"] for row in rows if row["kernel"] == "route_kernel"]
+        assert [options["GROUP_SIZE"] for options in routes] == [384, 128, 128]
+        assert [options["SOFTMAX"] for options in routes] == [False, False, True]

@@ -174,6 +174,7 @@ def test_strided_activations_and_scales():
         {"num_experts": 24, "num_local_experts": 6, "top_k": 3, "n_group": 3},
         {"num_experts": 15, "num_local_experts": 3, "top_k": 5, "n_group": 5, "topk_group": 3},
         {"n_group": 1, "topk_group": 1},
+        {"n_group": 1, "topk_group": 1, "routing_method": "softmax"},
     ],
 )
 def test_experts_are_counted_from_the_first_local_one(fields, offset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -22,6 +23,7 @@ from hybrid_moe.choice import BackendUnsupportedError
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference
+from hybrid_moe.workloads import GLM_4_5_AIR, KIMI_K2
 
 B200 = DeviceKey("nvidia_b200", (10, 0))
 H100 = DeviceKey("nvidia_h100_80gb_hbm3", (9, 0))
@@ -130,6 +132,7 @@ def test_all_reasons_are_reported(no_flashinfer):
         ({"num_experts": 256, "n_group": 4}, "groups have 64 experts; at most 32"),
         ({"num_experts": 32, "topk_group": 2}, "top_k is 8; less than the 8 experts of the kept groups"),
         ({"num_experts": 512, "n_group": 1, "topk_group": 1, "top_k": 23}, "top_k is 23; at most 22 of 512"),
+        ({"n_group": 1, "topk_group": 1, "routing_method": "softmax"}, "routing_method is 'softmax'; deepseek_v3 is"),
     ],
 )
 def test_limits_of_the_routing_kernel(fake_flashinfer, fields, reason):
@@ -141,7 +144,8 @@ def test_limits_of_the_routing_kernel(fake_flashinfer, fields, reason):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_experts": 384, "n_group": 1, "topk_group": 1},
+        dataclasses.asdict(KIMI_K2),
+        dataclasses.asdict(GLM_4_5_AIR),
         {"num_experts": 512, "n_group": 1, "topk_group": 1, "top_k": 22},
         {"num_experts": 128, "num_local_experts": 128},
     ],

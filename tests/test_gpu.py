@@ -6,7 +6,7 @@ import torch
 from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe, lookup
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.reference import has_local_work, moe_reference
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, make_inputs, random_weights
+from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, Workload, make_inputs, random_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +51,19 @@ def layer_of(inputs, choice):
 def test_the_definitions_workloads(weights, choice, workload):
     inputs = make_inputs(workload, DEEPSEEK_V3, weights)
     assert_right(inputs, run(inputs, choice))
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "deepseek-v3"])
+def test_other_models(choice, model):
+    problem = MODELS[model]
+    weights = random_weights(problem, "cuda")
+    for tokens in (1, 15, 64, 901, 8192):
+        inputs = make_inputs(Workload(tokens, problem.num_local_experts), problem, weights)
+        layer = HybridMoE.from_inputs(inputs, problem, backend=choice)
+        output = torch.full((tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
+        layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
+        work, wanted = has_local_work(inputs, problem), moe_reference(inputs, problem)
+        assert bool(work.any()) and check(output, wanted, work, OWN_KERNELS_TOLERANCE).failures == ()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -17,7 +17,7 @@ from hybrid_moe.kernels import pipeline
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.workloads import MODELS, Workload, make_inputs, random_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHOICE = lookup.as_choice("triton_fused")
@@ -52,6 +52,10 @@ PROBLEMS = {
     "many experts": dict(num_experts=64, top_k=2, num_local_experts=5),
     "smallest": dict(hidden_size=128, intermediate_size=128),
     "gate first": dict(gate_first=True),
+    "softmax": dict(n_group=1, topk_group=1, routing_method="softmax"),
+    "softmax over 24": dict(
+        num_experts=24, num_local_experts=6, top_k=3, n_group=1, topk_group=1, routing_method="softmax"
+    ),
 }
 
 
@@ -82,6 +86,7 @@ def run(problem, inputs):
             n_group=problem.n_group,
             topk_group=problem.topk_group,
             gate_first=problem.gate_first,
+            routing_method=problem.routing_method,
             output=output,
             backend=CHOICE,
         )
@@ -154,6 +159,20 @@ def test_offsets(offset):
 def test_the_definitions_routing(offset):
     problem = MoEProblem(hidden_size=256, intermediate_size=128)
     assert_right(problem, inputs_of(problem, 11, offset))
+
+
+# At small widths; of the intermediate size what its 128 blocks have in common with the real one.
+NARROW = {
+    "kimi-k2": dict(hidden_size=256, intermediate_size=256),
+    "glm-4.5-air": dict(hidden_size=256, intermediate_size=11 * 128),
+    "qwen3-235b": dict(hidden_size=256, intermediate_size=3 * 128),
+}
+
+
+@pytest.mark.parametrize("model", NARROW)
+def test_the_routing_of_other_models(model):
+    problem = dataclasses.replace(MODELS[model], **NARROW[model])
+    assert_right(problem, inputs_of(problem, 11, problem.num_experts - problem.num_local_experts))
 
 
 @pytest.mark.parametrize(("tokens", "local"), [(1, 3), (19, 0), (65, 3)])
@@ -288,13 +307,14 @@ def test_data_as_flashinfer_bench_makes_it(tokens, seed):
 @pytest.mark.parametrize("offset", [0, 12])
 def test_a_token_without_numbers_spoils_no_other(offset):
     # As the padding of a captured graph's batch may be: it still has to choose experts, each once.
-    inputs = inputs_of(SMALL, 6, offset)
-    spoilt = inputs._replace(routing_logits=inputs.routing_logits.clone())
-    spoilt.routing_logits[2] = float("nan")
-    routed = pipeline.route(spoilt, SMALL, launch_of(SMALL))
-    assert int(routed.counts.max()) <= 6
-    others = [0, 1, 3, 4, 5]
-    assert torch.equal(run(SMALL, spoilt)[others], run(SMALL, inputs)[others])
+    for problem in (SMALL, problem_named("softmax")):
+        inputs = inputs_of(problem, 6, offset)
+        spoilt = inputs._replace(routing_logits=inputs.routing_logits.clone())
+        spoilt.routing_logits[2] = float("nan")
+        routed = pipeline.route(spoilt, problem, launch_of(problem))
+        assert int(routed.counts.max()) <= 6
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(run(problem, spoilt)[others], run(problem, inputs)[others])
 
 
 def test_same_input_same_bits():
@@ -426,13 +446,37 @@ def test_routing(name):
 @given(st.data())
 @settings(max_examples=10)
 def test_routing_with_equal_scores(data):
-    problem = problem_named(data.draw(st.sampled_from(["24 experts", "odd lengths", "one group", "all groups"])))
+    names = ["24 experts", "odd lengths", "one group", "all groups", "softmax", "softmax over 24"]
+    problem = problem_named(data.draw(st.sampled_from(names)))
     row = st.lists(st.sampled_from([-2.0, 0.0, 1.0]), min_size=problem.num_experts, max_size=problem.num_experts)
     rows = data.draw(st.lists(row, min_size=1, max_size=4))
     repeats = data.draw(st.sampled_from([1, 32 // len(rows) + 1]))
     offset = data.draw(st.integers(0, problem.num_experts - problem.num_local_experts))
     bias = torch.zeros(problem.num_experts)
     assert_routed(problem, routing_inputs(problem, torch.tensor(rows * repeats), bias, offset))
+
+
+@pytest.mark.interpreter
+@given(st.data())
+@settings(max_examples=10)
+def test_softmax_routing(data):
+    experts = data.draw(st.integers(2, 130))
+    local = data.draw(st.integers(1, experts))
+    top_k = data.draw(st.integers(1, min(8, experts)))
+    problem = MoEProblem(experts, local, top_k, 1, 1, 128, 128, routing_method="softmax")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    spread = data.draw(st.sampled_from([0.5, 4.0, 20.0])) * torch.linspace(-1, 1, experts)
+    shift = data.draw(st.sampled_from([0.0, -300.0, 300.0]))  # changes nothing, where exp alone would overflow
+    logits = torch.stack([spread[torch.randperm(experts, generator=generator)] for _ in range(3)]) + shift
+    bias = torch.zeros(experts)
+    offset = data.draw(st.integers(0, experts - local))
+    assert_routed(problem, routing_inputs(problem, logits, bias, offset))
+
+
+def test_softmax_routing_of_extreme_logits():
+    problem = problem_named("softmax")
+    logits = torch.tensor([[-1e30, 1e30, 0.0, -torch.inf] * 4, [-200.0] * 16, [200.0] * 16])
+    assert_routed(problem, routing_inputs(problem, logits, torch.zeros(16), 0))
 
 
 def test_routing_of_extreme_logits():

@@ -36,6 +36,14 @@ def test_the_nearest_is_the_one_whose_sizes_differ_least():
     assert nearest(PROBLEM, []) is None
 
 
+def test_another_routing_is_better_than_no_policy():
+    softmax = changed(n_group=1, topk_group=1, routing_method="softmax")
+    near, far = make_policy(PROBLEM), make_policy(dataclasses.replace(softmax, num_experts=64))
+    assert nearest(softmax, [near]) is near
+    assert nearest(softmax, [near, far]) is far
+    assert nearest(PROBLEM, [far, near]) is near
+
+
 def test_regimes_lie_at_the_same_rows_for_each_expert():
     """Twice the experts: half the rows for each of them, so twice the T. 5-9 becomes 10-19: T = 19 is as 9.5."""
     found = scaled(make_policy(), changed(num_experts=32))

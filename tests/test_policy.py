@@ -233,9 +233,14 @@ def test_lookup_order(dirs, tmp_path):
 
 
 def test_the_command_that_makes_a_missing_policy_is_whole(dirs, monkeypatch):
-    problem = MoEProblem(num_experts=128, num_local_experts=16, hidden_size=1024, gate_first=True)
+    problem = MoEProblem(
+        num_experts=128, num_local_experts=16, n_group=1, topk_group=1, routing_method="softmax", gate_first=True
+    )
     _, where = find_policy(problem, "gpu_x")
-    command = "hybrid-moe regenerate --num-experts 128 --num-local-experts 16 --hidden-size 1024 --gate-first"
+    command = (
+        "hybrid-moe regenerate --num-experts 128 --num-local-experts 16 --n-group 1 --topk-group 1 "
+        "--routing-method softmax --gate-first"
+    )
     assert f"`{command}` makes one" in where
     # The command line takes it: no GPU is what stops it, not the options.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -250,6 +255,17 @@ def test_the_inside_of_a_file_decides(dirs):
     assert find_policy(MoEProblem(), "gpu_x")[0] is None
     assert find_policy(other, "gpu_x")[0] is not None
     assert find_policy(other, "whatever")[0] is None
+
+
+def test_a_policy_is_for_one_routing(tmp_path):
+    ungrouped = dataclasses.replace(MoEProblem(), n_group=1, topk_group=1)
+    softmax = dataclasses.replace(ungrouped, routing_method="softmax")
+    paths = [policy_path(tmp_path, "gpu_x", problem) for problem in (ungrouped, softmax)]
+    assert paths[0] != paths[1]
+    save_policy(make_policy(problem=softmax), paths[1])
+    assert find_policy(softmax, "gpu_x", tmp_path)[0].problem == softmax
+    with pytest.raises(PolicyError, match="routing_method=softmax"):
+        find_policy(ungrouped, "gpu_x", paths[1])
 
 
 def test_an_explicit_policy_must_match(tmp_path):

@@ -1,5 +1,6 @@
 """Records and their readers."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from hybrid_moe.records import (
     read_seed_table,
     read_with_digest,
 )
+from hybrid_moe.workloads import QWEN3_235B
 
 SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 FIELDS = dict(
@@ -238,6 +240,9 @@ def test_definition_names_round_trip(local, hidden, inter, gate_first):
         num_local_experts=local, hidden_size=128 * hidden, intermediate_size=128 * inter, gate_first=gate_first
     )
     assert problem_of_definition(problem.definition, gate_first=gate_first) == problem
+    softmax = dataclasses.replace(problem, n_group=1, topk_group=1, routing_method="softmax")
+    assert softmax.definition != problem.definition
+    assert problem_of_definition(softmax.definition, gate_first=gate_first) == softmax
 
 
 def test_problems_of_records():
@@ -245,5 +250,9 @@ def test_problems_of_records():
     assert problem_of_record(make_record(num_experts=512, gate_first=True)) == MoEProblem(
         num_experts=512, gate_first=True
     )
+    # The name of a definition says how it routes, as flashinfer's do.
+    name = "moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
+    assert problem_of_record(make_record(problem=name, num_experts=128)) == QWEN3_235B
+    assert QWEN3_235B.definition == name
     with pytest.raises(ValueError, match="definition is 'gemm'"):
         problem_of_definition("gemm")

@@ -28,6 +28,7 @@ ODD = MoEProblem(
     num_experts=24, num_local_experts=7, top_k=3, n_group=3, topk_group=2, hidden_size=384, intermediate_size=256
 )
 UNGROUPED = dataclasses.replace(SMALL, n_group=1, topk_group=1)
+SOFTMAX = dataclasses.replace(UNGROUPED, routing_method="softmax")
 ALL_GROUPS = dataclasses.replace(SMALL, topk_group=4)
 
 
@@ -295,3 +296,42 @@ def test_each_block_has_its_own_scale():
         value = values[row, column].float()
         assert blocks[row, column] == value * scale[row // 128, column // 128]
         assert rows[row, column] == value * scales_of_rows[column // 128, row]
+
+
+# Softmax routing
+
+
+@given(
+    experts=st.integers(2, 130),
+    top_k=st.integers(1, 8),
+    factor=st.sampled_from([1.0, 2.5]),
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+)
+def test_softmax_routing_is_that_of_qwen3(experts, top_k, factor, seed, spread):
+    """As in transformers' Qwen3MoeSparseMoeBlock with norm_topk_prob: softmax, the k best, divided by their sum."""
+    problem = MoEProblem(experts, 1, min(top_k, experts), 1, 1, 128, 128, routing_method="softmax")
+    generator = torch.Generator().manual_seed(seed)
+    # Apart from one another, so that no rounding decides: each row has its logits in another order.
+    steps = spread * torch.linspace(-1, 1, experts)
+    logits = torch.stack([steps[torch.randperm(experts, generator=generator)] for _ in range(5)])
+    ids, weights = route(logits, torch.zeros(experts), factor, problem)
+    chances = torch.nn.functional.softmax(logits, dim=1, dtype=torch.float)
+    wanted, wanted_ids = torch.topk(chances, problem.top_k, dim=-1)
+    wanted = wanted / wanted.sum(dim=-1, keepdim=True)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, factor * wanted)
+
+
+def test_a_bias_chooses_and_does_not_weigh():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    problem = MoEProblem(4, 1, 2, 1, 1, 128, 128, routing_method="softmax")
+    ids, weights = route(logits, torch.tensor([1.0, 0.0, 0.0, 0.0]), 1.0, problem)
+    chances = logits[0].exp() / logits.exp().sum()
+    assert ids.tolist() == [[0, 3]]
+    torch.testing.assert_close(weights[0], chances[[0, 3]] / chances[[0, 3]].sum())
+
+
+def test_softmax_and_sigmoid_differ():
+    inputs = inputs_of(SOFTMAX, 20)
+    assert relative_l2(moe_reference(inputs, SOFTMAX), moe_reference(inputs, UNGROUPED)) > 0.02

@@ -120,7 +120,11 @@ def test_the_definition_is_that_of_the_data_set():
     assert definition.get_output_shapes({"seq_len": 7}) == [[7, 7168]]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate_first": True}, {"n_group": 1, "topk_group": 1}, {"topk_group": 4}])
+UNGROUPED = {"n_group": 1, "topk_group": 1}
+SOFTMAX = UNGROUPED | {"routing_method": "softmax"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate_first": True}, UNGROUPED, {"topk_group": 4}, SOFTMAX])
 def test_the_definitions_reference_is_ours(changes):
     problem = dataclasses.replace(SMALL, **changes)
     namespace = {}

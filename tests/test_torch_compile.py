@@ -100,6 +100,17 @@ def test_one_graph_of_the_function_serves_every_t(weights, backend, given):
     assert len(graphs) == 1 and len(graphs[0]) == 1
 
 
+def test_softmax_routing(weights):
+    options = ROUTING | {"n_group": 1, "topk_group": 1, "routing_method": "softmax"}
+    run, graphs = compiled(lambda inputs: fused_moe(*inputs, **options, backend="torch_reference"))
+    inputs = inputs_of(weights, 9)
+    wanted = fused_moe(*inputs, **options, backend=REFERENCE)
+    assert torch.equal(run(inputs), wanted) and len(graphs) == 1
+    assert not torch.equal(
+        wanted, fused_moe(*inputs, **(options | {"routing_method": "deepseek_v3"}), backend=REFERENCE)
+    )
+
+
 def test_the_inductor(weights):
     layer = layer_of(inputs_of(weights, 5), backend=REFERENCE)
 
@@ -131,7 +142,9 @@ def test_outside_of_compiled_code_no_operator_is_called(weights, monkeypatch):
 def test_torchs_own_checks_of_the_operators(weights, tokens, name):
     inputs = inputs_of(weights, tokens)
     layer = layer_of(inputs, backend=REFERENCE)
-    options = [layer._handle] if "layer" in name else [api.handle_of("torch_reference", None), 3, 4, 2, False]
+    options = (
+        [layer._handle] if "layer" in name else [api.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3"]
+    )
     if "out" in name:
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(op, name), copy.deepcopy(inputs)

@@ -11,6 +11,9 @@ from hybrid_moe.reference import has_local_work, moe_reference, route
 from hybrid_moe.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
+    GLM_4_5_AIR,
+    MODELS,
+    QWEN3_235B,
     ROUTING_LOADS,
     Workload,
     make_inputs,
@@ -179,3 +182,18 @@ def test_the_data_can_tell_a_wrong_kernel(weights):
     }
     for name, changed in wrong.items():
         assert not check(moe_reference(changed, SMALL), result, work, OWN_KERNELS_TOLERANCE).passed, name
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("load", ROUTING_LOADS)
+def test_every_load_can_be_made_for_every_model(model, load):
+    problem = MODELS[model]
+    last = problem.num_experts - problem.num_local_experts
+    for tokens, offset in ((1, 0), (40, last)):
+        rows = int((local_ids(Workload(tokens, offset, load), problem) >= 0).sum())
+        assert rows == 0 if load == "none" else rows > 0
+
+
+def test_softmax_routing_has_no_bias():
+    assert not make_routing(Workload(4), QWEN3_235B)[1].any()
+    assert make_routing(Workload(4), GLM_4_5_AIR)[1].any()

@@ -25,6 +25,9 @@ bias is rounded to bf16 in any case, scores stay float32, and the weights of the
 1x128 scales before SwiGLU and again after it (``launcher`` 4450-4474). In the emulation that gives a relative L2 of
 0.042 to 0.046 against the definition, where rounding once gives 0.023: little below the gate's 0.05.
 
+**Routing by softmax** is refused. ``RoutingMethodType.RenormalizeNaive`` (4) is its name there, but nobody looked
+whether its kernels read float32 logits, the bias and the scaling factor.
+
 **Limits of routing**, the same in every release of the range (``launcher`` 4240-4280, ``routing`` 488-551): see
 `FlashinferTrtllm.not_supported_reasons`.
 

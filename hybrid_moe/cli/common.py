@@ -27,7 +27,8 @@ from ..policy import (
     known_policies,
     load_policy,
 )
-from ..problem import DeviceKey, MoEProblem
+from ..problem import DeviceKey, MoEProblem, RoutingMethod
+from ..workloads import MODELS, ModelName
 
 # A pipe has no width: 80 columns would fold the tables.
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -42,6 +43,13 @@ HiddenSize = Annotated[int | None, typer.Option(min=1, help="[default: 7168]")]
 IntermediateSize = Annotated[int | None, typer.Option(min=1, help="[default: 2048]")]
 GateFirst = Annotated[
     bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
+]
+RoutingMethodName = Annotated[
+    RoutingMethod | None, typer.Option(help="How the scores come of the logits. [default: deepseek_v3]")
+]
+Model = Annotated[
+    ModelName | None,
+    typer.Option(help="A model whose layer it is, on one of 8 ranks; sizes given beside it change it."),
 ]
 Where = Annotated[
     list[str] | None,
@@ -59,8 +67,9 @@ PolicyPath = Annotated[Path | None, typer.Option(help="A policy file, or a folde
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
-def problem_from(base: MoEProblem, **given: int | bool | None) -> MoEProblem:
-    """``base`` with the options that were given; ValueError if they contradict one another."""
+def problem_from(base: MoEProblem, *, model: ModelName | None = None, **given: int | bool | str | None) -> MoEProblem:
+    """The model's layer, or else ``base``, with the options given; ValueError if they contradict one another."""
+    base = base if model is None else MODELS[model]
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

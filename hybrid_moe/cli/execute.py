@@ -46,6 +46,7 @@ def call_fused_moe(
         n_group=problem.n_group,
         topk_group=problem.topk_group,
         gate_first=problem.gate_first,
+        routing_method=problem.routing_method,
         output=output,
         backend=backend,
     )

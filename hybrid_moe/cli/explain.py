@@ -23,10 +23,12 @@ from .common import (
     HiddenSize,
     IntermediateSize,
     Json,
+    Model,
     NGroup,
     NumExperts,
     NumLocalExperts,
     PolicyPath,
+    RoutingMethodName,
     TopK,
     TopkGroup,
     out,
@@ -43,6 +45,7 @@ def explain(
     num_tokens: Annotated[int | None, typer.Option(help="T; without it, every regime is shown.")] = None,
     policy: PolicyPath = None,
     here: Annotated[bool, typer.Option("--here", help="Pass over what this machine can't run.")] = False,
+    model: Model = None,
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -50,6 +53,7 @@ def explain(
     topk_group: TopkGroup = None,
     hidden_size: HiddenSize = None,
     intermediate_size: IntermediateSize = None,
+    routing_method: RoutingMethodName = None,
     gate_first: GateFirst = None,
     as_json: Json = False,
 ) -> None:
@@ -60,6 +64,7 @@ def explain(
     loaded = policy_in(policy)
     problem = problem_from(
         DEEPSEEK_V3 if loaded is None else loaded.problem,
+        model=model,
         num_experts=num_experts,
         num_local_experts=num_local_experts,
         top_k=top_k,
@@ -67,6 +72,7 @@ def explain(
         topk_group=topk_group,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        routing_method=routing_method,
         gate_first=gate_first,
     )
     found, where, note = policy_or_nearest(device, problem, policy)

@@ -42,9 +42,11 @@ from .common import (
     HiddenSize,
     IntermediateSize,
     Json,
+    Model,
     NGroup,
     NumExperts,
     NumLocalExperts,
+    RoutingMethodName,
     TopK,
     TopkGroup,
     err,
@@ -98,6 +100,7 @@ def regenerate(
     prefer: Annotated[str | None, typer.Option(help="Backend, or name[key=value], that ties go to.")] = None,
     max_gap: Annotated[float, typer.Option(help="Between T whose ratio is larger there is no evidence.")] = 2.0,
     timing: Annotated[GraphOrEager, typer.Option(help="What the policy is for; both are measured.")] = "cuda_graph",
+    model: Model = None,
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -105,6 +108,7 @@ def regenerate(
     topk_group: TopkGroup = None,
     hidden_size: HiddenSize = None,
     intermediate_size: IntermediateSize = None,
+    routing_method: RoutingMethodName = None,
     gate_first: GateFirst = None,
     as_json: Json = False,
 ) -> None:
@@ -115,6 +119,7 @@ def regenerate(
     """
     problem = problem_from(
         DEEPSEEK_V3,
+        model=model,
         num_experts=num_experts,
         num_local_experts=num_local_experts,
         top_k=top_k,
@@ -122,6 +127,7 @@ def regenerate(
         topk_group=topk_group,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        routing_method=routing_method,
         gate_first=gate_first,
     )
     try:

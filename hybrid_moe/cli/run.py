@@ -20,10 +20,12 @@ from .common import (
     HiddenSize,
     IntermediateSize,
     Json,
+    Model,
     NGroup,
     NumExperts,
     NumLocalExperts,
     PolicyPath,
+    RoutingMethodName,
     TopK,
     TopkGroup,
     out,
@@ -48,6 +50,7 @@ def run(
     policy: PolicyPath = None,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="[default: the GPU if there is one]")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the float32 reference.")] = False,
+    model: Model = None,
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -55,6 +58,7 @@ def run(
     topk_group: TopkGroup = None,
     hidden_size: HiddenSize = None,
     intermediate_size: IntermediateSize = None,
+    routing_method: RoutingMethodName = None,
     gate_first: GateFirst = None,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +68,7 @@ def run(
     """
     problem = problem_from(
         DEEPSEEK_V3,
+        model=model,
         num_experts=num_experts,
         num_local_experts=num_local_experts,
         top_k=top_k,
@@ -71,6 +76,7 @@ def run(
         topk_group=topk_group,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        routing_method=routing_method,
         gate_first=gate_first,
     )
     point = _workload(workload, num_tokens, offset, routing, seed, problem)

@@ -19,10 +19,12 @@ from .common import (
     HiddenSize,
     IntermediateSize,
     Json,
+    Model,
     NGroup,
     NumExperts,
     NumLocalExperts,
     PolicyPath,
+    RoutingMethodName,
     TopK,
     TopkGroup,
     out,
@@ -47,6 +49,7 @@ def solution(
         str | None, typer.Option(help="Of the Solution. [default: hybrid_moe_ with the device or the candidate]")
     ] = None,
     author: Annotated[str, typer.Option(help="Of the Solution.")] = AUTHOR,
+    model: Model = None,
     num_experts: NumExperts = None,
     num_local_experts: NumLocalExperts = None,
     top_k: TopK = None,
@@ -54,6 +57,7 @@ def solution(
     topk_group: TopkGroup = None,
     hidden_size: HiddenSize = None,
     intermediate_size: IntermediateSize = None,
+    routing_method: RoutingMethodName = None,
     gate_first: GateFirst = None,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +69,7 @@ def solution(
     given = None if candidate is not None else policy_in(policy)
     problem = problem_from(
         DEEPSEEK_V3 if given is None else given.problem,
+        model=model,
         num_experts=num_experts,
         num_local_experts=num_local_experts,
         top_k=top_k,
@@ -72,6 +77,7 @@ def solution(
         topk_group=topk_group,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        routing_method=routing_method,
         gate_first=gate_first,
     )
     if candidate is not None:

@@ -85,6 +85,7 @@ def _constants(
         "TOPK_GROUP": problem.topk_group,
         "GROUP_SIZE": problem.group_size,
         "GROUP_SIZE_POW2": pow2(problem.group_size),
+        "SOFTMAX": problem.routing_method == "softmax",
         "PDL": launch.pdl,
     }
     dequantize = {

@@ -160,6 +160,7 @@ def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) ->
         "TOPK_GROUP": problem.topk_group,
         "GROUP_SIZE": problem.group_size,
         "GROUP_SIZE_POW2": pow2(problem.group_size),
+        "SOFTMAX": problem.routing_method == "softmax",
         "PDL": launch.pdl,
     }
     return clear, Constants(arguments, {**launch.options, "num_warps": 1})

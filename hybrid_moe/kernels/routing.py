@@ -49,6 +49,7 @@ def select_experts(
     TOPK_GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):
     """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void."""
     NEG_INF: tl.constexpr = float("-inf")
@@ -58,7 +59,12 @@ def select_experts(
     real = (group < N_GROUP) & (member < GROUP_SIZE)
     logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0)
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
-    score = 1.0 / (1.0 + tl.exp(-logits))
+    if SOFTMAX:
+        largest = tl.max(tl.where(real, logits, NEG_INF))
+        power = tl.where(real, tl.exp(logits - largest), 0.0)
+        score = power / tl.sum(power)
+    else:
+        score = 1.0 / (1.0 + tl.exp(-logits))
     biased = tl.where(real, score + bias, NEG_INF)
 
     # Places of no expert lie below even a bias of -inf, which masks an expert.
@@ -118,6 +124,7 @@ def route_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished."""
@@ -137,6 +144,7 @@ def route_kernel(
         TOPK_GROUP,
         GROUP_SIZE,
         GROUP_SIZE_POW2,
+        SOFTMAX,
     )
 
     choice = tl.arange(0, TOP_K_POW2)
@@ -168,6 +176,7 @@ def select_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (T,), one warp each. For a library that sorts by itself: all experts, the local ones first: 0 to E - 1.
@@ -190,6 +199,7 @@ def select_kernel(
         TOPK_GROUP,
         GROUP_SIZE,
         GROUP_SIZE_POW2,
+        SOFTMAX,
     )
     choice = tl.arange(0, TOP_K_POW2)
     local = topk_expert - local_expert_offset

@@ -118,8 +118,9 @@ def _against(best: Standing) -> str:
 def _in_words(problem: MoEProblem) -> str:
     return (
         f"{problem.num_local_experts} of {problem.num_experts} experts on this rank, top {problem.top_k} from "
-        f"{problem.topk_group} of {problem.n_group} groups, hidden size {problem.hidden_size}, intermediate size "
-        f"{problem.intermediate_size}, FP8 with scales of {problem.block} x {problem.block} blocks, "
+        f"{problem.topk_group} of {problem.n_group} groups, {problem.routing_method} routing, hidden size "
+        f"{problem.hidden_size}, intermediate size {problem.intermediate_size}, FP8 with scales of {problem.block} x "
+        f"{problem.block} blocks, "
         f"{'gate' if problem.gate_first else 'up'} half first"
     )
 

@@ -1,0 +1,256 @@
+"""Run examples/sglang_layer.py or examples/vllm_layer.py inside of the package itself, on the CPU, by hand.
+
+    python tests/dropin_packages.py vllm
+    python tests/dropin_packages.py sglang
+
+The package has to be importable; its Python files alone (a wheel unpacked on ``PYTHONPATH``, and what they import) are
+enough, as none of its kernels runs: vLLM's `MoERunner` with gate, shared experts and factor, and SGLang's `FusedMoE`,
+`TopK` and dispatcher, around the experts' call by `torch_reference`. The results are checked against the reference on
+the layer's own weights and the bias in float32. No server is started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hybrid_moe.numerics import check
+from hybrid_moe.problem import MoEInputs, MoEProblem
+from hybrid_moe.reference import has_local_work, moe_reference, quantize_rows
+from hybrid_moe.workloads import LayerWeights, random_weights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+TOTAL, HIDDEN, INNER, TOP_K, GROUPS, KEPT, FACTOR = 16, 256, 128, 4, 4, 2, 2.5
+# About 8, and exact in bfloat16 when their mean is off.
+BIAS = 8 + torch.tensor([-9, 4, 2, -1, 7, -3, 0, 5, -6, 1, 3, -2, 6, -4, -5, 2], dtype=torch.float32) / 64
+FP8 = dict(activation_scheme="dynamic", weight_block_size=[128, 128])
+NAMES = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+
+
+def problem(local: int) -> MoEProblem:
+    """The layer of a rank with ``local`` experts, as both packages store it."""
+    return MoEProblem(
+        num_experts=TOTAL,
+        num_local_experts=local,
+        top_k=TOP_K,
+        n_group=GROUPS,
+        topk_group=KEPT,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        gate_first=True,
+    )
+
+
+def fill(experts: torch.nn.Module, weights: LayerWeights) -> None:
+    """As a checkpoint would."""
+    for name, field in zip(NAMES, weights.__slots__, strict=True):
+        getattr(experts, name).data.copy_(getattr(weights, field))
+
+
+@torch.inference_mode()
+def judge(
+    what: str,
+    weights: LayerWeights,
+    offset: int,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    added: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Run at some T and check; ``added`` is what the package adds to the routed experts' part."""
+    layer = problem(weights.gemm1_weights.shape[0])
+    for tokens in (0, 1, 40):
+        hidden = torch.randn((tokens, HIDDEN), dtype=torch.bfloat16)
+        logits = logits_of(hidden)
+        output = run(hidden, logits)
+        assert output.shape == hidden.shape and output.dtype == torch.bfloat16
+        inputs = MoEInputs(
+            logits.float(),
+            BIAS,
+            *quantize_rows(hidden),
+            *(getattr(weights, name) for name in weights.__slots__),
+            offset,
+            FACTOR,
+        )
+        expected, has_work = moe_reference(inputs, layer), has_local_work(inputs, layer)
+        if added is not None:
+            expected, has_work = expected + added(hidden), torch.ones(tokens, dtype=torch.bool)
+        correctness = check(output, expected, has_work)
+        print(f"{what}, T = {tokens}: relative L2 {correctness.relative_l2:.4f}")
+        assert correctness.passed, correctness.failures
+
+
+def vllm() -> None:
+    """The plugin's method in a real `MoERunner`, of one rank; the expert maps of four ranks."""
+    import vllm_layer
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    vllm_layer.check_interface()
+    vllm_layer.register()
+    config_cls = get_quantization_config("hybrid_moe")
+    assert config_cls.override_quantization_method({"quant_method": "fp8"}, "hybrid_moe") == "hybrid_moe"
+
+    class Gate(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn((TOTAL, HIDDEN)) * HIDDEN**-0.5)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x @ self.weight.t(), None
+
+    config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        torch.set_default_dtype(torch.bfloat16)
+        gate, shared = Gate(), torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+        cases = (("hybrid_moe", False), ("hybrid_moe", True), ("fp8", False))
+        for number, (quantization, applied_by_runner) in enumerate(cases):
+            runner = FusedMoEFactory(
+                num_experts=TOTAL,
+                top_k=TOP_K,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                use_grouped_topk=True,
+                num_expert_group=GROUPS,
+                topk_group=KEPT,
+                quant_config=get_quantization_config(quantization).from_config({"quant_method": "fp8", **FP8}),
+                prefix=f"model.layers.{number}.mlp.experts",
+                scoring_func="sigmoid",
+                routed_scaling_factor=FACTOR,
+                apply_routed_scale_to_output=applied_by_runner,
+                e_score_correction_bias=torch.nn.Parameter(BIAS),
+                gate=gate,
+                shared_experts=shared,
+            )
+            experts = runner.routed_experts
+            weights = random_weights(problem(TOTAL), "cpu", seed=number)
+            fill(experts, weights)
+            if quantization == "fp8":
+                # As --moe-backend triton gives; without a GPU vLLM finds none.
+                experts.quant_method.fp8_backend = Fp8MoeBackend.TRITON
+                (name,) = vllm_layer.replace_experts(runner, backend="torch_reference")
+                assert name == "routed_experts"
+            else:
+                experts.quant_method.options = {"backend": "torch_reference"}
+                experts.quant_method.process_weights_after_loading(experts)
+            assert type(experts.quant_method) is vllm_layer.HybridMoEMethod
+
+            def run(hidden: torch.Tensor, _: torch.Tensor, runner: torch.nn.Module = runner) -> torch.Tensor:
+                with set_forward_context(None, config, num_tokens=len(hidden)):
+                    return runner(hidden_states=hidden, router_logits=hidden)
+
+            what = (
+                f"vLLM, --quantization {quantization}, factor applied by {'runner' if applied_by_runner else 'experts'}"
+            )
+            judge(what, weights, 0, run, lambda x: gate(x)[0], lambda x: shared(x).float())
+
+    for rank in range(4):
+        local, expert_map, _ = determine_expert_map(4, rank, TOTAL)
+        assert vllm_layer.local_expert_offset(expert_map, local) == 4 * rank
+
+
+def sglang() -> None:
+    """`replace_experts` on a real `FusedMoE` and `TopK`, of each of four ranks; the hook, applied."""
+    import sglang_layer
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    sglang_layer.check_interface()
+    get_context().override_server_args(model_path="dummy", device="cpu", moe_runner_backend="triton").install()
+    initialize_moe_config()
+    torch.set_default_dtype(torch.bfloat16)
+    config = Fp8Config(is_checkpoint_fp8_serialized=True, **FP8)
+
+    class Block(torch.nn.Module):
+        """The parts of `DeepseekV2MoE` around the experts' call, made as it makes them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = FusedMoE(
+                num_experts=TOTAL,
+                top_k=TOP_K,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                layer_id=3,
+                quant_config=config,
+                routed_scaling_factor=FACTOR,
+                prefix="model.layers.3.mlp.experts",
+            )
+            self.topk = TopK(
+                top_k=TOP_K,
+                layer_id=3,
+                renormalize=True,
+                use_grouped_topk=True,
+                num_expert_group=GROUPS,
+                topk_group=KEPT,
+                scoring_func="sigmoid",
+                correction_bias=torch.nn.Parameter(BIAS),
+                quant_config=config,
+                routed_scaling_factor=FACTOR,
+                apply_routed_scaling_factor_on_output=self.experts.should_fuse_routed_scaling_factor_in_topk,
+            )
+            self.topk.bind_runner_backend(
+                self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
+            )
+
+        def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if len(hidden):
+                return self.experts(hidden, self.topk.forward_cuda(hidden, logits))
+            return self.experts(hidden, self.topk.empty_topk_output(hidden.device))
+
+    for ranks in (1, 4):
+        for rank in range(ranks):
+            get_parallel().override_permanently(
+                moe_ep_rank=rank,
+                moe_ep_size=ranks,
+                moe_tp_rank=0,
+                moe_tp_size=1,
+                tp_rank=rank,
+                tp_size=ranks,
+                tp_group=None,
+                attn_tp_size=ranks,
+                attn_tp_rank=rank,
+            )
+            block, weights = Block(), random_weights(problem(TOTAL // ranks), "cpu", seed=rank)
+            fill(block.experts, weights)
+            # The dispatcher makes it at its first call, on a GPU.
+            mapping = torch.full((TOTAL,), -1, dtype=torch.int32)
+            mapping[rank * TOTAL // ranks : (rank + 1) * TOTAL // ranks] = torch.arange(TOTAL // ranks)
+            block.experts.dispatcher.local_expert_mapping = mapping
+            (name,) = sglang_layer.replace_experts(torch.nn.ModuleDict({"mlp": block}), backend="torch_reference")
+            assert name == "mlp.experts" and block.topk.topk_config.output_format.name == "BYPASSED"
+            judge(
+                f"SGLang, rank {rank} of {ranks}",
+                weights,
+                rank * TOTAL // ranks,
+                block,
+                lambda x: torch.randn((len(x), TOTAL), dtype=torch.float32),
+            )
+
+    before = DefaultModelLoader.load_model
+    sglang_layer.register()
+    HookRegistry.apply_hooks()
+    assert DefaultModelLoader.load_model is not before
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    torch.manual_seed(0)
+    {"sglang": sglang, "vllm": vllm}[sys.argv[1]]()

@@ -117,6 +117,7 @@ def gather(
 ) -> Tables:
     """Launch the copy of the tokens into ``rows``, which fills the tables as well."""
     e, device = problem.num_local_experts, rows.gathered.device
+    # A buffer of its own: the binary that `GATHER` keeps assumes the alignment of the bounds, the same for each E.
     bounds = torch.empty(2 * e + 1, dtype=torch.int32, device=device)
     tables = Tables(bounds[: e + 1], bounds[e + 1 :])
     if problem_tables:

@@ -10,7 +10,7 @@ import torch
 from ..problem import MoEInputs, MoEProblem
 from .dequantize import dequantize_kernel
 from .launch import Constants, Kernel
-from .pipeline import Launch, are_aligned, pow2
+from .pipeline import Launch, are_aligned, selection_constants
 from .routing import select_kernel
 
 SELECT, DEQUANTIZE = Kernel(select_kernel), Kernel(dequantize_kernel)
@@ -76,18 +76,7 @@ def _block_n(problem: MoEProblem) -> int:
 def _constants(
     problem: MoEProblem, launch: Launch, stride_logits: int, stride_hidden: int
 ) -> tuple[Constants, Constants]:
-    select = {
-        "STRIDE_LOGITS": stride_logits,
-        "TOP_K": problem.top_k,
-        "TOP_K_POW2": pow2(problem.top_k),
-        "N_GROUP": problem.n_group,
-        "N_GROUP_POW2": pow2(problem.n_group),
-        "TOPK_GROUP": problem.topk_group,
-        "GROUP_SIZE": problem.group_size,
-        "GROUP_SIZE_POW2": pow2(problem.group_size),
-        "SOFTMAX": problem.routing_method == "softmax",
-        "PDL": launch.pdl,
-    }
+    select = {"STRIDE_LOGITS": stride_logits, **selection_constants(problem), "PDL": launch.pdl}
     dequantize = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,

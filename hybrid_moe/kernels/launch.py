@@ -55,6 +55,7 @@ class Kernel:
 
     def __init__(self, function: JITFunction) -> None:
         self.function = function
+        self._names = list(inspect.signature(function.fn).parameters)
         self._compiled: dict[tuple[Constants, int | None], CompiledKernel] = {}
 
     def launch(
@@ -85,8 +86,7 @@ class Kernel:
         compiled = self._compiled.get(key) if aligned else None
         if compiled is None:
             # Later launches go by position alone.
-            names = list(inspect.signature(self.function.fn).parameters)
-            assert names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
+            assert self._names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
             compiled = self.function[grid](*arguments, **constants.arguments, **constants.options)
             # The interpreter returns nothing to keep.
             if aligned and isinstance(compiled, CompiledKernel):

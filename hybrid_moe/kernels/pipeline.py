@@ -153,6 +153,15 @@ def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) ->
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,
+        **selection_constants(problem),
+        "PDL": launch.pdl,
+    }
+    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
+
+
+def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
+    """How experts are selected: the last compile-time arguments of `routing.select_experts`, in its order."""
+    return {
         "TOP_K": problem.top_k,
         "TOP_K_POW2": pow2(problem.top_k),
         "N_GROUP": problem.n_group,
@@ -161,9 +170,7 @@ def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) ->
         "GROUP_SIZE": problem.group_size,
         "GROUP_SIZE_POW2": pow2(problem.group_size),
         "SOFTMAX": problem.routing_method == "softmax",
-        "PDL": launch.pdl,
     }
-    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 def combine(

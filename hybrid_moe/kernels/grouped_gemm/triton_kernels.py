@@ -88,17 +88,33 @@ def gemm2_scales(row_at, left_at, right, block, capacity, real, K_BLOCKS: tl.con
 
 
 @triton.jit
-def gemm1_sum(
+def store_quantized(value, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE: tl.constexpr):
+    """Quantise one 128 block of the activation and store it with its scales."""
+    quantized, scale = quantize_block(value)
+    column = block_n * 128 + tl.arange(0, 128)
+    tl.store(out_ptr + row[:, None] * INTERMEDIATE + column[None, :], quantized, mask=real[:, None])
+    tl.store(out_scale_ptr + block_n.to(tl.int64) * capacity + row, scale, mask=real)
+
+
+@triton.jit
+def gemm1_tile(
     hidden_ptr,
     hidden_scale_ptr,
     weight,
     weight_scale_ptr,
     slot_token_ptr,
+    out_ptr,
+    out_scale_ptr,
+    unquantized_ptr,
+    tickets_ptr,
     stride_scale_k,
     stride_scale_t,
     num_tokens,
+    capacity,
     at,
     rows,
+    rows_before,
+    tiles_before,
     tile_m,
     tile_n,
     STRIDE_HIDDEN: tl.constexpr,
@@ -111,7 +127,7 @@ def gemm1_sum(
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of up and gate."""
+    """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
     UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
@@ -150,88 +166,25 @@ def gemm1_sum(
             up += scaled_product(x, w_up, row_scale * up_scale, SWAP)
             gate += scaled_product(x, w_gate, row_scale * gate_scale, SWAP)
     if SWAP:
-        return tl.trans(up), tl.trans(gate)
-    else:
-        return up, gate
+        up, gate = tl.trans(up), tl.trans(gate)
 
-
-@triton.jit
-def gemm1_tile(
-    hidden_ptr,
-    hidden_scale_ptr,
-    weight,
-    weight_scale_ptr,
-    slot_token_ptr,
-    out_ptr,
-    out_scale_ptr,
-    unquantized_ptr,
-    tickets_ptr,
-    stride_scale_k,
-    stride_scale_t,
-    num_tokens,
-    capacity,
-    at,
-    rows,
-    rows_before,
-    tiles_before,
-    tile_m,
-    tile_n,
-    STRIDE_HIDDEN: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    K_UNROLL: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
-    up, gate = gemm1_sum(
-        hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr,
-        stride_scale_k, stride_scale_t, num_tokens, at, rows, tile_m, tile_n,
-        STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
-    )  # fmt: skip
-    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = slot < rows
+    value = swiglu_of(gate, up)
     row = (rows_before + slot).to(tl.int64)
     if BLOCK_N == 128:
-        store_activation(up, gate, out_ptr, out_scale_ptr, row, real, tile_n, capacity, INTERMEDIATE)
+        store_quantized(value, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE)
     else:
-        block_n = tile_n * BLOCK_N // 128
-        row_at = row[:, None] * INTERMEDIATE
+        row_at = unquantized_ptr + row[:, None] * INTERMEDIATE
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(unquantized_ptr + row_at + column[None, :], swiglu_of(gate, up), mask=real[:, None])
+        tl.store(row_at + column[None, :], value, mask=real[:, None])
         # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
         tl.debug_barrier()
         ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
         ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
         if ticket == 128 // BLOCK_N - 1:
-            store_quantized_block(
-                unquantized_ptr, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE
-            )  # fmt: skip
-
-
-@triton.jit
-def store_quantized_block(
-    unquantized_ptr, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE: tl.constexpr
-):
-    """One 128 block that several programs left in float32, quantised."""
-    at = row[:, None] * INTERMEDIATE + (block_n * 128 + tl.arange(0, 128))[None, :]
-    # Past the first-level cache, which other multiprocessors' stores don't reach.
-    whole = tl.load(unquantized_ptr + at, mask=real[:, None], other=0.0, cache_modifier=".cg")
-    quantized, scale = quantize_block(whole)
-    tl.store(out_ptr + at, quantized, mask=real[:, None])
-    tl.store(out_scale_ptr + tl.cast(block_n, tl.int64) * capacity + row, scale, mask=real)
-
-
-@triton.jit
-def store_activation(up, gate, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE: tl.constexpr):
-    """SwiGLU, quantised: columns of one 128 block."""
-    quantized, scale = quantize_block(swiglu_of(gate, up))
-    column = block_n * 128 + tl.arange(0, 128)
-    tl.store(out_ptr + row[:, None] * INTERMEDIATE + column[None, :], quantized, mask=real[:, None])
-    tl.store(out_scale_ptr + tl.cast(block_n, tl.int64) * capacity + row, scale, mask=real)
+            # Past the first-level cache, which other multiprocessors' stores don't reach.
+            whole_at = row_at + (block_n * 128 + tl.arange(0, 128))[None, :]
+            whole = tl.load(whole_at, mask=real[:, None], other=0.0, cache_modifier=".cg")
+            store_quantized(whole, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE)
 
 
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
@@ -298,11 +251,12 @@ def gemm1_swiglu_kernel(
 
 
 @triton.jit
-def gemm2_sum(
+def gemm2_tile(
     activated_ptr,
     activated_scale_ptr,
     weight,
     weight_scale_ptr,
+    out_ptr,
     first_column,
     capacity,
     at,
@@ -312,16 +266,14 @@ def gemm2_sum(
     tile_n,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of the result.
-
-    Two tensors side by side where BLOCK_N is 256, else the same one twice.
-    """
+    """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
     TWO: tl.constexpr = BLOCK_N == 256
@@ -356,48 +308,14 @@ def gemm2_sum(
             if TWO:
                 w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
                 right += scaled_product(x, w_right, row_scale * right_scale, SWAP)
-    if TWO:
-        return (tl.trans(total), tl.trans(right)) if SWAP else (total, right)
-    else:
-        return (tl.trans(total), tl.trans(total)) if SWAP else (total, total)
+    if SWAP:
+        total = tl.trans(total)
+        if TWO:
+            right = tl.trans(right)
 
-
-@triton.jit
-def gemm2_tile(
-    activated_ptr,
-    activated_scale_ptr,
-    weight,
-    weight_scale_ptr,
-    out_ptr,
-    first_column,
-    capacity,
-    at,
-    rows,
-    rows_before,
-    tile_m,
-    tile_n,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    K_UNROLL: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
-    WIDTH: tl.constexpr = 128 if BLOCK_N == 256 else BLOCK_N
-    total, right = gemm2_sum(
-        activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, first_column, capacity,
-        at, rows, rows_before, tile_m, tile_n,
-        HIDDEN, INTERMEDIATE, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
-    )  # fmt: skip
-    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = slot < rows
-    row = (rows_before + slot).to(tl.int64)
     out_at = out_ptr + row[:, None] * COLUMNS + (tile_n * BLOCK_N + tl.arange(0, WIDTH))[None, :]
     tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
-    if BLOCK_N == 256:
+    if TWO:
         tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])
 
 

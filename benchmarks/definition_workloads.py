@@ -1,6 +1,7 @@
 """Check and time candidates and peers on the definition's 19 workloads and on token counts between them.
 
 python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/definition.jsonl --all --between
+python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/kimi-k2.jsonl --all --model kimi-k2
 
 Each is checked on a poisoned output against the float32 reference before it is timed, all of them at one workload in
 one process and in rotating order. Writes one BenchRecord a line and prints a table.
@@ -20,9 +21,12 @@ from hybrid_moe.bench import Case, Prepare, check_call, environment_of, measure,
 from hybrid_moe.choice import BackendUnsupportedError, Choice
 from hybrid_moe.problem import DeviceKey, MoEInputs
 from hybrid_moe.records import BenchRecord, append_record
+from hybrid_moe.sweep.plan import middle_rank
 from hybrid_moe.timing import measure_ceilings
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, ROUTING_LOADS, Workload, random_weights
+from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, ROUTING_LOADS, Workload, random_weights
 
+# Of other models' layers, which the definition's workloads are not for.
+MODEL_TOKENS = (1, 16, 80, 901, 4096)
 BETWEEN = (3, 24, 128, 200, 400, 2048, 4096)
 SKEWED = (32, 901, 4096)
 OURS = tuple(Choice("triton_fused", {"gemm": gemm}) for gemm in ("triton", "sgl_kernel", "deep_gemm"))
@@ -57,6 +61,12 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="all three grouped GEMMs, flashinfer and both peers")
     parser.add_argument("--between", action="store_true", help=f"also T = {', '.join(map(str, BETWEEN))}")
+    parser.add_argument(
+        "--model",
+        default="deepseek-v3",
+        choices=tuple(MODELS),
+        help=f"another model's layer, at T = {', '.join(map(str, MODEL_TOKENS))} and without peers",
+    )
     parser.add_argument("--routing", default="uniform", choices=ROUTING_LOADS, help="routing load")
     parser.add_argument(
         "--skewed", action="store_true", help=f"also skewed loads at T = {', '.join(map(str, SKEWED))}, ours alone"
@@ -73,14 +83,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("an NVIDIA GPU is wanted; torch finds none")
 
-    workloads = [w for w in DEFINITION_WORKLOADS if not options.tokens or w.num_tokens in options.tokens]
+    problem = MODELS[options.model]
+    definitions = DEFINITION_WORKLOADS if problem == DEEPSEEK_V3 else ()
+    workloads = [w for w in definitions if not options.tokens or w.num_tokens in options.tokens]
     known = {w.num_tokens for w in workloads}
-    extra = options.tokens or (BETWEEN if options.between else ())
-    workloads += [Workload(tokens, 96) for tokens in extra if tokens not in known]
+    between = BETWEEN if problem == DEEPSEEK_V3 else MODEL_TOKENS
+    extra = options.tokens or (between if options.between or problem != DEEPSEEK_V3 else ())
+    offset = 96 if problem == DEEPSEEK_V3 else middle_rank(problem)
+    workloads += [Workload(tokens, offset) for tokens in extra if tokens not in known]
     workloads = sorted((replace(w, routing=options.routing) for w in workloads), key=lambda w: w.num_tokens)
     if options.skewed:
-        offsets = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
-        workloads += [Workload(t, offsets.get(t, 96), load) for load in ("zipf", "concentrated") for t in SKEWED]
+        offsets = {w.num_tokens: w.local_expert_offset for w in definitions}
+        workloads += [Workload(t, offsets.get(t, offset), load) for load in ("zipf", "concentrated") for t in SKEWED]
 
     ceilings = measure_ceilings()
     environment = environment_of(ceilings)
@@ -92,19 +106,20 @@ def main() -> None:
     if options.all:
         # A peer runs where its library does, which our pipeline around the same library knows.
         device = DeviceKey.of("cuda")
-        supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(DEEPSEEK_V3, device, c)]
+        supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(problem, device, c)]
         gemms = [c.config.get("gemm") for c in supported]
         candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
-        candidates += [Choice(name) for name in PEERS if name.removeprefix("peer:") in gemms]
+        if problem == DEEPSEEK_V3:
+            candidates += [Choice(name) for name in PEERS if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
-    copies = [random_weights(DEEPSEEK_V3, "cuda", seed) for seed in range(options.copies)]
+    copies = [random_weights(problem, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
     print(f"{head} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
     all_right = True
     for number, workload in enumerate(workloads):
-        case = Case.make(workload, DEEPSEEK_V3, copies, SAMPLED_TOKENS if options.sample else None)
+        case = Case.make(workload, problem, copies, SAMPLED_TOKENS if options.sample else None)
         others = [
-            Case.make(replace(workload, seed=seed, uuid=None), DEEPSEEK_V3, copies[:1], SAMPLED_TOKENS)
+            Case.make(replace(workload, seed=seed, uuid=None), problem, copies[:1], SAMPLED_TOKENS)
             for seed in range(1, options.seeds if workload.routing == options.routing else 1)
         ]
         shift = number % len(candidates)
@@ -118,7 +133,7 @@ def main() -> None:
                 append_record(options.output, record)
             show(case, choice, *records)
             for other in others:
-                prepare = peer or preparing(DEEPSEEK_V3, choice)
+                prepare = peer or preparing(problem, choice)
                 try:
                     result = check_call(other, prepare(other.inputs[0]), tolerance_of(choice))
                 except BackendUnsupportedError:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -25,9 +26,12 @@ from triton.runtime.jit import JITFunction
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
-from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
-from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
+from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.steps import Step
 from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
 from hybrid_moe.workloads import MODELS
 
@@ -96,6 +100,32 @@ def resources(kernel, capability: int) -> dict[str, object]:
     }
 
 
+def run_all(problem, gemm, inputs, output, launch):
+    """All steps of a call but those of other libraries."""
+    form = Form.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)
+    plan = pipeline.Pipeline(problem, gemm).plan(form, output.device, launch)
+    call = by_name(inputs, output, plan.layout, torch.empty(plan.layout.bytes, dtype=torch.uint8))
+    for step in plan.steps:
+        if isinstance(step, Step):
+            step.run(call, output.device)
+
+
+class AroundSgl(SglGroupedGemm):
+    """Without the library, which isn't wanted for what is around its calls."""
+
+    def steps(self, problem, launch, form):
+        with unittest.mock.patch.object(libraries_of_gemms, "sgl_grouped_mm"):
+            return super().steps(problem, launch, form)
+
+
+class AroundDeepGemm(DeepGemmGroupedGemm):
+    """Without the library, as above."""
+
+    def steps(self, problem, launch, form):
+        with unittest.mock.patch.object(libraries_of_gemms, "deep_gemm"):
+            return super().steps(problem, launch, form)
+
+
 def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS, libraries: bool = True):
     """Yield each kernel compiled, once for each specialisation. Leaves this process unable to launch.
 
@@ -118,16 +148,9 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
         quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
-        gemm = TritonGroupedGemm((capability // 10, capability % 10))
-        routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
-        gemm.run(inputs, routed, problem, launch, output)
-        # Around a library's grouped GEMM: sgl-kernel's scales are row-major and its rows unpadded, DeepGEMM's neither.
-        for align, row_major in ((1, True), (128, False)) if libraries else ():
-            capacity = padded_capacity(problem, tokens, align)
-            rows = Rows.allocate(problem, capacity, output.device, align=align, row_major_scales=row_major)
-            gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
-            swiglu(routed, problem, launch, rows)
-            pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
+        run_all(problem, TritonGroupedGemm((capability // 10, capability % 10)), inputs, output, launch)
+        for around in (AroundSgl(), AroundDeepGemm()) if libraries else ():
+            run_all(problem, around, inputs, output, launch)
         external_inputs(inputs, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}

@@ -1,11 +1,12 @@
 """The fused pipeline at small sizes: in Triton's interpreter, or compiled where there is a GPU.
 
 Everything goes through `fused_moe`, apart from the routing and the combine, which are also tested alone. Results are
-written between guard rows, and every buffer that the pipeline doesn't initialise is filled with NaN and huge integers.
+written between guard rows, and the memory that the pipeline reserves is filled with ones: NaN, and -1.
 """
 
 import contextlib
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
+from hybrid_moe.api import _cached_dispatch
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.layout import Layout
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
@@ -65,7 +69,7 @@ def problem_named(name):
 
 @contextlib.contextmanager
 def uninitialised_memory_filled():
-    """`torch.empty` gives NaN and the largest integers."""
+    """`torch.empty` gives bytes of ones, which are NaN in all formats."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -311,8 +315,7 @@ def test_a_token_without_numbers_spoils_no_other(offset):
         inputs = inputs_of(problem, 6, offset)
         spoilt = inputs._replace(routing_logits=inputs.routing_logits.clone())
         spoilt.routing_logits[2] = float("nan")
-        routed = pipeline.route(spoilt, problem, launch_of(problem))
-        assert int(routed.counts.max()) <= 6
+        assert int(routed(problem, spoilt)["counts"].max()) <= 6
         others = [0, 1, 3, 4, 5]
         assert torch.equal(run(problem, spoilt)[others], run(problem, inputs)[others])
 
@@ -351,8 +354,15 @@ def test_columns_in_pieces(monkeypatch):
     rows = pipeline.row_capacity(problem, tokens)
     for columns in (256, 128):
         monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", rows * columns * 2)
+        forget_plans()
         assert pipeline.column_chunk(problem, rows) == columns
         assert torch.equal(run(problem, inputs), whole)
+    forget_plans()
+
+
+def forget_plans():
+    backends.prepare.cache_clear()
+    _cached_dispatch.cache_clear()
 
 
 @st.composite
@@ -395,31 +405,47 @@ def launch_of(problem):
     return pipeline.launch_on(torch.device("cuda", 0) if device.type == "cuda" else device)
 
 
+def routed(problem, inputs, *steps, rows=()):
+    """The tensors of a call after its routing, by name; ``steps(form)`` are run behind it, on ``rows`` if they want."""
+    output = torch.full(
+        (inputs.num_tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=inputs.hidden_states.device
+    )
+    form, layout = Form.of(inputs, addresses_of(inputs), output, 1), Layout()
+    pipeline.reserve_routing(layout, problem, inputs.num_tokens)
+    with uninitialised_memory_filled():
+        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=DEVICE)
+    call = by_name(inputs, output, layout, memory)
+    for step in pipeline.route(problem, launch_of(problem), form, layout):
+        step.run(call, output.device)
+    for number, step in enumerate(steps):
+        step(form).run(call | {"rows": rows[number]}, output.device)
+    return call
+
+
 def routing_inputs(problem, logits, bias, offset, factor=2.5):
     """Inputs with nothing in them but what routing reads."""
     hidden = torch.empty((logits.shape[0], problem.hidden_size), dtype=FP8)
-    rest = [torch.empty(0)] * 5
+    rest = [torch.empty(0, 0)] * 5
     return MoEInputs(*(t.to(DEVICE) for t in (logits, bias.bfloat16(), hidden, *rest)), offset, factor)
 
 
 def assert_routed(problem, inputs):
     """Each token's choices and weights are the reference's, and each local pair has a place of its own."""
-    with uninitialised_memory_filled():
-        routed = pipeline.route(inputs, problem, launch_of(problem))
+    call = routed(problem, inputs)
     ids, weights = (
         t.cpu() for t in route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
     )
     e, tokens = problem.num_local_experts, inputs.num_tokens
     local = ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < e)
-    pair = routed.pair.cpu().long()
+    pair = call["pair"].cpu().long()
     assert pair.shape == (tokens, problem.top_k)
     assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
-    torch.testing.assert_close(routed.pair_weight.cpu(), weights, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(call["pair_weight"].cpu(), weights, rtol=1e-5, atol=1e-7)
 
     counts = torch.bincount(local[is_local], minlength=e)
-    assert torch.equal(routed.counts.cpu().long(), counts)
-    slots = routed.slot_token.cpu()
+    assert torch.equal(call["counts"].cpu().long(), counts)
+    slots = call["slot_token"].cpu()
     for expert in range(e):
         # Its slots are numbered without gaps, and each leads back to its token.
         token, choice = (pair % e == expert).logical_and(pair >= 0).nonzero(as_tuple=True)
@@ -490,18 +516,17 @@ def test_combine(tokens):
     inputs = inputs_of(problem, tokens, 5)
     launch = launch_of(problem)
     capacity, hidden = pipeline.row_capacity(problem, tokens), problem.hidden_size
-    output = torch.full((tokens, hidden), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     rows = torch.randn((capacity, hidden), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
-    with uninitialised_memory_filled():
-        routed = pipeline.route(inputs, problem, launch)
-        for first in range(0, hidden, 128):
-            pipeline.combine(rows[:, first : first + 128].contiguous(), routed, problem, launch, output, first)
+    firsts = range(0, hidden, 128)
+    steps = [functools.partial(pipeline.combine, problem, launch, columns=128, first_column=first) for first in firsts]
+    call = routed(problem, inputs, *steps, rows=[rows[:, first : first + 128].contiguous() for first in firsts])
+    output = call["output"]
 
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), routed.counts.cpu().cumsum(0)])
-    pair, e = routed.pair.cpu().long(), problem.num_local_experts
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), call["counts"].cpu().cumsum(0)])
+    pair, e = call["pair"].cpu().long(), problem.num_local_experts
     picked = rows.cpu().float()[torch.where(pair >= 0, start[pair % e] + pair // e, 0)]
     picked[pair < 0] = 0
-    wanted = (picked * routed.pair_weight.cpu().unsqueeze(2)).sum(dim=1)
+    wanted = (picked * call["pair_weight"].cpu().unsqueeze(2)).sum(dim=1)
     torch.testing.assert_close(output.cpu().float(), wanted, rtol=2**-7, atol=1e-6)
 
 

@@ -10,7 +10,8 @@ import torch
 from ..problem import MoEInputs, MoEProblem
 from .dequantize import dequantize_kernel
 from .launch import Constants, Kernel
-from .pipeline import Launch, are_aligned, selection_constants
+from .pipeline import Launch, selection_constants
+from .plan import addresses_of, all_aligned
 from .routing import select_kernel
 
 SELECT, DEQUANTIZE = Kernel(select_kernel), Kernel(dequantize_kernel)
@@ -38,7 +39,7 @@ class External(NamedTuple):
 def external_inputs(inputs: MoEInputs, problem: MoEProblem, launch: Launch) -> External:
     """Launch the routing and the dequantisation, which run side by side."""
     tokens, device = inputs.num_tokens, inputs.hidden_states.device
-    aligned = are_aligned(inputs)
+    aligned = all_aligned(addresses_of(inputs))
     external = External(
         torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=device),
         torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device),

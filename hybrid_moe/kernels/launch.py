@@ -58,6 +58,10 @@ class Kernel:
         self._names = list(inspect.signature(function.fn).parameters)
         self._compiled: dict[tuple[Constants, int | None], CompiledKernel] = {}
 
+    def compiled(self, constants: Constants, device: torch.device) -> CompiledKernel | None:
+        """What repeated launches on ``device`` use; None before the first, and in the interpreter."""
+        return self._compiled.get((constants, device.index))
+
     def launch(
         self,
         grid: tuple[int, ...],

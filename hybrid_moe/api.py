@@ -12,6 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from . import activations, op, warm_up
+from .backends.base import Runner
 from .choice import Choice
 from .dispatch import Dispatch
 from .lookup import as_choice, decision_table
@@ -20,6 +21,7 @@ from .policy import Policy
 from .problem import DeviceKey, MoEInputs, MoEProblem, RoutingMethod, check_ranks
 from .select import Decision
 from .warm_up import WarmedUp
+from .workspace import Piece, Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
 
@@ -126,11 +128,18 @@ class HybridMoE:
         See `fused_moe`. Held, never copied.
     local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, routing_method, backend, policy
         See `fused_moe`.
+    max_num_tokens
+        T up to which calls reserve no memory but for their output, and none with ``output=``: their intermediate
+        tensors lie in a workspace that is kept, `planned_bytes` for each stream that the device's layers are called on,
+        which they share. The first call on a stream reserves it; `warm_up` does on its own. A call with more tokens is
+        right too, and reserves what it takes. Without an argument every call does. ``flashinfer_trtllm`` and
+        ``flashinfer_cutlass`` reserve their own memory in any case, and so does ``torch_reference``.
 
     Attributes
     ----------
     problem : MoEProblem
     device : DeviceKey
+    max_num_tokens : int or None
 
     Raises
     ------
@@ -154,7 +163,10 @@ class HybridMoE:
         routing_method: RoutingMethod = "deepseek_v3",
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
+        max_num_tokens: int | None = None,
     ) -> None:
+        if max_num_tokens is not None:
+            warm_up.check_count("max_num_tokens", max_num_tokens)
         check_ranks(
             {
                 "gemm1_weights": gemm1_weights,
@@ -189,13 +201,24 @@ class HybridMoE:
         self._device = gemm1_weights.device
         self._routing_bias = routing_bias
         self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
+        self.max_num_tokens = max_num_tokens
+        self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
         self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
         self._handle = op.register(self)
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
         decider = decision_table(self.problem, self.device, policy, stacklevel=4) if backend is None else backend
-        return Dispatch(self.problem, self.device, decider, self._counters, policy)
+        dispatch = Dispatch(self.problem, self.device, decider, self._counters, policy)
+        if self._workspaces is not None:
+            self._workspaces.grow(self._planned_bytes(dispatch))
+        return dispatch
+
+    def _planned_bytes(self, dispatch: Dispatch) -> int:
+        if self.max_num_tokens is None:
+            return 0
+        # Behind what a runner takes, hidden states that come in bfloat16 are quantised.
+        return dispatch.reserved_bytes(self.max_num_tokens) + activations.bytes_of(self.problem, self.max_num_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
@@ -211,6 +234,7 @@ class HybridMoE:
             routing_method=problem.routing_method,
             backend=dispatch.backend,
             policy=dispatch.policy,
+            max_num_tokens=self.max_num_tokens,
         )
         return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
 
@@ -222,6 +246,7 @@ class HybridMoE:
         *,
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
+        max_num_tokens: int | None = None,
     ) -> HybridMoE:
         """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all."""
         return cls(
@@ -239,6 +264,7 @@ class HybridMoE:
             routing_method=problem.routing_method,
             backend=backend,
             policy=policy,
+            max_num_tokens=max_num_tokens,
         )
 
     def __call__(
@@ -261,9 +287,25 @@ class HybridMoE:
 
     def run(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> torch.Tensor:
         """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
+        if self._workspaces is None or (piece := self._piece(inputs[2])) is None:
+            return self._run(inputs, output, None)
+        with piece.lock:
+            return self._run(inputs, output, piece.memory)
+
+    def _piece(self, hidden_states: torch.Tensor) -> Piece | None:
+        """The workspace for a call with these; None if it reserves its own memory."""
+        assert self._workspaces is not None and self.max_num_tokens is not None
+        # They aren't checked yet: what is wrong goes on to where it is named.
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim != 2:
+            return None
+        tokens, width = hidden_states.shape
+        fits = 0 < tokens <= self.max_num_tokens and width == self.problem.hidden_size
+        return self._workspaces.piece() if fits else None
+
+    def _run(self, inputs: MoEInputs, output: torch.Tensor | None, memory: torch.Tensor | None) -> torch.Tensor:
         problem = self.problem
         if inputs[3] is None:  # hidden_states_scale
-            inputs = activations.quantize(inputs)
+            inputs = activations.quantize(inputs, memory)
         logits, _, hidden, scale, *_ = inputs
         tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
         if tokens is None:
@@ -274,7 +316,7 @@ class HybridMoE:
         if output is None:
             output = _new_output(problem, inputs)
         if tokens:
-            self._dispatch.run(tokens, inputs, output)
+            self._dispatch.run(tokens, inputs, output, memory)
         return output
 
     def choice(self, num_tokens: int) -> Choice:
@@ -288,6 +330,11 @@ class HybridMoE:
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
         return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
+
+    @property
+    def planned_bytes(self) -> int:
+        """Device memory in bytes that is kept for calls up to ``max_num_tokens``, for each stream; 0 without it."""
+        return self._planned_bytes(self._dispatch)
 
     def warm_up(
         self,
@@ -333,12 +380,19 @@ class HybridMoE:
             output = _new_output(self.problem, inputs)
             warm_up.synchronize(self._device)
             begin = time.perf_counter()
-            dispatch.runner(tokens).run(inputs, output)
+            self._warm_up(dispatch.runner(tokens), inputs, output)
             warm_up.synchronize(self._device)
             done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
             if progress is not None:
                 progress(done[-1])
         return tuple(done)
+
+    def _warm_up(self, runner: Runner, inputs: MoEInputs, output: torch.Tensor) -> None:
+        if self._workspaces is None or (piece := self._piece(inputs.hidden_states)) is None:
+            runner.run(inputs, output)
+            return
+        with piece.lock:
+            runner.run_in(inputs, output, piece.memory)
 
     def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
         """Take another policy from the next call on, as after `hybrid-moe regenerate`.

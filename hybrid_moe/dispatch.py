@@ -74,17 +74,31 @@ class Dispatch:
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 
-    def run(self, num_tokens: int, inputs: MoEInputs, output: torch.Tensor) -> None:
-        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before."""
+    def run(self, num_tokens: int, inputs: MoEInputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before.
+
+        ``memory`` is for `Runner.run_in`.
+        """
         # All that is done here is added to every call.
         at = bisect_right(self.starts, num_tokens) - 1
         if self._counters[at].add(num_tokens):
             _announce(self._labels[at], self._decide(num_tokens))
-        self._runners[at].run(inputs, output)
+        if memory is None:
+            self._runners[at].run(inputs, output)
+        else:
+            self._runners[at].run_in(inputs, output, memory)
 
     def runner(self, num_tokens: int) -> Runner:
         """What `run` calls at ``num_tokens``."""
         return self._runners[bisect_right(self.starts, num_tokens) - 1]
+
+    def reserved_bytes(self, max_num_tokens: int) -> int:
+        """The most that any call up to ``max_num_tokens`` takes from the memory that it is given."""
+        ends = [*self.starts[1:], max_num_tokens + 1]
+        return max(
+            _most_reserved(runner, max(start, 1), min(end, max_num_tokens + 1))
+            for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
+        )
 
     def choice(self, num_tokens: int) -> Choice:
         """What runs at ``num_tokens``; ValueError if it is negative."""
@@ -95,6 +109,12 @@ class Dispatch:
     def decision(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, and why; ValueError if it is negative."""
         return self._decide(num_tokens)
+
+
+@functools.lru_cache(maxsize=256)  # layers are alike
+def _most_reserved(runner: Runner, first: int, end: int) -> int:
+    # Each T is asked: a runner may take less for more tokens, where it begins to work in pieces.
+    return max((runner.reserved_bytes(tokens) for tokens in range(first, end)), default=0)
 
 
 class _Announced:

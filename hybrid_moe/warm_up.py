@@ -38,11 +38,16 @@ def token_counts(starts: Sequence[int], max_num_tokens: int) -> tuple[int, ...]:
     The powers of two because a backend's tiles change with T inside of a regime as well. ValueError for a bound that is
     no T.
     """
-    if not _is_count(max_num_tokens):
-        raise ValueError(f"max_num_tokens is {max_num_tokens!r}; an integer of at least 1 is wanted")
+    check_count("max_num_tokens", max_num_tokens)
     bounds = [*starts, *(start - 1 for start in starts), max_num_tokens]
     powers = itertools.takewhile(lambda power: power <= max_num_tokens, (2**n for n in itertools.count()))
     return tuple(sorted({t for t in (*bounds, *powers) if 1 <= t <= max_num_tokens}))
+
+
+def check_count(name: str, value: object) -> None:
+    """ValueError for a number that is no T of at least 1."""
+    if not _is_count(value):
+        raise ValueError(f"{name} is {value!r}; an integer of at least 1 is wanted")
 
 
 def checked(given: Iterable[int]) -> tuple[int, ...]:

@@ -186,6 +186,104 @@ def test_four_threads_two_streams_two_layers(weights):
     assert sum(s.calls for layer in layers for s in layer.stats()) == 4 + 2 + 4 * 50
 
 
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["e4m3", "bfloat16"])
+def test_a_planned_workspace_is_all_the_memory_of_a_call(weights, bfloat16):
+    """Eager calls of changing T with a given output: nothing is reserved, not even for a moment."""
+    plain, planned = (
+        HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=n) for n in (None, 901)
+    )
+    counts = (1, 16, 3, 80, 901, 200, 7)
+    planned.warm_up(counts)
+    cases = []
+    for tokens in counts:
+        inputs = inputs_of(weights, tokens)
+        tensors = activations(inputs)
+        if bfloat16:
+            tensors = (tensors[0], torch.randn((tokens, 7168), dtype=torch.bfloat16, device="cuda"))
+        cases.append((tensors, plain(*tensors), torch.empty((tokens, 7168), dtype=torch.bfloat16, device="cuda")))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        for tensors, _, output in cases:
+            assert planned(*tensors, output=output) is output
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated() == before
+    for _, wanted, output in cases:
+        assert torch.equal(output, wanted)
+
+
+def test_a_graph_has_memory_of_its_own(weights):
+    """A replay beside eager calls of the same planned layer on another stream."""
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=80)
+    graph = Replay(layer, 80, bfloat16=False)
+    eager = activations(inputs_of(weights, 80, seed=5))
+    wanted = layer(graph.logits, *graph.activations), layer(*eager)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            graph.graph.replay()
+        results.append(layer(*eager))
+    torch.cuda.synchronize()
+    assert torch.equal(graph.output, wanted[0])
+    assert all(torch.equal(result, wanted[1]) for result in results)
+
+
+def test_threads_that_share_a_stream_and_a_workspace(weights):
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=80)
+    cases = [activations(inputs_of(weights, tokens, seed=tokens)) for tokens in (1, 16, 33, 80)]
+    wanted = [layer(*tensors) for tensors in cases]
+    torch.cuda.synchronize()
+    stream, results = torch.cuda.Stream(), [[] for _ in cases]
+
+    def work(number):
+        with torch.cuda.stream(stream):
+            results[number] += [layer(*cases[number]) for _ in range(100)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for found, right in zip(results, wanted, strict=True):
+        assert len(found) == 100 and all(torch.equal(result, right) for result in found)
+
+
+def test_launches_by_address_follow_the_tensors(weights):
+    """Weights elsewhere, another offset and factor, unaligned tensors: nothing is kept from a call before."""
+    other = random_weights(DEEPSEEK_V3, "cuda", seed=1)
+    for number in range(6):
+        inputs = inputs_of((weights, other)[number % 2], 16, seed=number)
+        inputs = inputs._replace(local_expert_offset=32 * number, routed_scaling_factor=1.0 + number)
+        result = fused_moe(*inputs, backend=TRITON)
+        work = has_local_work(inputs, DEEPSEEK_V3)
+        if bool(work.any()):
+            assert check(result, moe_reference(inputs, DEEPSEEK_V3), work, Tolerance()).failures == ()
+        shifted = torch.empty(16 * 256 + 1, dtype=torch.float32, device="cuda")[1:].view(16, 256)
+        shifted.copy_(inputs.routing_logits)
+        assert torch.equal(fused_moe(*inputs._replace(routing_logits=shifted), backend=TRITON), result)
+
+
+def test_launches_by_address_are_used(weights):
+    from hybrid_moe.kernels import pipeline
+    from hybrid_moe.kernels.plan import Addressed
+
+    calls, run = [], Addressed.run
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON)
+    tensors = activations(inputs_of(weights, 5))
+    layer(*tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Addressed, "run", lambda self, *given: (calls.append(self), run(self, *given)))
+        layer(*tensors)
+    assert len(calls) == 1 and len(calls[0].launchers) == 5
+    assert pipeline.launch_on(tensors[0].device).pdl
+
+
 @pytest.mark.parametrize("tokens", [1, 80, 901])
 def test_bfloat16_hidden_states(weights, layer, tokens):
     inputs = inputs_of(weights, tokens)

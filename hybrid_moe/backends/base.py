@@ -26,9 +26,20 @@ class Runner(ABC):
         The inputs were checked before. T is at least 1. Does not synchronise with the host.
         """
 
+    def run_in(self, inputs: MoEInputs, output: torch.Tensor, memory: torch.Tensor) -> None:
+        """`run` with its intermediate tensors in ``memory``, uint8, which nobody else uses meanwhile on this stream.
+
+        What doesn't fit is reserved as by `run`. A library that reserves its own doesn't look at it.
+        """
+        self.run(inputs, output)
+
     @abstractmethod
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that one call at ``num_tokens`` takes beside inputs and output."""
+
+    def reserved_bytes(self, num_tokens: int) -> int:
+        """Of these, what `run_in` takes from the memory that it is given."""
+        return 0
 
 
 class Backend(ABC):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,27 +53,28 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, inputs: MoEInputs, addresses: Sequence[int], output: torch.Tensor, row_alignment: int) -> Form:
         """Of a call; ``addresses`` are those of the inputs' tensors."""
-        routing, _, hidden, scale, *_ = inputs
-        stride_scale_k, stride_scale_t = scale.stride()
-        return cls(
-            type(inputs),
-            hidden.shape[0],
-            routing.stride(0),
-            hidden.stride(0),
-            stride_scale_k,
-            stride_scale_t,
-            row_alignment,
-            all_aligned(addresses),
-            output.data_ptr() % 16 == 0,
+        # Every call pays for this; the constructor would take as long again.
+        hidden = inputs[2]
+        stride_scale_k, stride_scale_t = inputs[3].stride()
+        return tuple.__new__(
+            cls,
+            (
+                type(inputs),
+                hidden.shape[0],
+                inputs[0].stride()[0],
+                hidden.stride()[0],
+                stride_scale_k,
+                stride_scale_t,
+                row_alignment,
+                all_aligned(addresses),
+                output.data_ptr() % 16 == 0,
+            ),
         )
 
 
 def all_aligned(addresses: Sequence[int]) -> bool:
     """Whether all are multiples of 16, as fresh tensors' are and slices' may not be."""
-    bits = 0
-    for address in addresses:
-        bits |= address
-    return bits % 16 == 0
+    return functools.reduce(operator.or_, addresses) % 16 == 0
 
 
 def by_name(inputs: MoEInputs, output: torch.Tensor, layout: Layout, memory: torch.Tensor) -> dict[str, Any]:

@@ -21,10 +21,10 @@ import triton
 
 from hybrid_moe.kernels.grouped_gemm.tiles import Tile
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, tickets_of
-from hybrid_moe.kernels.layout import Layout
 from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import AnyStep
+from hybrid_moe.layout import Layout
 from hybrid_moe.problem import FP8, MoEInputs
 from hybrid_moe.timing import Work, measure_ceilings, time_graph
 from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .kernels.layout import Layout
+from .layout import Layout
 from .problem import FP8, MoEInputs, MoEProblem, check_unquantized
 from .reference import quantize_rows
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
 from hybrid_moe.api import _cached_dispatch
 from hybrid_moe.kernels import pipeline
-from hybrid_moe.kernels.layout import Layout
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route

@@ -10,7 +10,7 @@ from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
-from hybrid_moe.kernels.layout import ALIGNMENT, Layout
+from hybrid_moe.layout import ALIGNMENT, Layout
 from hybrid_moe.workloads import MODELS
 
 TOKENS = (1, 2, 15, 16, 33, 80, 901, 2560, 14107)

@@ -17,8 +17,8 @@ from hybrid_moe.kernels.grouped_gemm import libraries
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows
 from hybrid_moe.kernels.grouped_gemm.sgl_gemm import FEW_ROWS, SglGroupedGemm, _shown_rows
-from hybrid_moe.kernels.layout import Layout
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
 from hybrid_moe.problem import FP8, DeviceKey, MoEProblem
 from hybrid_moe.reference import (

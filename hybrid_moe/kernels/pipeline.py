@@ -10,10 +10,10 @@ from typing import ClassVar, NoReturn
 
 import torch
 
+from ..layout import Layout
 from ..problem import DeviceKey, MoEInputs, MoEProblem
 from .combine import combine_kernel
 from .launch import Constants, Kernel
-from .layout import Layout
 from .plan import Form, Plan, addresses_of
 from .routing import clear_kernel, route_kernel
 from .steps import AnyStep, Step

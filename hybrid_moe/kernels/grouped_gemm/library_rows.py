@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ...layout import Layout
 from ...problem import FP8, MoEProblem
 from ..gather import gather_kernel
 from ..launch import Constants, Kernel
-from ..layout import Layout
 from ..pipeline import Launch, pow2
 from ..plan import Form
 from ..steps import Step

@@ -6,9 +6,9 @@ import functools
 
 import torch
 
+from ...layout import Layout
 from ...problem import FP8, DeviceKey, MoEProblem
 from ..launch import Constants, Kernel
-from ..layout import Layout
 from ..pipeline import GroupedGemm, Launch, column_chunk, combine, pow2, row_capacity
 from ..plan import Form
 from ..steps import AnyStep, Operand, Step, Tiles

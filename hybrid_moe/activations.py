@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .problem import MoEInputs, check_unquantized
+from .problem import Inputs, check_unquantized
 from .reference import quantize_rows
 
 
-def quantize(inputs: MoEInputs) -> MoEInputs:
+def quantize(inputs: Inputs) -> Inputs:
     """The inputs with hidden states in e4m3 and a scale for each 1x128 block, by this package's kernel on a GPU.
 
     Raises

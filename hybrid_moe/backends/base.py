@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 
 
 class Runner(ABC):
@@ -20,10 +20,11 @@ class Runner(ABC):
     """
 
     @abstractmethod
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Write the layer's result into ``output``, ``[T, H]`` bfloat16, every element of it.
 
-        The inputs were checked before. T is at least 1. Does not synchronise with the host.
+        The inputs were checked before, and are `RoutedInputs` only of a backend without `routed_reasons`. T is at
+        least 1. Does not synchronise with the host.
         """
 
     @abstractmethod
@@ -53,6 +54,10 @@ class Backend(ABC):
 
         Asks the device's capability before it imports or calls any library.
         """
+
+    def routed_reasons(self, problem: MoEProblem, config: Mapping[str, ConfigValue]) -> list[str]:
+        """Every reason why it can't run a layer whose experts are chosen before the call (`RoutedInputs`)."""
+        return []
 
     def remarks(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> list[str]:
         """What to know before it runs where it can, as what its first call builds; asked only where it can."""

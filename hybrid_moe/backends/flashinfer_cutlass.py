@@ -53,7 +53,7 @@ from typing import Any
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner
 from .flashinfer_package import PACKAGE
@@ -155,7 +155,7 @@ class _CutlassRunner(Runner):
         if interpreter.interpreting():
             interpreter.repair()
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Route, dequantise, and call flashinfer.
 
         Raises

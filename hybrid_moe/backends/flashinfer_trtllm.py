@@ -59,7 +59,7 @@ from typing import Any
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEInputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner
 from .flashinfer_package import PACKAGE
@@ -107,6 +107,10 @@ class FlashinferTrtllm(Backend):
         reasons += _problem_reasons(problem)
         reasons += self.unknown_config_reasons(config, {})
         return reasons
+
+    def routed_reasons(self, problem: MoEProblem, config: Mapping[str, ConfigValue]) -> list[str]:
+        """It chooses the experts itself."""
+        return ["topk_ids and topk_weights aren't taken: trtllm_fp8_block_scale_moe chooses the experts from logits"]
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Import flashinfer, check the function's signature against the call, and make the runner.
@@ -158,11 +162,12 @@ class _TrtllmRunner(Runner):
         self._problem = problem
         self._layer_arguments = layer_arguments(problem)
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Call flashinfer, which reads these three tensors as packed whatever their strides: copied where they aren't.
 
         A call at another T may go to a backend that takes any strides, so refusing here would be in mid-serving.
         """
+        assert isinstance(inputs, MoEInputs), "routed_reasons has refused"
         inputs = inputs._replace(
             routing_logits=inputs.routing_logits.contiguous(),
             hidden_states=inputs.hidden_states.contiguous(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from .base import Backend, ConfigValue, Runner
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _TritonRunner(Runner):
         if interpreter.interpreting():
             interpreter.repair()
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         launch = self._launch_on(output.device)
         with torch.cuda.device_of(output):  # Triton launches on the current device
             tickets = self._gemm.num_tickets(self._problem, inputs.num_tokens)

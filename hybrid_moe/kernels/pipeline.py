@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem, RoutedInputs
 from .combine import combine_kernel
 from .launch import Constants, Kernel
-from .routing import clear_kernel, route_kernel
+from .routing import clear_kernel, route_kernel, scatter_kernel
 
 # A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: without
 # chunks the worst case of T = 14107 would reserve 1.6 GB, though seldom touch it.
@@ -74,7 +74,7 @@ class GroupedGemm(ABC):
         """Every reason why it can't run; an empty list means that it can."""
 
     @abstractmethod
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
@@ -110,9 +110,10 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
 
 
 CLEAR, ROUTE, COMBINE = Kernel(clear_kernel), Kernel(route_kernel), Kernel(combine_kernel)
+SCATTER = Kernel(scatter_kernel)
 
 
-def are_aligned(inputs: MoEInputs) -> bool:
+def are_aligned(inputs: Inputs) -> bool:
     """Whether all tensors start at multiples of 16 bytes, as fresh ones do and slices may not."""
     addresses = 0
     for tensor in inputs[:8]:
@@ -120,8 +121,11 @@ def are_aligned(inputs: MoEInputs) -> bool:
     return addresses % 16 == 0
 
 
-def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
-    """Launch the routing, and before it the clearing of its counts and of ``num_tickets`` for the grouped GEMM."""
+def route(inputs: Inputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
+    """Launch the routing, and before it the clearing of its counts and of ``num_tickets`` for the grouped GEMM.
+
+    Where the experts are chosen already, it only sorts.
+    """
     tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
     aligned = are_aligned(inputs)
     counts_length = (e + 3) // 4 * 4  # the tickets behind them stay aligned to 16 bytes
@@ -130,8 +134,14 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: i
     slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
     pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
     pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
-    clear, constants = _route_constants(problem, launch, inputs.routing_logits.stride(0))
-    CLEAR.launch((1,), (counters, counters.numel()), clear, device, True)
+    CLEAR.launch((1,), (counters, counters.numel()), _clear_constants(launch), device, True)
+    if isinstance(inputs, RoutedInputs):
+        ids, weights = inputs.topk_ids, inputs.topk_weights
+        sizes = (tokens, int(inputs.local_expert_offset), ids.stride(0), weights.stride(0))
+        given = (ids, weights, counts, slot_token, pair, pair_weight, *sizes)
+        SCATTER.launch((tokens,), given, _scatter_constants(problem, launch), device, aligned)
+        return Routed(counts, slot_token, pair, pair_weight, tickets, aligned)
+    constants = _route_constants(problem, launch, inputs.routing_logits.stride(0))
     arguments = (
         inputs.routing_logits,
         inputs.routing_bias,
@@ -148,15 +158,31 @@ def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: i
 
 
 @functools.lru_cache(maxsize=256)
-def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> tuple[Constants, Constants]:
-    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+def _clear_constants(launch: Launch) -> Constants:
+    return Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+
+
+@functools.lru_cache(maxsize=256)
+def _scatter_constants(problem: MoEProblem, launch: Launch) -> Constants:
+    arguments = {
+        "NUM_EXPERTS": problem.num_experts,
+        "E": problem.num_local_experts,
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 1})
+
+
+@functools.lru_cache(maxsize=256)
+def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> Constants:
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,
         **selection_constants(problem),
         "PDL": launch.pdl,
     }
-    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
+    return Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:

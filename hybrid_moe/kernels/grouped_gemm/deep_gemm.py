@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...problem import DeviceKey, MoEInputs, MoEProblem
+from ...problem import DeviceKey, Inputs, MoEProblem
 from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
 from . import libraries
 from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
@@ -42,7 +42,7 @@ class DeepGemmGroupedGemm(GroupedGemm):
             2 * problem.num_local_experts + 1
         )
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
         require_alignment(inputs, routed)
         library = libraries.deep_gemm()

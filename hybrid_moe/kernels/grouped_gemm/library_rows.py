@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...problem import FP8, MoEInputs, MoEProblem
+from ...problem import FP8, Inputs, MoEProblem
 from ..gather import gather_kernel
 from ..launch import Constants, Kernel
 from ..pipeline import Launch, Routed, pow2
@@ -100,7 +100,7 @@ class Tables:
     strides: torch.Tensor | None = None
 
 
-def require_alignment(inputs: MoEInputs, routed: Routed) -> None:
+def require_alignment(inputs: Inputs, routed: Routed) -> None:
     """Raise ValueError with the names of inputs that don't start at a multiple of 16 bytes."""
     if routed.aligned:
         return
@@ -113,7 +113,7 @@ def require_alignment(inputs: MoEInputs, routed: Routed) -> None:
 
 
 def gather(
-    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows, *, problem_tables: bool
+    inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows, *, problem_tables: bool
 ) -> Tables:
     """Launch the copy of the tokens into ``rows``, which fills the tables as well."""
     e, device = problem.num_local_experts, rows.gathered.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...problem import DeviceKey, MoEInputs, MoEProblem
+from ...problem import DeviceKey, Inputs, MoEProblem
 from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
 from . import libraries
 from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
@@ -46,7 +46,7 @@ class SglGroupedGemm(GroupedGemm):
         tables = problem.num_local_experts * (8 * 8 + 4 * (2 + 6 + 2 * LAYOUT_INTS))
         return rows_bytes(problem, row_capacity(problem, num_tokens)) + tables + WORKSPACE_BYTES
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
         require_alignment(inputs, routed)
         grouped_mm = libraries.sgl_grouped_mm()

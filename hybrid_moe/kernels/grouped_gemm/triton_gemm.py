@@ -7,7 +7,7 @@ import functools
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
+from ...problem import FP8, DeviceKey, Inputs, MoEProblem
 from ..launch import Argument, Constants, Kernel
 from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
@@ -42,7 +42,7 @@ class TritonGroupedGemm(GroupedGemm):
         """Those of the plan's GEMM1."""
         return tickets_of(problem, num_tokens, self.plan(problem, num_tokens).gemm1)
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
         """Launch GEMM1, then GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, inputs.num_tokens)
         activated, scale = gemm1(inputs, routed, problem, launch, plan.gemm1)
@@ -62,7 +62,7 @@ def tickets_of(problem: MoEProblem, num_tokens: int, tile: Tile) -> int:
 
 
 def gemm1(
-    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, tile: Tile
+    inputs: Inputs, routed: Routed, problem: MoEProblem, launch: Launch, tile: Tile
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales.
 
@@ -100,7 +100,7 @@ def gemm1(
 def gemm2(
     activated: torch.Tensor,
     scale: torch.Tensor,
-    inputs: MoEInputs,
+    inputs: Inputs,
     routed: Routed,
     problem: MoEProblem,
     launch: Launch,

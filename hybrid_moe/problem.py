@@ -199,7 +199,8 @@ class MoEProblem:
         _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
         _check("gemm2_weights_scale", inputs.gemm2_weights_scale, (e, h // b, i // b), torch.float32, device, True)
         if isinstance(inputs, MoEInputs):
-            _check("routing_bias", inputs.routing_bias, (self.num_experts,), torch.bfloat16, device, contiguous=True)
+            either = (torch.bfloat16, torch.float32)
+            _check("routing_bias", inputs.routing_bias, (self.num_experts,), either, device, contiguous=True)
         last, offset = self.num_experts - e, inputs.local_expert_offset
         # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
         if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
@@ -297,7 +298,7 @@ class MoEInputs(NamedTuple):
     routing_logits
         ``[T, num_experts]`` float32.
     routing_bias
-        ``[num_experts]`` bfloat16, all zeros for none.
+        ``[num_experts]`` bfloat16 or float32, all zeros for none.
     hidden_states
         ``[T, H]`` float8_e4m3fn.
     hidden_states_scale
@@ -411,14 +412,15 @@ def _check(
     name: str,
     tensor: torch.Tensor,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
     contiguous: bool = False,
 ) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; {dtype} is wanted")
+    if tensor.dtype != dtype and not (isinstance(dtype, tuple) and tensor.dtype in dtype):
+        wanted = " or ".join(map(str, dtype)) if isinstance(dtype, tuple) else dtype
+        raise TypeError(f"{name} has dtype {tensor.dtype}; {wanted} is wanted")
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
     if tensor.device != device:

@@ -51,7 +51,7 @@ def external_inputs(inputs: Inputs, problem: MoEProblem, launch: Launch) -> Exte
         given = (ids, weights, *results, offset, ids.stride(0), weights.stride(0))
         RENUMBER.launch((tokens,), given, _renumber_constants(problem, launch), device, aligned)
     else:
-        select = _select_constants(problem, launch, inputs.routing_logits.stride(0))
+        select = _select_constants(problem, launch, inputs.routing_logits.stride(0), inputs.routing_bias.dtype)
         chosen = (inputs.routing_logits, inputs.routing_bias, *results, offset, float(inputs.routed_scaling_factor))
         SELECT.launch((tokens,), chosen, select, device, aligned)
     stride_scale_k, stride_scale_t = inputs.hidden_states_scale.stride()
@@ -74,7 +74,8 @@ def _block_n(problem: MoEProblem) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _select_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> Constants:
+def _select_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
+    # One for each dtype of the bias: see `pipeline`.
     arguments = {"STRIDE_LOGITS": stride_logits, **selection_constants(problem), "PDL": launch.pdl}
     return Constants(arguments, {**launch.options, "num_warps": 1})
 

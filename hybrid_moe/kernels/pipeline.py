@@ -141,7 +141,7 @@ def route(inputs: Inputs, problem: MoEProblem, launch: Launch, num_tickets: int 
         given = (ids, weights, counts, slot_token, pair, pair_weight, *sizes)
         SCATTER.launch((tokens,), given, _scatter_constants(problem, launch), device, aligned)
         return Routed(counts, slot_token, pair, pair_weight, tickets, aligned)
-    constants = _route_constants(problem, launch, inputs.routing_logits.stride(0))
+    constants = _route_constants(problem, launch, inputs.routing_logits.stride(0), inputs.routing_bias.dtype)
     arguments = (
         inputs.routing_logits,
         inputs.routing_bias,
@@ -175,7 +175,8 @@ def _scatter_constants(problem: MoEProblem, launch: Launch) -> Constants:
 
 
 @functools.lru_cache(maxsize=256)
-def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> Constants:
+def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
+    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,

@@ -160,7 +160,7 @@ def place_pairs(
 @triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
 def route_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
-    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
     counts_ptr,  # [E] int32, out; zeros on entry
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
@@ -262,7 +262,7 @@ def scatter_kernel(
 @triton.jit(do_not_specialize=["local_expert_offset"])
 def select_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
-    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
     expert_ptr,  # [T, TOP_K] int32, out: counted from the first local expert, and after the last from expert 0
     weight_ptr,  # [T, TOP_K] float32, out
     local_expert_offset,

@@ -28,7 +28,7 @@ from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.problem import FP8, MoEInputs, MoEProblem, RoutedInputs
 from hybrid_moe.workloads import MODELS
 
 MULTIPROCESSORS = {90: 132, 100: 148}
@@ -129,6 +129,14 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
             swiglu(routed, problem, launch, rows)
             pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
         external_inputs(inputs, problem, launch)
+        # Experts chosen before the call; and a bias in float32, once, as it is a load and no more.
+        ids, weights = torch.empty(tokens, problem.top_k, dtype=torch.int32), torch.empty(tokens, problem.top_k)
+        others = [RoutedInputs(ids, weights, *inputs[2:])]
+        if libraries:
+            others.append(inputs._replace(routing_bias=torch.empty(problem.num_experts)))
+        for other in others:
+            pipeline.route(other, problem, launch)
+            external_inputs(other, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

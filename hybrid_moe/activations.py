@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .layout import Layout
-from .problem import FP8, MoEInputs, MoEProblem, check_unquantized
+from .problem import FP8, Inputs, MoEProblem, check_unquantized
 from .reference import quantize_rows
 
 
@@ -25,7 +25,7 @@ def bytes_of(problem: MoEProblem, num_tokens: int) -> int:
     return layout_of(num_tokens, problem.hidden_size).bytes
 
 
-def quantize(inputs: MoEInputs, memory: torch.Tensor | None = None) -> MoEInputs:
+def quantize(inputs: Inputs, memory: torch.Tensor | None = None) -> Inputs:
     """The inputs with hidden states in e4m3 and a scale for each 1x128 block, by this package's kernel on a GPU.
 
     Parameters

@@ -18,10 +18,10 @@ import torch
 
 from . import backends
 from .backends.base import Runner
-from .choice import Choice
+from .choice import BackendUnsupportedError, Choice
 from .metrics import Counter, Counters, Label
 from .policy import Policy
-from .problem import DeviceKey, MoEInputs, MoEProblem
+from .problem import DeviceKey, Inputs, MoEProblem
 from .select import Decision, DecisionTable, explicit
 
 logger = logging.getLogger("hybrid_moe")
@@ -42,6 +42,8 @@ class Dispatch:
         Where calls are counted.
     policy
         What the decisions were asked of, as the caller gave it.
+    routed
+        The experts are chosen before the call.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class Dispatch:
         decider: DecisionTable | Choice,
         counters: Counters,
         policy: Policy | str | Path | None = None,
+        routed: bool = False,
     ) -> None:
         self.backend = decider if isinstance(decider, Choice) else None
         self.policy = policy
@@ -69,12 +72,17 @@ class Dispatch:
         else:
             self._decide, self.starts = decider.decision, decider.starts
         decisions = [self._decide(start) for start in self.starts]
+        if routed:
+            for choice in {decision.choice: None for decision in decisions}:
+                if reasons := backends.routed_reasons(problem, choice):
+                    others = backends.not_supported_reasons(problem, device, choice)
+                    raise BackendUnsupportedError(choice, [*others, *reasons])
         self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decisions]
         self._runners = [backends.prepare(problem, device, decision.choice) for decision in decisions]
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 
-    def run(self, num_tokens: int, inputs: MoEInputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+    def run(self, num_tokens: int, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before.
 
         ``memory`` is for `Runner.run_in`.

@@ -10,7 +10,7 @@ import torch
 
 from .activations import quantize
 from .choice import Choice
-from .problem import MoEInputs, MoEProblem
+from .problem import Inputs, MoEInputs, MoEProblem, RoutedInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,21 @@ def _is_count(value: object) -> bool:
 
 
 def synthetic(
-    problem: MoEProblem, device: torch.device, bias: torch.Tensor, held: tuple, counts: Iterable[int]
-) -> Iterator[MoEInputs]:
-    """Inputs of each T: the layer's weights, random logits, hidden states quantised as bfloat16 ones are."""
+    problem: MoEProblem, device: torch.device, bias: torch.Tensor | None, held: tuple, counts: Iterable[int]
+) -> Iterator[Inputs]:
+    """Inputs of each T: the layer's weights, random logits, hidden states quantised as bfloat16 ones are.
+
+    Without a bias, experts that are chosen: the best by the logits.
+    """
     generator = torch.Generator(device).manual_seed(0)
     for tokens in counts:
         logits = torch.randn((tokens, problem.num_experts), dtype=torch.float32, device=device, generator=generator)
         hidden = torch.randn((tokens, problem.hidden_size), dtype=torch.bfloat16, device=device, generator=generator)
-        yield quantize(MoEInputs(logits, bias, hidden, None, *held))  # type: ignore[arg-type]
+        if bias is None:
+            weights, ids = logits.softmax(dim=1).topk(problem.top_k)
+            yield quantize(RoutedInputs(ids.int(), weights, hidden, None, *held))  # type: ignore[arg-type]
+        else:
+            yield quantize(MoEInputs(logits, bias, hidden, None, *held))  # type: ignore[arg-type]
 
 
 def synchronize(device: torch.device) -> None:

@@ -32,7 +32,7 @@ from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import Step
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.problem import FP8, MoEInputs, MoEProblem, RoutedInputs
 from hybrid_moe.workloads import MODELS
 
 MULTIPROCESSORS = {90: 132, 100: 148}
@@ -148,10 +148,19 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
         quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
-        run_all(problem, TritonGroupedGemm((capability // 10, capability % 10)), inputs, output, launch)
+        gemm = TritonGroupedGemm((capability // 10, capability % 10))
+        run_all(problem, gemm, inputs, output, launch)
         for around in (AroundSgl(), AroundDeepGemm()) if libraries else ():
             run_all(problem, around, inputs, output, launch)
         external_inputs(inputs, problem, launch)
+        # Experts chosen before the call; and a bias in float32, once, as it is a load and no more.
+        ids, weights = torch.empty(tokens, problem.top_k, dtype=torch.int32), torch.empty(tokens, problem.top_k)
+        others = [RoutedInputs(ids, weights, *inputs[2:])]
+        if libraries:
+            others.append(inputs._replace(routing_bias=torch.empty(problem.num_experts)))
+        for other in others:
+            run_all(problem, gemm, other, output, launch)
+            external_inputs(other, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

@@ -30,9 +30,10 @@ def build(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Launch a call three times and print what the driver got."""
+    """Launch calls three times and print what the driver got."""
     import torch
     import triton
+    from given_routing import routed_of
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
 
@@ -83,34 +84,49 @@ def main(folder: Path) -> None:
     )
     inputs = make_inputs(Workload(3, 4), problem, random_weights(problem, "cpu"))
     output = torch.empty((3, 512), dtype=torch.bfloat16)
-    addresses = addresses_of(inputs)
     flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))
-    form = Form.of(inputs, addresses, output, 1)
-    assert form.aligned and form.output_aligned
-    plan = flow.plan(form, torch.device("cuda", 0), pipeline.Launch(132, pdl=True))
-    memory = torch.empty(plan.layout.bytes + 256, dtype=torch.uint8)
+    memory = torch.empty(flow.layout(3).bytes + 256, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 256 :]
 
-    # Triton's own launches: the first compile, and the driver doesn't know the parameters yet.
-    call = by_name(inputs, output, plan.layout, memory)
-    plan.run(inputs, addresses, output, memory)
-    ordinary = []
-    for step in plan.steps:
-        size = expect(step.kernel.compiled(step.constants, plan.device))
-        step.run(call, plan.device)
-        ordinary.append([step.kernel.function.__name__, *last(size)])
+    def plan_of(inputs):
+        form = Form.of(inputs, addresses_of(inputs), output, 1)
+        assert form.aligned and form.output_aligned
+        return flow.plan(form, torch.device("cuda", 0), pipeline.Launch(132, pdl=True))
 
-    addressed = plan.addressed
-    assert addressed is not None, "no direct launch"
-    by_address, launchers = [], addressed.launchers
+    def launched_by_triton(plan, inputs) -> list:
+        """What the driver gets for each step."""
+        call, got = by_name(inputs, output, plan.layout, memory), []
+        for step in plan.steps:
+            size = expect(step.kernel.compiled(step.constants, plan.device))
+            step.run(call, plan.device)
+            got.append([step.kernel.function.__name__, *last(size)])
+        return got
+
+    def launched_by_address(plan, inputs) -> list:
+        """The same."""
+        addresses, addressed, got = addresses_of(inputs), plan.addressed, []
+        assert addressed is not None, "no direct launch"
+        launchers = addressed.launchers
+        for launcher, step in zip(launchers, plan.steps, strict=True):
+            size = expect(step.kernel.compiled(step.constants, plan.device))
+            addressed.launchers = [launcher]
+            addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr())
+            got.append([step.kernel.function.__name__, *last(size)])
+        addressed.launchers = launchers
+        return got
+
+    def run_first(plan, inputs) -> None:
+        """Triton's own launches, which compile; the driver doesn't know the parameters yet."""
+        ctypes.c_int.in_dll(stub, "stub_num_params").value = 0
+        plan.run(inputs, addresses_of(inputs), output, memory)
+
+    plan, addresses = plan_of(inputs), addresses_of(inputs)
+    run_first(plan, inputs)
+    ordinary = launched_by_triton(plan, inputs)
     before = counter("stub_launches"), counter("stub_encodings")
-    for launcher, step in zip(launchers, plan.steps, strict=True):
-        size = expect(step.kernel.compiled(step.constants, plan.device))
-        addressed.launchers = [launcher]
-        addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr())
-        by_address.append([step.kernel.function.__name__, *last(size)])
-    addressed.launchers = launchers
+    by_address = launched_by_address(plan, inputs)
     launches, encodings = counter("stub_launches") - before[0], counter("stub_encodings") - before[1]
+    addressed = plan.addressed
 
     # The same address again is encoded no more; another one is. The stub has to copy no parameters from here on.
     ctypes.c_int.in_dll(stub, "stub_num_params").value = 0
@@ -125,7 +141,7 @@ def main(folder: Path) -> None:
         "triton": triton.__version__, "ordinary": ordinary, "direct": by_address, "launches": launches,
         "encodings": encodings, "encoded_again": again, "encoded_elsewhere": other,
     }  # fmt: skip
-    fresh = flow.plan(form, torch.device("cuda", 0), pipeline.Launch(132, pdl=True))
+    fresh = plan_of(inputs)
     result["direct_at_once"] = fresh.addressed is not None
     for name, hooked in (("direct_us", False), ("ordinary_us", True)):
         with mock.patch.object(direct, "is_hooked", lambda hooked=hooked: hooked):
@@ -137,6 +153,27 @@ def main(folder: Path) -> None:
     triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
     fresh.run(inputs, addresses, output, memory)
     result["hooked"] = seen
+    triton.knobs.runtime.launch_enter_hook.calls.clear()
+
+    # The same layer with a bias of the other dtype, and with experts that are chosen already; the first again between.
+    def pointers(plan) -> list[str]:
+        signature = plan.steps[1].kernel.compiled(plan.steps[1].constants, plan.device).src.signature
+        return [kind for kind in signature.values() if kind.startswith("*")][:2]
+
+    result["pointers"] = {"bfloat16": pointers(plan)}
+    result["others"] = {}
+    fine = inputs._replace(routing_bias=inputs.routing_bias.float())
+    for name, others in (("float32", fine), ("routed", routed_of(inputs, problem))):
+        plan = plan_of(others)
+        at_once = plan.addressed is not None
+        run_first(plan, others)
+        result["others"][name] = {
+            "direct_at_once": at_once,
+            "ordinary": launched_by_triton(plan, others),
+            "direct": launched_by_address(plan, others),
+            "first_again": launched_by_address(plan_of(inputs), inputs),
+        }
+        result["pointers"][name] = pointers(plan)
     print(json.dumps(result))
 
 

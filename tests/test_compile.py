@@ -26,6 +26,7 @@ SPILL_BYTES = {90: 700, 100: 0}
 KERNELS = {
     "clear_kernel",
     "route_kernel",
+    "scatter_kernel",
     "gemm1_swiglu_kernel",
     "gemm2_kernel",
     "combine_kernel",
@@ -33,6 +34,7 @@ KERNELS = {
     "swiglu_quantize_kernel",
     "quantize_rows_kernel",
     "select_kernel",
+    "renumber_kernel",
     "dequantize_kernel",
 }
 

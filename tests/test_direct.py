@@ -51,6 +51,26 @@ def test_another_plan_of_compiled_kernels_is_direct_at_once(seen):
     assert seen["direct_at_once"]
 
 
+def test_no_kernel_is_launched_for_other_inputs_than_it_was_compiled_for(seen):
+    """One of a bias in bfloat16 by the address of one in float32, say: nothing but the form of the call tells them."""
+    assert seen["pointers"] == {"bfloat16": ["*fp32", "*bf16"], "float32": ["*fp32"] * 2, "routed": ["*i32", "*fp32"]}
+    functions = {"bfloat16": function_of(seen["direct"][1])}
+    for name, call in seen["others"].items():
+        assert not call["direct_at_once"], "by a kernel of another call"
+        assert call["direct"] == call["ordinary"]
+        assert call["first_again"] == seen["direct"]
+        functions[name] = function_of(call["direct"][1])
+        # What is behind the routing is shared.
+        assert [function_of(launch) for launch in call["direct"][2:]] == [function_of(f) for f in seen["direct"][2:]]
+    assert [call["direct"][1][0] for call in seen["others"].values()] == ["route_kernel", "scatter_kernel"]
+    assert len(set(functions.values())) == 3
+
+
+def function_of(launch):
+    """What the driver was given to run."""
+    return launch[1][8]
+
+
 def test_a_profilers_hook_sees_every_launch(seen):
     assert seen["hooked"] == [name for name, *_ in seen["direct"]]
 

@@ -274,6 +274,22 @@ def test_gate_first_is_swapped_weights():
     assert torch.equal(run(dataclasses.replace(SMALL, gate_first=True), swapped), run(SMALL, inputs))
 
 
+@pytest.mark.parametrize("name", ["smallest", "softmax"])
+def test_a_bias_in_float32(name):
+    """Not rounded: about 8, where bfloat16 has steps of 1/16; and both dtypes in turn, as two layers have them."""
+    problem = problem_named(name)
+    inputs = inputs_of(problem, 40, 4)
+    spread = torch.rand(problem.num_experts, generator=torch.Generator().manual_seed(1)) / 16
+    fine = inputs._replace(routing_bias=(8 + spread).to(DEVICE), routing_logits=inputs.routing_logits / 100)
+    coarse = fine._replace(routing_bias=fine.routing_bias.bfloat16())
+    chosen = [local_rows_per_expert_and_token(i, problem) for i in (fine, coarse)]
+    assert not torch.equal(*chosen)
+    for each, wanted in zip((fine, coarse, fine), (*chosen, chosen[0]), strict=True):
+        assert torch.equal(routed(problem, each)["counts"], wanted.sum(dim=0).int())
+    widened = inputs._replace(routing_bias=inputs.routing_bias.float())
+    assert torch.equal(run(problem, widened), run(problem, inputs))
+
+
 @pytest.mark.parametrize("tokens", [5, 26])
 def test_equal_logits(tokens):
     problem = problem_named("24 experts")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from given_routing import random_choice
 
 from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
 from hybrid_moe.kernels import interpreter, pipeline
@@ -20,7 +21,7 @@ from hybrid_moe.kernels.grouped_gemm.sgl_gemm import FEW_ROWS, SglGroupedGemm, _
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
-from hybrid_moe.problem import FP8, DeviceKey, MoEProblem
+from hybrid_moe.problem import FP8, DeviceKey, MoEProblem, RoutedInputs
 from hybrid_moe.reference import (
     dequantize_blocks,
     dequantize_rows,
@@ -349,6 +350,14 @@ def test_sgl_kernel(sgl_library, tokens, routing, gate_first):
 @pytest.mark.parametrize("tokens, routing, gate_first", CASES)
 def test_deep_gemm(deep_gemm_library, tokens, routing, gate_first):
     run_and_check(DeepGemmGroupedGemm(), tokens, routing, gate_first)
+
+
+def test_experts_chosen_before_the_call(sgl_library, deep_gemm_library):
+    def chosen(inputs):
+        return RoutedInputs(*random_choice(SMALL, inputs.num_tokens), *inputs[2:])
+
+    for gemm in (SglGroupedGemm(), DeepGemmGroupedGemm()):
+        run_and_check(gemm, 40, "uniform", False, chosen)
 
 
 def test_strided_inputs(sgl_library, deep_gemm_library):

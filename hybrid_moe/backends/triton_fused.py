@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from .base import Backend, ConfigValue, Runner
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ class _TritonRunner(Runner):
         if interpreter.interpreting():
             interpreter.repair()
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         self._pipeline.run(inputs, output)
 
-    def run_in(self, inputs: MoEInputs, output: torch.Tensor, memory: torch.Tensor) -> None:
+    def run_in(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor) -> None:
         self._pipeline.run(inputs, output, memory)
 
     def workspace_bytes(self, num_tokens: int) -> int:

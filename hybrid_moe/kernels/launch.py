@@ -33,7 +33,7 @@ def let_next_kernel_start(PDL: tl.constexpr):
 class Constants:
     """A kernel's compile-time arguments, in the order of its signature, and its launch options.
 
-    Compared by identity: make it once for each problem and tile.
+    Compared by identity: make it once for each problem and tile, and for each dtype of a tensor that may have several.
     """
 
     __slots__ = ("arguments", "options")

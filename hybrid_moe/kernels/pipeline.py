@@ -11,12 +11,12 @@ from typing import ClassVar, NoReturn
 import torch
 
 from ..layout import Layout
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem, RoutedInputs
 from .combine import combine_kernel
 from .launch import Constants, Kernel
 from .plan import Form, Plan, addresses_of
-from .routing import clear_kernel, route_kernel
-from .steps import AnyStep, Step
+from .routing import clear_kernel, route_kernel, scatter_kernel
+from .steps import AnyStep, Operand, Step
 
 # A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: without
 # chunks the worst case of T = 14107 would reserve 1.6 GB, though seldom touch it.
@@ -110,6 +110,7 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
 
 
 CLEAR, ROUTE, COMBINE = Kernel(clear_kernel), Kernel(route_kernel), Kernel(combine_kernel)
+SCATTER = Kernel(scatter_kernel)
 
 
 def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_tickets: int = 0) -> None:
@@ -130,36 +131,53 @@ def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_ti
 
 
 def route(problem: MoEProblem, launch: Launch, form: Form, layout: Layout) -> list[AnyStep]:
-    """The routing, and before it the clearing of its counts and the grouped GEMM's tickets."""
-    clear, constants = _route_constants(problem, launch, form.stride_routing)
+    """The routing, and before it the clearing of its counts and the grouped GEMM's tickets.
+
+    Where the experts are chosen already, it only sorts.
+    """
     counters = layout.places["counters"].shape[0]
-    operands = (
-        "routing_logits",
-        "routing_bias",
-        "counts",
-        "slot_token",
-        "pair",
-        "pair_weight",
-        form.num_tokens,
-        "local_expert_offset",
-        "routed_scaling_factor",
-    )
+    results = ("counts", "slot_token", "pair", "pair_weight")
+    numbers: tuple[Operand, ...] = (form.num_tokens, "local_expert_offset")
+    if form.kind is RoutedInputs:
+        kernel, constants = SCATTER, _scatter_constants(problem, launch)
+        numbers += (form.stride_routing, form.stride_weights)
+    else:
+        kernel, constants = ROUTE, _route_constants(problem, launch, form.stride_routing, form.dtype_routing)
+        numbers += ("routed_scaling_factor",)
+    operands = (*form.kind._fields[:2], *results, *numbers)
     return [
-        Step(CLEAR, (1,), ("counters", counters), clear, True),
-        Step(ROUTE, (form.num_tokens,), operands, constants, form.aligned),
+        Step(CLEAR, (1,), ("counters", counters), _clear_constants(launch), True),
+        Step(kernel, (form.num_tokens,), operands, constants, form.aligned),
     ]
 
 
 @functools.lru_cache(maxsize=256)
-def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> tuple[Constants, Constants]:
-    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+def _clear_constants(launch: Launch) -> Constants:
+    return Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+
+
+@functools.lru_cache(maxsize=256)
+def _scatter_constants(problem: MoEProblem, launch: Launch) -> Constants:
+    arguments = {
+        "NUM_EXPERTS": problem.num_experts,
+        "E": problem.num_local_experts,
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 1})
+
+
+@functools.lru_cache(maxsize=256)
+def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
+    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,
         **selection_constants(problem),
         "PDL": launch.pdl,
     }
-    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
+    return Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
@@ -235,7 +253,7 @@ class Pipeline:
     def _make_plan(self, form: Form, device: torch.device) -> Plan:
         return self.plan(form, device, launch_on(device))
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         """Launch all steps on the current stream.
 
         Parameters
@@ -258,7 +276,7 @@ class Pipeline:
         else:
             self._run(inputs, output, device, memory)
 
-    def _run(self, inputs: MoEInputs, output: torch.Tensor, device: torch.device, memory: torch.Tensor | None) -> None:
+    def _run(self, inputs: Inputs, output: torch.Tensor, device: torch.device, memory: torch.Tensor | None) -> None:
         addresses = addresses_of(inputs)
         form = Form.of(inputs, addresses, output, self._gemm.row_alignment())
         if self._gemm.wants_alignment and not form.aligned:
@@ -269,7 +287,7 @@ class Pipeline:
         plan.run(inputs, addresses, output, memory)
 
 
-def _refuse_unaligned(inputs: MoEInputs, addresses: Sequence[int]) -> NoReturn:
+def _refuse_unaligned(inputs: Inputs, addresses: Sequence[int]) -> NoReturn:
     names = [name for name, address in zip(inputs._fields, addresses, strict=False) if address % 16]
     raise ValueError(
         f"{', '.join(names)} don't start at a multiple of 16 bytes, as the grouped GEMM's library wants: "

@@ -11,14 +11,14 @@ import torch
 from triton.runtime import driver
 
 from ..layout import Layout
-from ..problem import MoEInputs
+from ..problem import Inputs, MoEInputs, RoutedInputs
 from . import direct
 from .steps import AnyStep, Step, Tiles
 
 
-def addresses_of(inputs: MoEInputs) -> list[int]:
-    """Where the tensors start, which come first in the inputs' fields."""
-    return [tensor.data_ptr() for tensor in inputs[:8]]
+def addresses_of(inputs: Inputs) -> list[int]:
+    """Where the tensors start: all of the inputs' fields but the two numbers at the end."""
+    return [tensor.data_ptr() for tensor in inputs[:-2]]
 
 
 class Form(NamedTuple):
@@ -27,11 +27,14 @@ class Form(NamedTuple):
     Attributes
     ----------
     kind
-        Type of the inputs: the names of the tensors.
+        Type of the inputs: the names of the tensors, and whether the experts are chosen already.
     num_tokens
         T.
-    stride_routing, stride_hidden
-        Between the rows of the routing's first input and of the hidden states.
+    stride_routing, stride_weights, stride_hidden
+        Between the rows of the routing's first input, of ``topk_weights`` (of a bias, between its elements), and of the
+        hidden states.
+    dtype_routing
+        Of the routing's second input: a bias is bfloat16 or float32, and a compiled kernel reads one of them.
     stride_scale_k, stride_scale_t
         Of the hidden states' scales.
     row_alignment
@@ -40,9 +43,11 @@ class Form(NamedTuple):
         Whether all tensors of the inputs, and the output, start at multiples of 16 bytes.
     """
 
-    kind: type[MoEInputs]
+    kind: type[MoEInputs] | type[RoutedInputs]
     num_tokens: int
     stride_routing: int
+    stride_weights: int
+    dtype_routing: torch.dtype
     stride_hidden: int
     stride_scale_k: int
     stride_scale_t: int
@@ -51,17 +56,19 @@ class Form(NamedTuple):
     output_aligned: bool
 
     @classmethod
-    def of(cls, inputs: MoEInputs, addresses: Sequence[int], output: torch.Tensor, row_alignment: int) -> Form:
+    def of(cls, inputs: Inputs, addresses: Sequence[int], output: torch.Tensor, row_alignment: int) -> Form:
         """Of a call; ``addresses`` are those of the inputs' tensors."""
         # Every call pays for this; the constructor would take as long again.
-        hidden = inputs[2]
+        first, second, hidden = inputs[:3]
         stride_scale_k, stride_scale_t = inputs[3].stride()
         return tuple.__new__(
             cls,
             (
                 type(inputs),
                 hidden.shape[0],
-                inputs[0].stride()[0],
+                first.stride()[0],
+                second.stride()[0],
+                second.dtype,
                 hidden.stride()[0],
                 stride_scale_k,
                 stride_scale_t,
@@ -77,7 +84,7 @@ def all_aligned(addresses: Sequence[int]) -> bool:
     return functools.reduce(operator.or_, addresses) % 16 == 0
 
 
-def by_name(inputs: MoEInputs, output: torch.Tensor, layout: Layout, memory: torch.Tensor) -> dict[str, Any]:
+def by_name(inputs: Inputs, output: torch.Tensor, layout: Layout, memory: torch.Tensor) -> dict[str, Any]:
     """What the names in a call's steps stand for."""
     return {
         **inputs._asdict(),
@@ -108,7 +115,7 @@ class Plan:
         self._by_address = device.type == "cuda" and form.aligned and form.output_aligned
         self.addressed = self._find_addressed()
 
-    def run(self, inputs: MoEInputs, addresses: Sequence[int], output: torch.Tensor, memory: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, addresses: Sequence[int], output: torch.Tensor, memory: torch.Tensor) -> None:
         """Launch on the current stream of the device, which must be the current one.
 
         Parameters
@@ -181,7 +188,7 @@ class Addressed:
         self._numbers.append(value)
         return len(self._at) + len(self._numbers) - 1
 
-    def values(self, inputs: MoEInputs, addresses: Sequence[int], output: int, memory: int) -> list[Any]:
+    def values(self, inputs: Inputs, addresses: Sequence[int], output: int, memory: int) -> list[Any]:
         """What the launchers of a call take their arguments from."""
         values = [
             *addresses,
@@ -195,7 +202,7 @@ class Addressed:
             values[at] = encode(values[of])
         return values
 
-    def run(self, inputs: MoEInputs, addresses: Sequence[int], output: int, memory: int) -> None:
+    def run(self, inputs: Inputs, addresses: Sequence[int], output: int, memory: int) -> None:
         """Launch all; every line of this is added to every call."""
         values = self.values(inputs, addresses, output, memory)
         stream = driver.active.get_current_stream(self._device.index)

@@ -29,6 +29,9 @@ float32, and the weights of the chosen experts are bf16 (``routing``
 **Routing by softmax** is refused. ``RoutingMethodType.RenormalizeNaive`` (4) is its name there, but nobody looked
 whether its kernels read float32 logits, the bias and the scaling factor.
 
+**Experts chosen before the call** are refused. ``trtllm_fp8_block_scale_routed_moe``, there from 0.6.14 on, takes them
+packed: the id above the weight in bf16, in one int32. Nobody looked what its kernels make of -1.
+
 **Limits of routing**, the same in every release of the range (``launcher`` 4240-4280, ``routing`` 488-551): see
 `FlashinferTrtllm.not_supported_reasons`.
 
@@ -110,7 +113,7 @@ class FlashinferTrtllm(Backend):
         return reasons
 
     def routed_reasons(self, problem: MoEProblem, config: Mapping[str, ConfigValue]) -> list[str]:
-        """It chooses the experts itself."""
+        """It chooses the experts itself: see the module."""
         return ["topk_ids and topk_weights aren't taken: trtllm_fp8_block_scale_moe chooses the experts from logits"]
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile
+from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, Routed, column_chunk, combine, route, row_capacity
 from hybrid_moe.problem import FP8, MoEInputs
@@ -44,11 +44,13 @@ def candidates(which: str, tokens: int) -> list[Tile]:
     for (m, n, warps), (stages, unroll) in product(shapes, ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2))):
         if m > 16 and unroll > 1:
             continue
-        for few in ((0, 1, 1), (16, 3, 2), (16, 4, 1)) if m > 16 and n <= 128 else ((0, 1, 1),):
+        few_rows = ((), (Tier(16, 3, 2),), (Tier(16, 4),)) if m > 16 and n <= 128 else ((),)
+        for few in few_rows:
+            tiers = (*few, Tier(m, stages, unroll))
             weights = 2 * n if which == "gemm1" else n
-            shared = 128 * max(stages * unroll * (weights + m), few[1] * few[2] * (weights + few[0]))
+            shared = 128 * max(tier.num_stages * tier.k_unroll * (weights + tier.block_m) for tier in tiers)
             if shared <= SHARED_LIMIT:
-                tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 2560 else 4, few))
+                tiles.append(Tile(n, warps, tiers, 32 if tokens <= 2560 else 4, which == "gemm2" and n <= 128))
     return tiles
 
 
@@ -69,7 +71,7 @@ class Bench:
         self.columns = column_chunk(PROBLEM, capacity)
         self.rows_out = torch.empty((capacity, self.columns), dtype=torch.bfloat16, device="cuda")
         self.routed = [route(i, PROBLEM, self.launch) for i in self.inputs]
-        first = Tile(64, 128, 8, 3)
+        first = Tile(128, 8, (Tier(64, 3),))
         self.activated = [
             gemm1(i, r, PROBLEM, self.launch, first) for i, r in zip(self.inputs, self.routed, strict=True)
         ]
@@ -207,7 +209,8 @@ def main() -> None:
                 with options.output.open("a") as out:
                     out.write(json.dumps(row) + os.linesep)
             for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
-                short = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll)
+                tiers = " ".join(f"{tier.block_m}:{tier.num_stages}x{tier.k_unroll}" for tier in tile.tiers)
+                short = f"{tiers} by {tile.block_n}, {tile.num_warps} warps"
                 print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 

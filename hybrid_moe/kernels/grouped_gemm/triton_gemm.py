@@ -77,7 +77,7 @@ def gemm1(
     arguments = (
         inputs.hidden_states,
         inputs.hidden_states_scale,
-        weights_argument(inputs.gemm1_weights, tile.block_n, routed.aligned),
+        weights_argument(inputs.gemm1_weights, 2, 1 + tile.joined, tile.block_n, routed.aligned),
         inputs.gemm1_weights_scale,
         routed.counts,
         routed.slot_token,
@@ -115,7 +115,7 @@ def gemm2(
     arguments = (
         activated,
         scale,
-        weights_argument(inputs.gemm2_weights, min(block_n, problem.block), routed.aligned),
+        weights_argument(inputs.gemm2_weights, 1, 1, block_n if tile.joined else block_n // 2, routed.aligned),
         inputs.gemm2_weights_scale,
         routed.counts,
         rows,
@@ -127,12 +127,16 @@ def gemm2(
     GEMM2.launch(grid, arguments, constants, rows.device, routed.aligned)
 
 
-def weights_argument(weights: torch.Tensor, block_rows: int, aligned: bool) -> Argument:
-    """A descriptor of the rows of all experts in tiles of ``block_rows`` by 128, or the tensor where TMA can't read."""
+def weights_argument(weights: torch.Tensor, parts: int, box_parts: int, box_rows: int, aligned: bool) -> Argument:
+    """A descriptor of ``[experts * parts, rows of a part, columns]``, or the tensor where TMA can't read.
+
+    It loads ``box_rows`` rows by 128 columns of each of ``box_parts`` neighbouring parts.
+    """
     if not aligned:
         return weights
     experts, rows, inner = weights.shape
-    return TensorDescriptor(weights, [experts * rows, inner], [inner, 1], [block_rows, 128])
+    shape = [experts * parts, rows // parts, inner]
+    return TensorDescriptor(weights, shape, [rows // parts * inner, inner, 1], [box_parts, box_rows, 128])
 
 
 GEMM1, GEMM2 = Kernel(gemm1_swiglu_kernel), Kernel(gemm2_kernel)
@@ -149,11 +153,12 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
 @functools.lru_cache(maxsize=256)
@@ -168,19 +173,20 @@ def _gemm2_constants(
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
-def _pipelines(tile: Tile) -> dict[str, int]:
-    few_m, few_stages, few_unroll = tile.few
-    return {
-        "NUM_STAGES": tile.num_stages,
-        "K_UNROLL": tile.k_unroll,
-        "FEW_M": few_m,
-        "FEW_STAGES": few_stages,
-        "FEW_UNROLL": few_unroll,
-    }
+def _tiers(tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
+    """Each tier as the kernels want it: the rows above which and up to which it is taken, stages, unrolling."""
+    above = (0, *(tier.block_m for tier in tile.tiers))
+    return tuple((low, t.block_m, t.num_stages, t.k_unroll) for low, t in zip(above, tile.tiers, strict=False))
+
+
+def _options(launch: Launch, tile: Tile) -> dict[str, int | bool]:
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {**launch.options, "num_warps": tile.num_warps, **limit}

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile
+from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
@@ -47,11 +47,13 @@ def candidates(which: str, tokens: int) -> list[Tile]:
     for (m, n, warps), (stages, unroll) in product(shapes, ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2))):
         if m > 16 and unroll > 1:
             continue
-        for few in ((0, 1, 1), (16, 3, 2), (16, 4, 1)) if m > 16 and n <= 128 else ((0, 1, 1),):
+        few_rows = ((), (Tier(16, 3, 2),), (Tier(16, 4),)) if m > 16 and n <= 128 else ((),)
+        for few in few_rows:
+            tiers = (*few, Tier(m, stages, unroll))
             weights = 2 * n if which == "gemm1" else n
-            shared = 128 * max(stages * unroll * (weights + m), few[1] * few[2] * (weights + few[0]))
+            shared = 128 * max(tier.num_stages * tier.k_unroll * (weights + tier.block_m) for tier in tiers)
             if shared <= SHARED_LIMIT:
-                tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 2560 else 4, few))
+                tiles.append(Tile(n, warps, tiers, 32 if tokens <= 2560 else 4, which == "gemm2" and n <= 128))
     return tiles
 
 
@@ -85,7 +87,7 @@ class Bench:
         self.firsts = range(0, PROBLEM.hidden_size, column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)))
         self.output = torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device="cuda")
         self.form = form_of(self.inputs[0], self.output)
-        first = Tile(64, 128, 8, 3)
+        first = Tile(128, 8, (Tier(64, 3),))
         self.ready = [self.tensors(inputs, reserved(tokens, first)) for inputs in self.inputs]
         for call in self.ready:
             self.run(call, *self.routing(reserved(tokens, first)), gemm1(PROBLEM, self.launch, self.form, first))
@@ -127,7 +129,7 @@ class Bench:
 
     def other_steps(self) -> dict[str, float]:
         """Microseconds of routing and combine alone."""
-        layout = reserved(self.tokens, Tile(64, 128, 8, 3))
+        layout = reserved(self.tokens, Tile(128, 8, (Tier(64, 3),)))
         routing = time_graph([lambda c=c: self.run(c, *self.routing(layout)) for c in self.ready] * REPEATS, runs=5)
         steps = [combine(PROBLEM, self.launch, self.form, self.firsts.step, first) for first in self.firsts]
         combining = time_graph([lambda c=c: self.run(c, *steps) for c in self.ready] * REPEATS, runs=5)
@@ -221,7 +223,8 @@ def main() -> None:
                 with options.output.open("a") as out:
                     out.write(json.dumps(row) + os.linesep)
             for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
-                short = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll)
+                tiers = " ".join(f"{tier.block_m}:{tier.num_stages}x{tier.k_unroll}" for tier in tile.tiers)
+                short = f"{tiers} by {tile.block_n}, {tile.num_warps} warps"
                 print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 

@@ -38,7 +38,7 @@ from hybrid_moe.workloads import MODELS
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 901, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (80,)  # two tiles in one kernel, for many rows and for few
+MODEL_TOKEN_COUNTS = (80,)  # a tile of several tiers
 
 
 class AbsentDriver:
@@ -97,6 +97,7 @@ def resources(kernel, capability: int) -> dict[str, object]:
         "spill_bytes": int(spill.group(1)) + int(spill.group(2)) if spill else None,
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
+        "older_mma": "mma.sync.aligned" in ptx,
     }
 
 
@@ -137,7 +138,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        options = {k: v for k, v in kwargs.items() if isinstance(v, int | bool)}
+        options = {k: v for k, v in kwargs.items() if isinstance(v, int | bool | tuple)}
         compiled.setdefault(kernel.hash, (self.__name__, options, kernel))
         return kernel
 

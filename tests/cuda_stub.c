@@ -41,12 +41,12 @@ CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *addres
                                 const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
                                 int interleave, int swizzle, int promotion, int fill) {
   uint64_t words[16] = {type, rank, (uint64_t)address, interleave, swizzle, promotion, fill};
-  for (uint32_t i = 0; i < rank && i < 2; i++) {
+  for (uint32_t i = 0; i < rank && i < 3; i++) {
     words[7 + i] = shape[i];
-    words[9 + i] = box[i];
-    words[11 + i] = element_strides[i];
+    words[10 + i] = box[i] + ((uint64_t)element_strides[i] << 32);
+    if (i + 1 < rank)
+      words[13 + i] = strides[i];
   }
-  words[13] = strides[0];
   memcpy(map, words, sizeof words);
   stub_encodings++;
   return 0;

@@ -65,7 +65,8 @@ def main(folder: Path) -> None:
         sizes = []
         for kind in compiled.src.signature.values():
             if kind.startswith("tensordesc"):
-                sizes += [128, 4, 4, 8, 8]
+                rank = kind.count(",", kind.index("["), kind.index("]")) + 1
+                sizes += [128, *[4] * rank, *[8] * rank]
             elif kind != "constexpr":
                 sizes.append(8 if kind.startswith("*") else size_of[kind])
         ctypes.c_int.in_dll(stub, "stub_num_params").value = len(sizes)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
 from hybrid_moe.api import _cached_dispatch
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm import tiles, triton_gemm
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
@@ -200,18 +201,65 @@ def test_no_local_expert(tokens):
     assert torch.count_nonzero(output) == 0  # NaN counts as non-zero
 
 
+def with_rows(rows):
+    """A problem and inputs of it that give each local expert so many rows, from as few tokens."""
+    local = len(rows)
+    sizes = dict(num_experts=2 * local, num_local_experts=local, top_k=local, n_group=1, topk_group=1)
+    problem = dataclasses.replace(SMALL, **sizes)
+    inputs = inputs_of(problem, max(rows), 1)
+    # Every token finds elsewhere what it doesn't choose here.
+    inputs.routing_logits[:] = torch.linspace(-0.5, 0.5, 2 * local, device=DEVICE)
+    for expert, wanted in enumerate(rows):
+        chosen = torch.randperm(max(rows), generator=torch.Generator().manual_seed(expert)) < wanted
+        inputs.routing_logits[:, 1 + expert] = torch.where(chosen, 4.0, -4.0).to(DEVICE)
+    inputs = inputs._replace(routing_bias=torch.zeros_like(inputs.routing_bias))
+    assert local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist() == rows
+    return problem, inputs
+
+
 def test_rows_that_fill_no_tile():
-    # Experts with 0, 1, 15, 16, 17 and 64 rows.
-    problem = dataclasses.replace(SMALL, num_experts=24, num_local_experts=6, top_k=1)
-    inputs = inputs_of(problem, 70, 6)
-    rows = torch.full((70,), 0)
-    wanted = torch.arange(6).repeat_interleave(torch.tensor([0, 1, 15, 16, 17, 21]))
-    rows[torch.randperm(70, generator=torch.Generator().manual_seed(0))] = wanted
-    logits = torch.full((70, 24), -4.0, device=DEVICE)
-    logits[torch.arange(70), 6 + rows] = 4.0
-    inputs = inputs._replace(routing_logits=logits, routing_bias=torch.zeros_like(inputs.routing_bias))
-    assert local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist() == [0, 1, 15, 16, 17, 21]
-    assert_right(problem, inputs)
+    assert_right(*with_rows([0, 1, 15, 16, 17, 21]))
+
+
+SEVERAL_TIERS = sorted(
+    {plan for table in (tiles.TILES_SM90, tiles.TILES_SM100) for _, plan in table if len(plan.gemm1.tiers) > 1}, key=str
+)
+
+
+@contextlib.contextmanager
+def planned_with(monkeypatch, plan):
+    """Calls take these tiles, whatever was planned before, and leave none planned."""
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_gemm, "tile_plan", lambda *_: plan)
+        forget_plans()
+        yield
+    forget_plans()
+
+
+@pytest.mark.parametrize("plan", SEVERAL_TIERS, ids=lambda plan: " ".join(str(t.block_m) for t in plan.gemm1.tiers))
+def test_rows_on_both_sides_of_every_tier(monkeypatch, plan):
+    bounds = {tier.block_m for tile in (plan.gemm1, plan.gemm2) for tier in tile.tiers}
+    # The last is cut off from more rows than a tile holds, so that each is also what a full tile leaves.
+    rows = sorted({0, 1, *(bound + more for bound in bounds for more in (0, 1)), max(bounds) + min(bounds) + 1})
+    with planned_with(monkeypatch, plan):
+        assert_right(*with_rows(rows))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_halves_by_one_product_or_two(monkeypatch, joined):
+    # Widths on both sides of a 128 block, whose scales the halves share or don't.
+    problem, inputs = with_rows([1, 0, 19])
+    for narrow, wide in ((32, 64), (64, 128), (128, 128 if joined else 256)):
+        tiers = (tiles.Tier(16, 3, 2), tiles.Tier(32, 3))
+        plan = tiles.TilePlan(tiles.Tile(narrow, 4, tiers, joined=joined), tiles.Tile(wide, 4, tiers, joined=joined))
+        with planned_with(monkeypatch, plan):
+            assert_right(problem, inputs)
+
+
+@pytest.mark.parametrize("rows", [[], [16, 16], [64, 16]])
+def test_tiers_in_the_wrong_order(rows):
+    with pytest.raises(ValueError, match="tiers have"):
+        tiles.Tile(64, 4, tuple(tiles.Tier(m, 3) for m in rows))
 
 
 def test_strides():

@@ -107,7 +107,9 @@ class _Address:
 
 @functools.lru_cache(maxsize=1024)  # what is encoded for one number of tokens is for all with the same kernel
 def expanded(compiled: CompiledKernel, tiles: Tiles) -> tuple[Callable[[int], Any], tuple[int, ...]] | None:
-    """What a tensor descriptor becomes in a launch: the function of its encoding by address, and four numbers behind.
+    """What a tensor descriptor becomes in a launch: the function of its encoding by address, and the numbers behind.
+
+    These are its shape and its strides.
 
     An encoding holds an address and what never changes for one kernel (`Tiles`, swizzling), so that one that is kept by
     the address is that of any tensor there. None if the kernel doesn't take one encoded descriptor.
@@ -126,4 +128,4 @@ def expanded(compiled: CompiledKernel, tiles: Tiles) -> tuple[Callable[[int], An
         descriptor = tiles.descriptor(_Address(address, torch.float8_e4m3fn))
         return driver.make_tensordesc_arg(descriptor, described[0], *rest)[0]
 
-    return encode, (tiles.rows, tiles.inner, tiles.inner, 1)
+    return encode, (*tiles.shape, *tiles.strides)

@@ -13,26 +13,38 @@ from .launch import Constants, Kernel
 
 
 class Tiles(NamedTuple):
-    """A matrix that a kernel reads in tiles of ``block_rows`` by 128, by a descriptor (TMA).
+    """Matrices that a kernel reads in tiles by a descriptor (TMA): ``box_rows`` by 128 of ``box_matrices`` neighbours.
 
     Parameters
     ----------
     name
         Of the tensor: e4m3, contiguous, and aligned to 16 bytes.
-    rows, inner
-        Its shape, with all dimensions but the last in one.
-    block_rows
+    matrices, rows, inner
+        Its shape, however its dimensions are called elsewhere.
+    box_matrices, box_rows
         Of a tile.
     """
 
     name: str
+    matrices: int
     rows: int
     inner: int
-    block_rows: int
+    box_matrices: int
+    box_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the tensor."""
+        return self.matrices, self.rows, self.inner
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of the tensor."""
+        return self.rows * self.inner, self.inner, 1
 
     def descriptor(self, base: Any) -> TensorDescriptor:
         """Triton's description of it; ``base`` has ``data_ptr()`` and ``dtype``."""
-        return TensorDescriptor(base, [self.rows, self.inner], [self.inner, 1], [self.block_rows, 128])
+        return TensorDescriptor(base, list(self.shape), list(self.strides), [self.box_matrices, self.box_rows, 128])
 
 
 # The name of an input, an intermediate tensor or the output; a tiled one of these; or a number.

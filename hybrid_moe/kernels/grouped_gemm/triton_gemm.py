@@ -79,7 +79,7 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form, tile: Tile) -> Step:
     operands = (
         "hidden_states",
         "hidden_states_scale",
-        weights_operand("gemm1_weights", problem, 2 * width, problem.hidden_size, tile.block_n, form.aligned),
+        weights_operand("gemm1_weights", problem, form, (width, problem.hidden_size), 2, 1 + tile.joined, tile.block_n),
         "gemm1_weights_scale",
         "counts",
         "slot_token",
@@ -102,11 +102,12 @@ def gemm2(problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: 
     """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
     block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
     tiles = max_row_tiles(problem, form.num_tokens, tile.block_m) * (columns // block_n)
-    block_rows, inner = min(block_n, problem.block), problem.intermediate_size
+    box_rows = block_n if tile.joined else block_n // 2
+    shape = (problem.hidden_size, problem.intermediate_size)
     operands = (
         "activated",
         "activated_scale",
-        weights_operand("gemm2_weights", problem, problem.hidden_size, inner, block_rows, form.aligned),
+        weights_operand("gemm2_weights", problem, form, shape, 1, 1, box_rows),
         "gemm2_weights_scale",
         "counts",
         "rows",
@@ -118,9 +119,14 @@ def gemm2(problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: 
     return Step(GEMM2, grid, operands, constants, form.aligned)
 
 
-def weights_operand(name: str, problem: MoEProblem, rows: int, inner: int, block_rows: int, aligned: bool) -> Operand:
-    """The rows of all experts in tiles of ``block_rows`` by 128, or the tensor where TMA can't read."""
-    return Tiles(name, problem.num_local_experts * rows, inner, block_rows) if aligned else name
+def weights_operand(
+    name: str, problem: MoEProblem, form: Form, shape: tuple[int, int], parts: int, box_parts: int, box_rows: int
+) -> Operand:
+    """Each expert's weights as ``parts`` matrices of ``shape``, in tiles; the tensor itself where TMA can't read.
+
+    A tile is ``box_rows`` rows by 128 columns of each of ``box_parts`` neighbouring parts.
+    """
+    return Tiles(name, problem.num_local_experts * parts, *shape, box_parts, box_rows) if form.aligned else name
 
 
 GEMM1, GEMM2 = Kernel(gemm1_swiglu_kernel), Kernel(gemm2_kernel)
@@ -137,11 +143,12 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,19 +163,20 @@ def _gemm2_constants(
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
-def _pipelines(tile: Tile) -> dict[str, int]:
-    few_m, few_stages, few_unroll = tile.few
-    return {
-        "NUM_STAGES": tile.num_stages,
-        "K_UNROLL": tile.k_unroll,
-        "FEW_M": few_m,
-        "FEW_STAGES": few_stages,
-        "FEW_UNROLL": few_unroll,
-    }
+def _tiers(tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
+    """Each tier as the kernels want it: the rows above which and up to which it is taken, stages, unrolling."""
+    above = (0, *(tier.block_m for tier in tile.tiers))
+    return tuple((low, t.block_m, t.num_stages, t.k_unroll) for low, t in zip(above, tile.tiers, strict=False))
+
+
+def _options(launch: Launch, tile: Tile) -> dict[str, int | bool]:
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {**launch.options, "num_warps": tile.num_warps, **limit}

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 import triton
 
-from hybrid_moe.kernels.grouped_gemm.tiles import Tile
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, tickets_of
-from hybrid_moe.kernels.pipeline import Launch, Routed, column_chunk, combine, route, row_capacity
+from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, tickets_of
+from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.steps import AnyStep
+from hybrid_moe.layout import Layout
 from hybrid_moe.problem import FP8, MoEInputs
 from hybrid_moe.timing import Work, measure_ceilings, time_graph
 from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
@@ -44,11 +47,13 @@ def candidates(which: str, tokens: int) -> list[Tile]:
     for (m, n, warps), (stages, unroll) in product(shapes, ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2))):
         if m > 16 and unroll > 1:
             continue
-        for few in ((0, 1, 1), (16, 3, 2), (16, 4, 1)) if m > 16 and n <= 128 else ((0, 1, 1),):
+        few_rows = ((), (Tier(16, 3, 2),), (Tier(16, 4),)) if m > 16 and n <= 128 else ((),)
+        for few in few_rows:
+            tiers = (*few, Tier(m, stages, unroll))
             weights = 2 * n if which == "gemm1" else n
-            shared = 128 * max(stages * unroll * (weights + m), few[1] * few[2] * (weights + few[0]))
+            shared = 128 * max(tier.num_stages * tier.k_unroll * (weights + tier.block_m) for tier in tiers)
             if shared <= SHARED_LIMIT:
-                tiles.append(Tile(m, n, warps, stages, unroll, 32 if tokens <= 2560 else 4, few))
+                tiles.append(Tile(n, warps, tiers, 32 if tokens <= 2560 else 4, which == "gemm2" and n <= 128))
     return tiles
 
 
@@ -57,67 +62,78 @@ def launch_of() -> Launch:
     return Launch(torch.cuda.get_device_properties(0).multi_processor_count, pdl=True)
 
 
+def form_of(inputs: MoEInputs, output: torch.Tensor) -> Form:
+    """What the launches hang on."""
+    return Form.of(inputs, addresses_of(inputs), output, row_alignment=1)
+
+
+def reserved(tokens: int, tile: Tile) -> Layout:
+    """Of all that the steps of a call with this tile of GEMM1 want."""
+    layout, rows = Layout(), row_capacity(PROBLEM, tokens)
+    reserve_routing(layout, PROBLEM, tokens, tickets_of(PROBLEM, tokens, tile))
+    reserve_activation(layout, PROBLEM, rows, tile)
+    layout.reserve("rows", (rows, column_chunk(PROBLEM, rows)), torch.bfloat16)
+    return layout
+
+
 class Bench:
-    """One T: inputs on each weight copy and the activations that GEMM2 starts from."""
+    """One T: inputs on each weight copy, and the tensors that GEMM2 and the combine start from."""
 
     def __init__(self, tokens: int, copies: list) -> None:
         self.tokens = tokens
         self.inputs = [make_inputs(Workload(tokens, 32), PROBLEM, w) for w in copies]
         self.launch = launch_of()
         self.work = Work.of(self.inputs[0], PROBLEM)
-        capacity = row_capacity(PROBLEM, tokens)
-        self.columns = column_chunk(PROBLEM, capacity)
-        self.rows_out = torch.empty((capacity, self.columns), dtype=torch.bfloat16, device="cuda")
-        self.routed = [route(i, PROBLEM, self.launch) for i in self.inputs]
-        first = Tile(64, 128, 8, 3)
-        self.activated = [
-            gemm1(i, r, PROBLEM, self.launch, first) for i, r in zip(self.inputs, self.routed, strict=True)
-        ]
+        self.firsts = range(0, PROBLEM.hidden_size, column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)))
         self.output = torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device="cuda")
+        self.form = form_of(self.inputs[0], self.output)
+        first = Tile(128, 8, (Tier(64, 3),))
+        self.ready = [self.tensors(inputs, reserved(tokens, first)) for inputs in self.inputs]
+        for call in self.ready:
+            self.run(call, *self.routing(reserved(tokens, first)), gemm1(PROBLEM, self.launch, self.form, first))
+
+    def tensors(self, inputs: MoEInputs, layout: Layout) -> dict:
+        """By name, in memory of their own."""
+        return by_name(inputs, self.output, layout, torch.empty(layout.bytes, dtype=torch.uint8, device="cuda"))
+
+    def routing(self, layout: Layout) -> list[AnyStep]:
+        """Its two steps."""
+        return route(PROBLEM, self.launch, self.form, layout)
+
+    def run(self, call: dict, *steps: AnyStep) -> None:
+        """Launch steps with the tensors of a call."""
+        for step in steps:
+            step.run(call, self.output.device)
 
     def calls(self, which: str, tile: Tile):
         """The calls that a graph holds, and a function that gives the result of the first."""
         if which == "gemm1":
-            tickets = tickets_of(PROBLEM, self.tokens, tile)
-
-            def run1(i):
-                return gemm1(i, route(i, PROBLEM, self.launch, tickets), PROBLEM, self.launch, tile)
-
-            def result():
-                # Slots may differ from call to call: compare the rows' sorted sums.
-                values, scale = run1(self.inputs[0])
-                rows = self.work.local_rows
-                rows = values[:rows].float() * scale[:, :rows].t().repeat_interleave(128, dim=1)
-                return rows.norm(dim=1).sort().values
-
-            return [lambda i=i: run1(i) for i in self.inputs], result
-
-        def run2(a, i, r):
-            for first in range(0, PROBLEM.hidden_size, self.columns):
-                gemm2(*a, i, r, PROBLEM, self.launch, tile, self.rows_out, first)
-
-        three = list(zip(self.activated, self.inputs, self.routed, strict=True))
+            layout = reserved(self.tokens, tile)
+            steps = [*self.routing(layout), gemm1(PROBLEM, self.launch, self.form, tile)]
+            taken = [self.tensors(inputs, layout) for inputs in self.inputs]
+        else:
+            columns = self.firsts.step
+            steps = [gemm2(PROBLEM, self.launch, self.form, tile, columns, first) for first in self.firsts]
+            taken = self.ready
 
         def result():
-            run2(*three[0])
-            return self.rows_out[: self.work.local_rows].float()
+            self.run(taken[0], *steps)
+            rows = self.work.local_rows
+            if which == "gemm2":
+                return taken[0]["rows"][:rows].float()
+            # Slots may differ from call to call: compare the rows' sorted sums.
+            scale = taken[0]["activated_scale"][:, :rows].t().repeat_interleave(128, dim=1)
+            return (taken[0]["activated"][:rows].float() * scale).norm(dim=1).sort().values
 
-        return [lambda t=t: run2(*t) for t in three], result
+        return [lambda call=call: self.run(call, *steps) for call in taken], result
 
     def other_steps(self) -> dict[str, float]:
         """Microseconds of routing and combine alone."""
-        pairs = list(zip(self.inputs, self.routed, strict=True))
-        routing = time_graph([lambda i=i: route(i, PROBLEM, self.launch) for i in self.inputs] * REPEATS, runs=5)
-        combining = time_graph(
-            [
-                lambda r=r, c=c: combine(self.rows_out, r, PROBLEM, self.launch, self.output, c)
-                for _, r in pairs
-                for c in range(0, PROBLEM.hidden_size, self.columns)
-            ]
-            * REPEATS,
-            runs=5,
-        )
-        return {"route": routing.median, "combine": combining.median * (PROBLEM.hidden_size // self.columns)}
+        layout = reserved(self.tokens, Tile(128, 8, (Tier(64, 3),)))
+        routing = time_graph([lambda c=c: self.run(c, *self.routing(layout)) for c in self.ready] * REPEATS, runs=5)
+        steps = [combine(PROBLEM, self.launch, self.form, self.firsts.step, first) for first in self.firsts]
+        combining = time_graph([lambda c=c: self.run(c, *steps) for c in self.ready] * REPEATS, runs=5)
+        return {"route": routing.median, "combine": combining.median}
 
 
 def compile_one(which: str, tile: Tile, tokens: int) -> None:
@@ -136,14 +152,14 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
             empty(1, 256, h, dtype=FP8), empty(16), empty(1, 256, PROBLEM.intermediate_size, dtype=FP8), empty(16),
             32, 2.5,
         )  # fmt: skip
-        ints = empty(32, dtype=torch.int32)
-        routed = Routed(ints, ints, ints, ints, ints, aligned=True)
+        output, layout = empty(tokens, h, dtype=torch.bfloat16), reserved(tokens, tile)
+        form = form_of(inputs, output)
+        call = by_name(inputs, output, layout, empty(layout.bytes, dtype=torch.uint8))
         if which == "gemm1":
-            gemm1(inputs, routed, PROBLEM, launch_of(), tile)
+            step = gemm1(PROBLEM, launch_of(), form, tile)
         else:
-            capacity = row_capacity(PROBLEM, tokens)
-            out = empty(capacity, column_chunk(PROBLEM, capacity), dtype=torch.bfloat16)
-            gemm2(empty(1, 16, dtype=FP8), empty(16), inputs, routed, PROBLEM, launch_of(), tile, out, 0)
+            step = gemm2(PROBLEM, launch_of(), form, tile, call["rows"].shape[1], 0)
+        step.run(call, output.device)
     finally:
         jit.run = original
 
@@ -207,7 +223,8 @@ def main() -> None:
                 with options.output.open("a") as out:
                     out.write(json.dumps(row) + os.linesep)
             for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
-                short = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll)
+                tiers = " ".join(f"{tier.block_m}:{tier.num_stages}x{tier.k_unroll}" for tier in tile.tiers)
+                short = f"{tiers} by {tile.block_n}, {tile.num_warps} warps"
                 print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 

@@ -1,9 +1,10 @@
 """The experts' call of a DeepSeek-V3 layer in SGLang by HybridMoE. Written against SGLang 0.5.23.
 
-SGLang's `TopK` chooses the experts before the experts' call, which gets their ids and weights; HybridMoE takes logits.
-But `TopK` can leave the choice to the kernel, as it does for flashinfer's TRT-LLM kernels: told to bypass, it hands the
-router's logits on. So `replace_experts` tells it so, and swaps the experts' quantisation method for `HybridMoEMethod`.
-SGLang goes on loading the checkpoint, running the gate and the shared experts, and summing over the ranks.
+SGLang's `TopK` chooses the experts before the experts' call, which gets their ids and weights. HybridMoE routes in the
+same call, and `TopK` can leave the choice to the kernel, as for flashinfer's TRT-LLM kernels: told to bypass, it hands
+the router's logits on. So `replace_experts` tells it so, and swaps the experts' quantisation method for
+`HybridMoEMethod`. SGLang goes on loading the checkpoint, running the gate and the shared experts, and summing over the
+ranks.
 
 In a server, as a plugin: an entry point ``hybrid_moe = "sglang_layer:register"`` of group ``sglang.srt.plugins`` in the
 package that holds this file, and
@@ -229,15 +230,10 @@ def prepare(layer: FusedMoE, fp8: Fp8MoEMethod, topk_config: Any, **options: Any
 
 
 def routing_bias(bias: torch.Tensor | None, num_experts: int, device: torch.device) -> torch.Tensor:
-    """The correction bias in bfloat16, zeros for none.
-
-    SGLang has it in float32. Only its differences count for the choice, so its mean is taken off before it is rounded:
-    a bias that is large and nearly the same for all experts would lose what tells them apart.
-    """
+    """The correction bias as SGLang has it, in float32; zeros for none."""
     if bias is None:
-        return torch.zeros(num_experts, dtype=torch.bfloat16, device=device)
-    bias = bias.detach().to(device, torch.float32)
-    return (bias - bias.mean()).to(torch.bfloat16)
+        return torch.zeros(num_experts, dtype=torch.float32, device=device)
+    return bias.detach().to(device, torch.float32)
 
 
 def replace_experts(model: torch.nn.Module, **options: Any) -> dict[str, HybridMoE]:

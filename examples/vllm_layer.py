@@ -1,9 +1,9 @@
 """The experts' call of a DeepSeek-V3 layer in vLLM by HybridMoE. Written against vLLM 0.33.0.
 
 vLLM's `MoERunner` asks the layer's quantisation method whether it is monolithic. If so it hands it the router's logits
-and bfloat16 hidden states, and routes by no kernel of its own; if not, the method gets experts that are already chosen,
-which HybridMoE doesn't take. So `HybridMoEMethod` is a monolithic method. vLLM goes on loading the checkpoint, running
-the gate and the shared experts, and summing over the ranks.
+and bfloat16 hidden states, and routes by no kernel of its own; if not, the method gets experts that are already chosen.
+HybridMoE routes in the same call, so `HybridMoEMethod` is a monolithic method. vLLM goes on loading the checkpoint,
+running the gate and the shared experts, and summing over the ranks.
 
 In a server, as a plugin: an entry point ``hybrid_moe = "vllm_layer:register"`` of group ``vllm.general_plugins`` in the
 package that holds this file, and
@@ -214,15 +214,10 @@ def prepare(layer: RoutedExperts, **options: Any) -> HybridMoE:
 
 
 def routing_bias(bias: torch.Tensor | None, num_experts: int, device: torch.device) -> torch.Tensor:
-    """The correction bias in bfloat16, zeros for none.
-
-    vLLM has it in float32. Only its differences count for the choice, so its mean is taken off before it is rounded: a
-    bias that is large and nearly the same for all experts would lose what tells them apart.
-    """
+    """The correction bias as vLLM has it, in float32; zeros for none."""
     if bias is None:
-        return torch.zeros(num_experts, dtype=torch.bfloat16, device=device)
-    bias = bias.detach().to(device, torch.float32)
-    return (bias - bias.mean()).to(torch.bfloat16)
+        return torch.zeros(num_experts, dtype=torch.float32, device=device)
+    return bias.detach().to(device, torch.float32)
 
 
 def local_expert_offset(expert_map: torch.Tensor | None, num_local_experts: int) -> int:

@@ -9,7 +9,7 @@ from . import metrics
 from .api import HybridMoE, fused_moe
 from .choice import BackendUnsupportedError, Choice
 from .policy import Policy, PolicyError, load_policy, save_policy
-from .problem import DeviceKey, MoEInputs, MoEProblem
+from .problem import DeviceKey, MoEInputs, MoEProblem, RoutedInputs
 from .select import Decision, NoBackendError
 from .versions import PolicyMismatchWarning
 
@@ -27,6 +27,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicyMismatchWarning",
+    "RoutedInputs",
     "fused_moe",
     "load_policy",
     "metrics",

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from .problem import MoEInputs, check_unquantized
+import functools
+
+import torch
+
+from .layout import Layout
+from .problem import FP8, Inputs, MoEProblem, check_unquantized
 from .reference import quantize_rows
 
 
-def quantize(inputs: MoEInputs) -> MoEInputs:
+@functools.lru_cache(maxsize=1024)
+def layout_of(num_tokens: int, hidden_size: int) -> Layout:
+    """Where ``values`` and ``scale`` of quantised hidden states lie."""
+    layout = Layout()
+    layout.reserve("values", (num_tokens, hidden_size), FP8)
+    layout.reserve("scale", (hidden_size // 128, num_tokens), torch.float32)
+    return layout
+
+
+def bytes_of(problem: MoEProblem, num_tokens: int) -> int:
+    """What `quantize` takes at the end of the memory that it is given."""
+    return layout_of(num_tokens, problem.hidden_size).bytes
+
+
+def quantize(inputs: Inputs, memory: torch.Tensor | None = None) -> Inputs:
     """The inputs with hidden states in e4m3 and a scale for each 1x128 block, by this package's kernel on a GPU.
+
+    Parameters
+    ----------
+    inputs
+        Their hidden states in bfloat16, without scales.
+    memory
+        Bytes on the GPU, for the result at their end; by default it is in memory of its own.
 
     Raises
     ------
@@ -20,7 +46,11 @@ def quantize(inputs: MoEInputs) -> MoEInputs:
         # Imported where used: `import hybrid_moe` imports no kernel library.
         from .kernels.activations import quantize_rows as quantize_on_gpu
 
-        values, scale = quantize_on_gpu(hidden)
+        result = None
+        if memory is not None:
+            layout = layout_of(*hidden.shape)
+            result = layout.tensors(memory[memory.numel() - layout.bytes :])
+        values, scale = quantize_on_gpu(hidden, result)
     else:
         values, scale = quantize_rows(hidden)
     return inputs._replace(hidden_states=values, hidden_states_scale=scale)

@@ -12,21 +12,23 @@ import torch
 from torch.compiler import is_compiling
 
 from . import activations, op, warm_up
+from .backends.base import Runner
 from .choice import Choice
 from .dispatch import Dispatch
 from .lookup import as_choice, decision_table
 from .metrics import Counters, Sample
 from .policy import Policy
-from .problem import DeviceKey, MoEInputs, MoEProblem, RoutingMethod, check_ranks
-from .select import Decision
+from .problem import DeviceKey, Inputs, MoEInputs, MoEProblem, RoutedInputs, RoutingMethod, check_ranks
+from .select import Decision, DecisionTable
 from .warm_up import WarmedUp
+from .workspace import Piece, Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
 
 
 def fused_moe(
-    routing_logits: torch.Tensor,
-    routing_bias: torch.Tensor,
+    routing_logits: torch.Tensor | None,
+    routing_bias: torch.Tensor | None,
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor | None,
     gemm1_weights: torch.Tensor,
@@ -41,6 +43,9 @@ def fused_moe(
     topk_group: int = 4,
     gate_first: bool = False,
     routing_method: RoutingMethod = "deepseek_v3",
+    topk_ids: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
+    num_experts: int | None = None,
     output: torch.Tensor | None = None,
     backend: str | Choice | None = None,
     policy: Policy | str | Path | None = None,
@@ -50,9 +55,10 @@ def fused_moe(
     Parameters
     ----------
     routing_logits
-        ``[T, num_experts]`` float32.
+        ``[T, num_experts]`` float32; ``None`` with ``topk_ids``.
     routing_bias
-        ``[num_experts]`` bfloat16; all zeros for none.
+        ``[num_experts]`` bfloat16 or float32; all zeros for none. ``None`` with ``topk_ids``. Added in float32, but by
+        ``flashinfer_trtllm``, which rounds it to bfloat16.
     hidden_states
         ``[T, H]`` float8_e4m3fn; bfloat16 without scales.
     hidden_states_scale
@@ -64,13 +70,18 @@ def fused_moe(
     local_expert_offset
         Global index of the first of the E local experts.
     routed_scaling_factor
-        Factor on the routing weights, which sum to one before it.
+        Factor on the routing weights, which sum to one before it; not applied to ``topk_weights``.
     top_k, n_group, topk_group
-        See `MoEProblem`.
+        See `MoEProblem`. With ``topk_ids`` they and ``routing_method`` still say whose policy it is.
     gate_first
         The halves of ``gemm1_weights`` are stored gate first, as SGLang and vLLM do.
     routing_method
         ``"deepseek_v3"``, or ``"softmax"`` as Qwen3, which wants ``n_group=1, topk_group=1``; see `MoEProblem`.
+    topk_ids, topk_weights
+        ``[T, top_k]`` int32 and float32, in place of logits and bias: the experts that were chosen before, by their
+        global numbers, and their final weights. -1 is no expert; see `RoutedInputs`.
+    num_experts
+        Experts of the whole model, wanted with ``topk_ids``; logits say it by their width.
     output
         ``[T, H]`` bfloat16 to write into; a new tensor if not given.
     backend
@@ -94,11 +105,10 @@ def fused_moe(
     BackendUnsupportedError
         The given backend can't run here; the message lists every reason.
     """
-    inputs = MoEInputs(
-        routing_logits,
-        routing_bias,
+    inputs: Inputs
+    rest = (
         hidden_states,
-        hidden_states_scale,  # type: ignore[arg-type]  # None until they are quantised
+        hidden_states_scale,  # None until they are quantised
         gemm1_weights,
         gemm1_weights_scale,
         gemm2_weights,
@@ -106,16 +116,27 @@ def fused_moe(
         local_expert_offset,
         routed_scaling_factor,
     )
+    if topk_ids is None and topk_weights is None:
+        inputs = MoEInputs(routing_logits, routing_bias, *rest)  # type: ignore[arg-type]  # checked below
+    else:
+        for name, given in (("routing_logits", routing_logits), ("routing_bias", routing_bias)):
+            if given is not None:
+                raise TypeError(f"{name} is given beside topk_ids and topk_weights; None is wanted, or not those two")
+        inputs = RoutedInputs(topk_ids, topk_weights, *rest)  # type: ignore[arg-type]
+    options = (top_k, n_group, topk_group, gate_first, routing_method, num_experts)
     if is_compiling():
         from .traced import handle_of  # loads the compiler, which is there by now
 
-        handle = handle_of(backend, policy)
-        return op.call_fused_moe(inputs, output, handle, top_k, n_group, topk_group, gate_first, routing_method)
-    return _Call(backend, policy).run(inputs, output, top_k, n_group, topk_group, gate_first, routing_method)
+        return op.call_fused_moe(inputs, output, handle_of(backend, policy), *options)
+    return _Call(backend, policy).run(inputs, output, *options)
 
 
 class HybridMoE:
     """A prepared layer: it holds weights and policy, and is called with logits and hidden states.
+
+    Made without a bias (``routing_bias=None``), it is called with experts that are chosen already. Backends that choose
+    them themselves can't run then, and the order of choice passes over them. Two layers, one of each kind, may share
+    their weights.
 
     The policy is resolved and every backend that it can choose is prepared once, here: one that can't run refuses now,
     not in the middle of serving.
@@ -124,13 +145,22 @@ class HybridMoE:
     ----------
     gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, routing_bias
         See `fused_moe`. Held, never copied.
+    num_experts
+        Experts of the whole model, wanted with ``routing_bias=None``; else the bias says it by its length.
     local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, routing_method, backend, policy
         See `fused_moe`.
+    max_num_tokens
+        T up to which calls reserve no memory but for their output, and none with ``output=``: their intermediate
+        tensors lie in a workspace that is kept, `planned_bytes` for each stream that the device's layers are called on,
+        which they share. The first call on a stream reserves it; `warm_up` does on its own. A call with more tokens is
+        right too, and reserves what it takes. Without an argument every call does. ``flashinfer_trtllm`` and
+        ``flashinfer_cutlass`` reserve their own memory in any case, and so does ``torch_reference``.
 
     Attributes
     ----------
     problem : MoEProblem
     device : DeviceKey
+    max_num_tokens : int or None
 
     Raises
     ------
@@ -143,8 +173,9 @@ class HybridMoE:
         gemm1_weights_scale: torch.Tensor,
         gemm2_weights: torch.Tensor,
         gemm2_weights_scale: torch.Tensor,
-        routing_bias: torch.Tensor,
+        routing_bias: torch.Tensor | None,
         *,
+        num_experts: int | None = None,
         local_expert_offset: int,
         routed_scaling_factor: float,
         top_k: int = 8,
@@ -154,19 +185,18 @@ class HybridMoE:
         routing_method: RoutingMethod = "deepseek_v3",
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
+        max_num_tokens: int | None = None,
     ) -> None:
-        check_ranks(
-            {
-                "gemm1_weights": gemm1_weights,
-                "gemm1_weights_scale": gemm1_weights_scale,
-                "gemm2_weights": gemm2_weights,
-                "gemm2_weights_scale": gemm2_weights_scale,
-                "routing_bias": routing_bias,
-            }
-        )
-        empty = MoEInputs(
-            torch.empty((0, *routing_bias.shape[-1:]), dtype=torch.float32, device=routing_bias.device),
-            routing_bias,
+        if max_num_tokens is not None:
+            warm_up.check_count("max_num_tokens", max_num_tokens)
+        tensors = {
+            "gemm1_weights": gemm1_weights,
+            "gemm1_weights_scale": gemm1_weights_scale,
+            "gemm2_weights": gemm2_weights,
+            "gemm2_weights_scale": gemm2_weights_scale,
+        }
+        check_ranks(tensors if routing_bias is None else tensors | {"routing_bias": routing_bias})
+        rest = (
             gemm1_weights.new_empty((0, *gemm1_weights.shape[-1:])),
             gemm1_weights_scale.new_empty((gemm1_weights_scale.shape[-1], 0)),
             gemm1_weights,
@@ -176,6 +206,18 @@ class HybridMoE:
             local_expert_offset,
             routed_scaling_factor,
         )
+        empty: Inputs
+        if routing_bias is not None:
+            logits = torch.empty((0, *routing_bias.shape), dtype=torch.float32, device=routing_bias.device)
+            empty = MoEInputs(logits, routing_bias, *rest)
+        elif num_experts is None:
+            raise TypeError(
+                "routing_bias is None, and num_experts too; a tensor is wanted, zeros for no bias, or num_experts for "
+                "a layer that is called with topk_ids"
+            )
+        else:
+            weights = torch.empty((0, top_k), dtype=torch.float32, device=gemm1_weights.device)
+            empty = RoutedInputs(weights.int(), weights, *rest)
         self.problem = MoEProblem.from_tensors(
             empty,
             top_k=top_k,
@@ -183,25 +225,43 @@ class HybridMoE:
             topk_group=topk_group,
             gate_first=gate_first,
             routing_method=routing_method,
+            num_experts=num_experts,
         )
         self.device = DeviceKey.of(gemm1_weights.device)
         # What every call has in common: the bias, and all that stands behind the activations.
         self._device = gemm1_weights.device
         self._routing_bias = routing_bias
         self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
+        self.max_num_tokens = max_num_tokens
+        self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
         self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
         self._handle = op.register(self)
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
-        decider = decision_table(self.problem, self.device, policy, stacklevel=4) if backend is None else backend
-        return Dispatch(self.problem, self.device, decider, self._counters, policy)
+        routed = self._routing_bias is None
+        decider: DecisionTable | Choice
+        if backend is None:
+            decider = decision_table(self.problem, self.device, policy, routed=routed, stacklevel=4)
+        else:
+            decider = backend
+        dispatch = Dispatch(self.problem, self.device, decider, self._counters, policy, routed)
+        if self._workspaces is not None:
+            self._workspaces.grow(self._planned_bytes(dispatch))
+        return dispatch
+
+    def _planned_bytes(self, dispatch: Dispatch) -> int:
+        if self.max_num_tokens is None:
+            return 0
+        # Behind what a runner takes, hidden states that come in bfloat16 are quantised.
+        return dispatch.reserved_bytes(self.max_num_tokens) + activations.bytes_of(self.problem, self.max_num_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
         dispatch, problem = self._dispatch, self.problem
         w13, s13, w2, s2, offset, factor = self._held
         options = dict(
+            num_experts=problem.num_experts,
             local_expert_offset=offset,
             routed_scaling_factor=factor,
             top_k=problem.top_k,
@@ -211,25 +271,31 @@ class HybridMoE:
             routing_method=problem.routing_method,
             backend=dispatch.backend,
             policy=dispatch.policy,
+            max_num_tokens=self.max_num_tokens,
         )
         return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
 
     @classmethod
     def from_inputs(
         cls,
-        inputs: MoEInputs,
+        inputs: Inputs,
         problem: MoEProblem,
         *,
         backend: str | Choice | None = None,
         policy: Policy | str | Path | None = None,
+        max_num_tokens: int | None = None,
     ) -> HybridMoE:
-        """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all."""
+        """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all.
+
+        Without a bias for `RoutedInputs`.
+        """
         return cls(
             inputs.gemm1_weights,
             inputs.gemm1_weights_scale,
             inputs.gemm2_weights,
             inputs.gemm2_weights_scale,
-            inputs.routing_bias,
+            inputs.routing_bias if isinstance(inputs, MoEInputs) else None,
+            num_experts=problem.num_experts,
             local_expert_offset=inputs.local_expert_offset,
             routed_scaling_factor=inputs.routed_scaling_factor,
             top_k=problem.top_k,
@@ -239,17 +305,25 @@ class HybridMoE:
             routing_method=problem.routing_method,
             backend=backend,
             policy=policy,
+            max_num_tokens=max_num_tokens,
         )
 
     def __call__(
         self,
-        routing_logits: torch.Tensor,
+        routing_logits: torch.Tensor | None,
         hidden_states: torch.Tensor,
         hidden_states_scale: torch.Tensor | None = None,
         *,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the layer; see `fused_moe` for the tensors and errors."""
+        """Run the layer; see `fused_moe` for the tensors and errors.
+
+        ``topk_ids`` and ``topk_weights`` are for a layer without a bias, and ``routing_logits`` for one with it.
+        """
+        if self._routing_bias is None or topk_ids is not None or topk_weights is not None:
+            return self._call_routed(routing_logits, topk_ids, topk_weights, hidden_states, hidden_states_scale, output)
         # In few steps: all that is done here is added to every call of the layer. MoEInputs' own constructor and
         # _replace take up to 0.4 us more.
         inputs = tuple.__new__(
@@ -259,13 +333,55 @@ class HybridMoE:
             return op.call_layer(inputs, output, self._handle)
         return self.run(inputs, output)
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor | None = None) -> torch.Tensor:
+    def _call_routed(
+        self,
+        routing_logits: torch.Tensor | None,
+        topk_ids: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        hidden_states_scale: torch.Tensor | None,
+        output: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self._routing_bias is not None:
+            raise TypeError(
+                "topk_ids and topk_weights are given to a layer with a routing_bias, which chooses the experts itself; "
+                "one made with routing_bias=None and num_experts is wanted, or routing_logits alone"
+            )
+        if routing_logits is not None:
+            raise TypeError(
+                "routing_logits is given to a layer without a routing_bias; topk_ids and topk_weights are wanted, or a "
+                "layer made with routing_bias, zeros for none"
+            )
+        inputs = RoutedInputs(topk_ids, topk_weights, hidden_states, hidden_states_scale, *self._held)  # type: ignore[arg-type]
+        if is_compiling():
+            return op.call_layer(inputs, output, self._handle)
+        return self.run(inputs, output)
+
+    def run(self, inputs: Inputs, output: torch.Tensor | None = None) -> torch.Tensor:
         """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
+        if self._workspaces is None or (piece := self._piece(inputs[2])) is None:
+            return self._run(inputs, output, None)
+        with piece.lock:
+            return self._run(inputs, output, piece.memory)
+
+    def _piece(self, hidden_states: torch.Tensor) -> Piece | None:
+        """The workspace for a call with these; None if it reserves its own memory."""
+        assert self._workspaces is not None and self.max_num_tokens is not None
+        # They aren't checked yet: what is wrong goes on to where it is named.
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim != 2:
+            return None
+        tokens, width = hidden_states.shape
+        fits = 0 < tokens <= self.max_num_tokens and width == self.problem.hidden_size
+        return self._workspaces.piece() if fits else None
+
+    def _run(self, inputs: Inputs, output: torch.Tensor | None, memory: torch.Tensor | None) -> torch.Tensor:
         problem = self.problem
         if inputs[3] is None:  # hidden_states_scale
-            inputs = activations.quantize(inputs)
+            inputs = activations.quantize(inputs, memory)
         logits, _, hidden, scale, *_ = inputs
-        tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
+        tokens = None
+        if type(inputs) is MoEInputs:
+            tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
         if tokens is None:
             problem.check_activations(inputs)
             if output is not None:
@@ -274,7 +390,7 @@ class HybridMoE:
         if output is None:
             output = _new_output(problem, inputs)
         if tokens:
-            self._dispatch.run(tokens, inputs, output)
+            self._dispatch.run(tokens, inputs, output, memory)
         return output
 
     def choice(self, num_tokens: int) -> Choice:
@@ -288,6 +404,11 @@ class HybridMoE:
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
         return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
+
+    @property
+    def planned_bytes(self) -> int:
+        """Device memory in bytes that is kept for calls up to ``max_num_tokens``, for each stream; 0 without it."""
+        return self._planned_bytes(self._dispatch)
 
     def warm_up(
         self,
@@ -333,12 +454,19 @@ class HybridMoE:
             output = _new_output(self.problem, inputs)
             warm_up.synchronize(self._device)
             begin = time.perf_counter()
-            dispatch.runner(tokens).run(inputs, output)
+            self._warm_up(dispatch.runner(tokens), inputs, output)
             warm_up.synchronize(self._device)
             done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
             if progress is not None:
                 progress(done[-1])
         return tuple(done)
+
+    def _warm_up(self, runner: Runner, inputs: Inputs, output: torch.Tensor) -> None:
+        if self._workspaces is None or (piece := self._piece(inputs.hidden_states)) is None:
+            runner.run(inputs, output)
+            return
+        with piece.lock:
+            runner.run_in(inputs, output, piece.memory)
 
     def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
         """Take another policy from the next call on, as after `hybrid-moe regenerate`.
@@ -398,9 +526,15 @@ class _Identity:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_dispatch(problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity) -> Dispatch:
-    decider = decision_table(problem, device, policy.value, stacklevel=5) if backend is None else backend
-    return Dispatch(problem, device, decider, _function_counters(), policy.value)
+def _cached_dispatch(
+    problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity, routed: bool
+) -> Dispatch:
+    decider: DecisionTable | Choice
+    if backend is None:
+        decider = decision_table(problem, device, policy.value, routed=routed, stacklevel=5)
+    else:
+        decider = backend
+    return Dispatch(problem, device, decider, _function_counters(), policy.value, routed)
 
 
 @functools.cache
@@ -419,13 +553,14 @@ class _Call:
 
     def run(
         self,
-        inputs: MoEInputs,
+        inputs: Inputs,
         output: torch.Tensor | None,
         top_k: int,
         n_group: int,
         topk_group: int,
         gate_first: bool,
         routing_method: RoutingMethod,
+        num_experts: int | None,
     ) -> torch.Tensor:
         if inputs.hidden_states_scale is None:
             inputs = activations.quantize(inputs)
@@ -436,6 +571,7 @@ class _Call:
             topk_group=topk_group,
             gate_first=gate_first,
             routing_method=routing_method,
+            num_experts=num_experts,
         )
         if output is None:
             output = _new_output(problem, inputs)
@@ -444,7 +580,7 @@ class _Call:
         device = DeviceKey.of(inputs.hidden_states.device)
         # A backend that is named never looks at the policy.
         backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
-        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy))
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
         if inputs.num_tokens:
             dispatch.run(inputs.num_tokens, inputs, output)
         return output
@@ -463,6 +599,6 @@ def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, _Call]:
     return op.register(call), call
 
 
-def _new_output(problem: MoEProblem, inputs: MoEInputs) -> torch.Tensor:
+def _new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
     hidden = inputs.hidden_states
     return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)

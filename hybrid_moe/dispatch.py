@@ -18,10 +18,10 @@ import torch
 
 from . import backends
 from .backends.base import Runner
-from .choice import Choice
+from .choice import BackendUnsupportedError, Choice
 from .metrics import Counter, Counters, Label
 from .policy import Policy
-from .problem import DeviceKey, MoEInputs, MoEProblem
+from .problem import DeviceKey, Inputs, MoEProblem
 from .select import Decision, DecisionTable, explicit
 
 logger = logging.getLogger("hybrid_moe")
@@ -42,6 +42,8 @@ class Dispatch:
         Where calls are counted.
     policy
         What the decisions were asked of, as the caller gave it.
+    routed
+        The experts are chosen before the call.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class Dispatch:
         decider: DecisionTable | Choice,
         counters: Counters,
         policy: Policy | str | Path | None = None,
+        routed: bool = False,
     ) -> None:
         self.backend = decider if isinstance(decider, Choice) else None
         self.policy = policy
@@ -69,22 +72,41 @@ class Dispatch:
         else:
             self._decide, self.starts = decider.decision, decider.starts
         decisions = [self._decide(start) for start in self.starts]
+        if routed:
+            for choice in {decision.choice: None for decision in decisions}:
+                if reasons := backends.routed_reasons(problem, choice):
+                    others = backends.not_supported_reasons(problem, device, choice)
+                    raise BackendUnsupportedError(choice, [*others, *reasons])
         self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decisions]
         self._runners = [backends.prepare(problem, device, decision.choice) for decision in decisions]
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 
-    def run(self, num_tokens: int, inputs: MoEInputs, output: torch.Tensor) -> None:
-        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before."""
+    def run(self, num_tokens: int, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before.
+
+        ``memory`` is for `Runner.run_in`.
+        """
         # All that is done here is added to every call.
         at = bisect_right(self.starts, num_tokens) - 1
         if self._counters[at].add(num_tokens):
             _announce(self._labels[at], self._decide(num_tokens))
-        self._runners[at].run(inputs, output)
+        if memory is None:
+            self._runners[at].run(inputs, output)
+        else:
+            self._runners[at].run_in(inputs, output, memory)
 
     def runner(self, num_tokens: int) -> Runner:
         """What `run` calls at ``num_tokens``."""
         return self._runners[bisect_right(self.starts, num_tokens) - 1]
+
+    def reserved_bytes(self, max_num_tokens: int) -> int:
+        """The most that any call up to ``max_num_tokens`` takes from the memory that it is given."""
+        ends = [*self.starts[1:], max_num_tokens + 1]
+        return max(
+            _most_reserved(runner, max(start, 1), min(end, max_num_tokens + 1))
+            for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
+        )
 
     def choice(self, num_tokens: int) -> Choice:
         """What runs at ``num_tokens``; ValueError if it is negative."""
@@ -95,6 +117,12 @@ class Dispatch:
     def decision(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, and why; ValueError if it is negative."""
         return self._decide(num_tokens)
+
+
+@functools.lru_cache(maxsize=256)  # layers are alike
+def _most_reserved(runner: Runner, first: int, end: int) -> int:
+    # Each T is asked: a runner may take less for more tokens, where it begins to work in pieces.
+    return max((runner.reserved_bytes(tokens) for tokens in range(first, end)), default=0)
 
 
 class _Announced:

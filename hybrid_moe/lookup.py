@@ -29,12 +29,18 @@ def as_choice(backend: str | Choice) -> Choice:
 
 
 def decision_table(
-    problem: MoEProblem, device: DeviceKey, policy: Policy | str | Path | None = None, *, stacklevel: int = 3
+    problem: MoEProblem,
+    device: DeviceKey,
+    policy: Policy | str | Path | None = None,
+    *,
+    routed: bool = False,
+    stacklevel: int = 3,
 ) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
     A problem without a policy gets the regimes of the nearest one that has one on this device, and its
-    decisions say so.
+    decisions say so. For a layer that is ``routed``, whose experts are chosen before the call, backends that choose
+    them themselves can't run.
 
     Warns where a GPU has no policy for the problem, and says how to get one; and once in a process, with
     `PolicyMismatchWarning`, where a policy was measured on something else than there is here. ``stacklevel`` is that of
@@ -53,6 +59,8 @@ def decision_table(
         )
     candidates = [*(found.candidates if found else ()), *order]
     refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
+    if routed:
+        refusals = {c: (*reasons, *backends.routed_reasons(problem, c)) for c, reasons in refusals.items()}
     while True:
         table = resolve(found, problem, device, refusals=refusals, fallback_order=order, note=note)
         # Some refuse only when they are prepared, as a library that is installed but doesn't load.

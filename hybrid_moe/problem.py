@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -136,15 +136,18 @@ class MoEProblem:
     @classmethod
     def from_tensors(
         cls,
-        inputs: MoEInputs,
+        inputs: Inputs,
         *,
         top_k: int,
         n_group: int,
         topk_group: int,
         gate_first: bool = False,
         routing_method: RoutingMethod = "deepseek_v3",
+        num_experts: int | None = None,
     ) -> MoEProblem:
         """Derive the problem from the tensors' shapes and check all ten inputs against it.
+
+        ``num_experts`` is wanted where there are no logits, whose width says it.
 
         Raises
         ------
@@ -154,8 +157,15 @@ class MoEProblem:
             An argument is no tensor, or has the wrong dtype.
         """
         # The four whose shapes say what the problem is; the others are then checked against it.
-        sources = ("routing_logits", "hidden_states", "gemm1_weights", "gemm2_weights")
+        sources = (inputs._fields[0], "hidden_states", "gemm1_weights", "gemm2_weights")
         check_ranks({name: getattr(inputs, name) for name in sources})
+        if isinstance(inputs, MoEInputs):
+            width = inputs.routing_logits.shape[1]
+            if num_experts not in (None, width):
+                raise ValueError(f"num_experts is {num_experts}; {width} is wanted, the width of routing_logits")
+            num_experts = width
+        elif num_experts is None:
+            raise TypeError("num_experts is None; the number of the model's experts is wanted beside topk_ids")
         for name, size in (("hidden_states", inputs.hidden_states), ("gemm2_weights", inputs.gemm2_weights)):
             if size.shape[-1] % 128:
                 raise ValueError(
@@ -166,7 +176,7 @@ class MoEProblem:
             wanted = [experts, hidden_size, inputs.gemm2_weights.shape[2]]
             raise ValueError(f"gemm2_weights has shape {list(inputs.gemm2_weights.shape)}; {wanted} is wanted")
         problem = cls(
-            num_experts=inputs.routing_logits.shape[1],
+            num_experts=num_experts,
             num_local_experts=inputs.gemm1_weights.shape[0],
             top_k=top_k,
             n_group=n_group,
@@ -180,7 +190,7 @@ class MoEProblem:
         problem.check_activations(inputs)
         return problem
 
-    def check_weights(self, inputs: MoEInputs) -> None:
+    def check_weights(self, inputs: Inputs) -> None:
         """Check the tensors that belong to the layer, its offset and its scaling factor."""
         device = inputs.gemm1_weights.device
         e, h, i, b = self.num_local_experts, self.hidden_size, self.intermediate_size, self.block
@@ -188,7 +198,9 @@ class MoEProblem:
         _check("gemm1_weights_scale", inputs.gemm1_weights_scale, (e, 2 * i // b, h // b), torch.float32, device, True)
         _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
         _check("gemm2_weights_scale", inputs.gemm2_weights_scale, (e, h // b, i // b), torch.float32, device, True)
-        _check("routing_bias", inputs.routing_bias, (self.num_experts,), torch.bfloat16, device, contiguous=True)
+        if isinstance(inputs, MoEInputs):
+            either = (torch.bfloat16, torch.float32)
+            _check("routing_bias", inputs.routing_bias, (self.num_experts,), either, device, contiguous=True)
         last, offset = self.num_experts - e, inputs.local_expert_offset
         # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
         if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
@@ -245,7 +257,7 @@ class MoEProblem:
         )
         return tokens if plain else None
 
-    def check_activations(self, inputs: MoEInputs) -> None:
+    def check_activations(self, inputs: Inputs) -> None:
         """Check the tensors that change from call to call."""
         device = inputs.gemm1_weights.device
         tokens = inputs.hidden_states.shape[0]
@@ -255,15 +267,24 @@ class MoEProblem:
                 "hidden_states_scale (None): they are quantised here then"
             )
         _check("hidden_states", inputs.hidden_states, (tokens, self.hidden_size), FP8, device)
-        _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
+        rows = {"hidden_states": inputs.hidden_states}
+        if isinstance(inputs, MoEInputs):
+            _check("routing_logits", inputs.routing_logits, (tokens, self.num_experts), torch.float32, device)
+            rows["routing_logits"] = inputs.routing_logits
+        else:
+            if isinstance(inputs.topk_ids, torch.Tensor) and inputs.topk_ids.dtype == torch.int64:
+                # Taking both would be two kernels to compile before serving, for what a caller converts or never has.
+                raise TypeError("topk_ids has dtype torch.int64; torch.int32 is wanted: call .int()")
+            _check("topk_ids", inputs.topk_ids, (tokens, self.top_k), torch.int32, device)
+            _check("topk_weights", inputs.topk_weights, (tokens, self.top_k), torch.float32, device)
+            rows |= {"topk_ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
         blocks = self.hidden_size // self.block
         _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
-        for name in ("hidden_states", "routing_logits"):
-            tensor = getattr(inputs, name)
+        for name, tensor in rows.items():
             if tokens and tensor.stride(1) != 1:
                 raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
 
-    def check_output(self, output: torch.Tensor, inputs: MoEInputs) -> None:
+    def check_output(self, output: torch.Tensor, inputs: Inputs) -> None:
         """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""
         shape = (inputs.hidden_states.shape[0], self.hidden_size)
         _check("output", output, shape, torch.bfloat16, inputs.hidden_states.device, contiguous=True)
@@ -277,7 +298,7 @@ class MoEInputs(NamedTuple):
     routing_logits
         ``[T, num_experts]`` float32.
     routing_bias
-        ``[num_experts]`` bfloat16, all zeros for none.
+        ``[num_experts]`` bfloat16 or float32, all zeros for none.
     hidden_states
         ``[T, H]`` float8_e4m3fn.
     hidden_states_scale
@@ -309,9 +330,46 @@ class MoEInputs(NamedTuple):
         return self.hidden_states.shape[0]
 
 
+class RoutedInputs(NamedTuple):
+    """The ten inputs of a call whose experts are chosen already: `MoEInputs` but for the first two.
+
+    Attributes
+    ----------
+    topk_ids
+        ``[T, top_k]`` int32, global numbers of the chosen experts, in the order in which a token's parts are added up.
+        -1, or any number that is no expert's, is none. An expert that a token names twice gets the sum of the weights.
+    topk_weights
+        ``[T, top_k]`` float32, applied as they are; what stands beside no expert is never used.
+    routed_scaling_factor
+        Not applied: ``topk_weights`` are final.
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor
+    gemm1_weights: torch.Tensor
+    gemm1_weights_scale: torch.Tensor
+    gemm2_weights: torch.Tensor
+    gemm2_weights_scale: torch.Tensor
+    local_expert_offset: int
+    routed_scaling_factor: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.hidden_states.shape[0]
+
+
+# Alike from the third field on, with numbers in the last two and tensors before.
+Inputs: TypeAlias = MoEInputs | RoutedInputs
+
+
 _RANKS = {
     "routing_logits": 2,
     "routing_bias": 1,
+    "topk_ids": 2,
+    "topk_weights": 2,
     "hidden_states": 2,
     "hidden_states_scale": 2,
     "gemm1_weights": 3,
@@ -354,14 +412,15 @@ def _check(
     name: str,
     tensor: torch.Tensor,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
     contiguous: bool = False,
 ) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; {dtype} is wanted")
+    if tensor.dtype != dtype and not (isinstance(dtype, tuple) and tensor.dtype in dtype):
+        wanted = " or ".join(map(str, dtype)) if isinstance(dtype, tuple) else dtype
+        raise TypeError(f"{name} has dtype {tensor.dtype}; {wanted} is wanted")
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
     if tensor.device != device:

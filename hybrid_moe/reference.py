@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .problem import FP8, MoEInputs, MoEProblem
+from .problem import FP8, Inputs, MoEInputs, MoEProblem
 
 FP8_MAX = 448.0
 # A block of zeros gets this amax, so that its scale is not zero.
@@ -59,6 +59,13 @@ def route(
     return ids, weights
 
 
+def chosen_experts(inputs: Inputs, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights as `route` has them; those of a call that gives them are as they were given."""
+    if isinstance(inputs, MoEInputs):
+        return route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
+    return inputs.topk_ids, inputs.topk_weights
+
+
 def _top_lower_index_first(values: torch.Tensor, k: int) -> torch.Tensor:
     # torch.topk promises no order between equal values; a stable sort does.
     return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -82,7 +89,7 @@ def quantize_rows(values: torch.Tensor, block: int = 128) -> tuple[torch.Tensor,
     return quantized.flatten(1), scale.t().contiguous()
 
 
-def moe_reference(inputs: MoEInputs, problem: MoEProblem, *, quantize_intermediate: bool = False) -> torch.Tensor:
+def moe_reference(inputs: Inputs, problem: MoEProblem, *, quantize_intermediate: bool = False) -> torch.Tensor:
     """The layer's result in float32.
 
     One expert's weights are expanded at a time: beside the inputs it takes about 0.3 GB and two ``[T, H]`` float32.
@@ -102,7 +109,7 @@ def moe_reference(inputs: MoEInputs, problem: MoEProblem, *, quantize_intermedia
     torch.Tensor
         ``[T, H]`` float32; zeros for a token without a local expert.
     """
-    ids, weights = route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
+    ids, weights = chosen_experts(inputs, problem)
     output = torch.zeros(inputs.hidden_states.shape, dtype=torch.float32, device=inputs.hidden_states.device)
     half = problem.intermediate_size
     for local in range(problem.num_local_experts):
@@ -122,13 +129,12 @@ def moe_reference(inputs: MoEInputs, problem: MoEProblem, *, quantize_intermedia
     return output
 
 
-def has_local_work(inputs: MoEInputs, problem: MoEProblem) -> torch.Tensor:
+def has_local_work(inputs: Inputs, problem: MoEProblem) -> torch.Tensor:
     """``[T]`` bool: whether the token chose at least one local expert."""
     return (local_rows_per_expert_and_token(inputs, problem)).any(dim=1)
 
 
-def local_rows_per_expert_and_token(inputs: MoEInputs, problem: MoEProblem) -> torch.Tensor:
+def local_rows_per_expert_and_token(inputs: Inputs, problem: MoEProblem) -> torch.Tensor:
     """``[T, num_local_experts]`` bool: which local experts each token chose."""
-    ids, _ = route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
-    chosen = torch.zeros_like(inputs.routing_logits, dtype=torch.bool).scatter_(1, ids, True)
-    return chosen[:, inputs.local_expert_offset : inputs.local_expert_offset + problem.num_local_experts]
+    local = chosen_experts(inputs, problem)[0].unsqueeze(2) - inputs.local_expert_offset
+    return (local == torch.arange(problem.num_local_experts, device=local.device)).any(dim=1)

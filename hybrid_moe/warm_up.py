@@ -10,7 +10,7 @@ import torch
 
 from .activations import quantize
 from .choice import Choice
-from .problem import MoEInputs, MoEProblem
+from .problem import Inputs, MoEInputs, MoEProblem, RoutedInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,16 @@ def token_counts(starts: Sequence[int], max_num_tokens: int) -> tuple[int, ...]:
     The powers of two because a backend's tiles change with T inside of a regime as well. ValueError for a bound that is
     no T.
     """
-    if not _is_count(max_num_tokens):
-        raise ValueError(f"max_num_tokens is {max_num_tokens!r}; an integer of at least 1 is wanted")
+    check_count("max_num_tokens", max_num_tokens)
     bounds = [*starts, *(start - 1 for start in starts), max_num_tokens]
     powers = itertools.takewhile(lambda power: power <= max_num_tokens, (2**n for n in itertools.count()))
     return tuple(sorted({t for t in (*bounds, *powers) if 1 <= t <= max_num_tokens}))
+
+
+def check_count(name: str, value: object) -> None:
+    """ValueError for a number that is no T of at least 1."""
+    if not _is_count(value):
+        raise ValueError(f"{name} is {value!r}; an integer of at least 1 is wanted")
 
 
 def checked(given: Iterable[int]) -> tuple[int, ...]:
@@ -59,14 +64,21 @@ def _is_count(value: object) -> bool:
 
 
 def synthetic(
-    problem: MoEProblem, device: torch.device, bias: torch.Tensor, held: tuple, counts: Iterable[int]
-) -> Iterator[MoEInputs]:
-    """Inputs of each T: the layer's weights, random logits, hidden states quantised as bfloat16 ones are."""
+    problem: MoEProblem, device: torch.device, bias: torch.Tensor | None, held: tuple, counts: Iterable[int]
+) -> Iterator[Inputs]:
+    """Inputs of each T: the layer's weights, random logits, hidden states quantised as bfloat16 ones are.
+
+    Without a bias, experts that are chosen: the best by the logits.
+    """
     generator = torch.Generator(device).manual_seed(0)
     for tokens in counts:
         logits = torch.randn((tokens, problem.num_experts), dtype=torch.float32, device=device, generator=generator)
         hidden = torch.randn((tokens, problem.hidden_size), dtype=torch.bfloat16, device=device, generator=generator)
-        yield quantize(MoEInputs(logits, bias, hidden, None, *held))  # type: ignore[arg-type]
+        if bias is None:
+            weights, ids = logits.softmax(dim=1).topk(problem.top_k)
+            yield quantize(RoutedInputs(ids.int(), weights, hidden, None, *held))  # type: ignore[arg-type]
+        else:
+            yield quantize(MoEInputs(logits, bias, hidden, None, *held))  # type: ignore[arg-type]
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -25,16 +26,19 @@ from triton.runtime.jit import JITFunction
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
-from hybrid_moe.kernels.grouped_gemm.deep_gemm import padded_capacity
-from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, swiglu
+from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.steps import Step
+from hybrid_moe.problem import FP8, MoEInputs, MoEProblem, RoutedInputs
 from hybrid_moe.workloads import MODELS
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 901, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (80,)  # two tiles in one kernel, for many rows and for few
+MODEL_TOKEN_COUNTS = (80,)  # a tile of several tiers
 
 
 class AbsentDriver:
@@ -93,7 +97,34 @@ def resources(kernel, capability: int) -> dict[str, object]:
         "spill_bytes": int(spill.group(1)) + int(spill.group(2)) if spill else None,
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
+        "older_mma": "mma.sync.aligned" in ptx,
     }
+
+
+def run_all(problem, gemm, inputs, output, launch):
+    """All steps of a call but those of other libraries."""
+    form = Form.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)
+    plan = pipeline.Pipeline(problem, gemm).plan(form, output.device, launch)
+    call = by_name(inputs, output, plan.layout, torch.empty(plan.layout.bytes, dtype=torch.uint8))
+    for step in plan.steps:
+        if isinstance(step, Step):
+            step.run(call, output.device)
+
+
+class AroundSgl(SglGroupedGemm):
+    """Without the library, which isn't wanted for what is around its calls."""
+
+    def steps(self, problem, launch, form):
+        with unittest.mock.patch.object(libraries_of_gemms, "sgl_grouped_mm"):
+            return super().steps(problem, launch, form)
+
+
+class AroundDeepGemm(DeepGemmGroupedGemm):
+    """Without the library, as above."""
+
+    def steps(self, problem, launch, form):
+        with unittest.mock.patch.object(libraries_of_gemms, "deep_gemm"):
+            return super().steps(problem, launch, form)
 
 
 def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS, libraries: bool = True):
@@ -107,7 +138,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        options = {k: v for k, v in kwargs.items() if isinstance(v, int | bool)}
+        options = {k: v for k, v in kwargs.items() if isinstance(v, int | bool | tuple)}
         compiled.setdefault(kernel.hash, (self.__name__, options, kernel))
         return kernel
 
@@ -119,16 +150,18 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
         quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
-        routed = pipeline.route(inputs, problem, launch, gemm.num_tickets(problem, tokens))
-        gemm.run(inputs, routed, problem, launch, output)
-        # Around a library's grouped GEMM: sgl-kernel's scales are row-major and its rows unpadded, DeepGEMM's neither.
-        for align, row_major in ((1, True), (128, False)) if libraries else ():
-            capacity = padded_capacity(problem, tokens, align)
-            rows = Rows.allocate(problem, capacity, output.device, align=align, row_major_scales=row_major)
-            gather(inputs, routed, problem, launch, rows, problem_tables=row_major)
-            swiglu(routed, problem, launch, rows)
-            pipeline.combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
+        run_all(problem, gemm, inputs, output, launch)
+        for around in (AroundSgl(), AroundDeepGemm()) if libraries else ():
+            run_all(problem, around, inputs, output, launch)
         external_inputs(inputs, problem, launch)
+        # Experts chosen before the call; and a bias in float32, once, as it is a load and no more.
+        ids, weights = torch.empty(tokens, problem.top_k, dtype=torch.int32), torch.empty(tokens, problem.top_k)
+        others = [RoutedInputs(ids, weights, *inputs[2:])]
+        if libraries:
+            others.append(inputs._replace(routing_bias=torch.empty(problem.num_experts)))
+        for other in others:
+            run_all(problem, gemm, other, output, launch)
+            external_inputs(other, problem, launch)
     for name, options, kernel in compiled.values():
         yield {"kernel": name, "options": options, **resources(kernel, capability)}
 

@@ -101,8 +101,9 @@ def cutlass_fused_moe(
     assert fc1_scale.shape == (local, 2 * inner // 128, hidden // 128) and fc1_scale.dtype == torch.float32
     assert fc2_scale.shape == (local, hidden // 128, inner // 128) and fc2_scale.dtype == torch.float32
     ids = token_selected_experts.long()
-    assert bool(((0 <= ids) & (ids < local * ep_size)).all())
-    assert all(len(set(row)) == top_k for row in ids.tolist())
+    # Any other number is passed over by its range alone; an expert that is here has room for each token once.
+    mine = [[i for i in row if 0 <= i - ep_rank * local < local] for row in ids.tolist()]
+    assert all(len(set(row)) == len(row) for row in mine)
 
     x = _quantized(_as_packed(input))
     w13 = _as_packed(fc1_expert_weights).float() * _expand(_as_packed(fc1_scale))

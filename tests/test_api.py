@@ -454,7 +454,11 @@ def test_wrong_activations(spies, inputs, name, change, error, message):
         (dict(local_expert_offset=0.5), TypeError, "local_expert_offset is 0.5; an int is wanted"),
         (dict(gemm1_weights=torch.zeros(4, 256, 256)), TypeError, "gemm1_weights has dtype torch.float32"),
         (dict(gemm2_weights_scale=torch.zeros(4, 1, 2)), ValueError, r"gemm2_weights_scale has shape \[4, 1, 2\]"),
-        (dict(routing_bias=torch.zeros(16)), TypeError, "routing_bias has dtype torch.float32; torch.bfloat16"),
+        (
+            dict(routing_bias=torch.zeros(16).half()),
+            TypeError,
+            "routing_bias has dtype torch.float16; torch.bfloat16 or torch.float32 is wanted",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -21,11 +21,13 @@ TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.
 SHARED_MEMORY = 232448
 # Spilled registers go through memory: a tile that needs more is too large. On Hopper the largest tile (128 rows) keeps
-# 88 bytes there with Triton 3.6, with which it was measured faster than smaller tiles without, and 664 with Triton 3.9.
+# 16 bytes there with Triton 3.6, with which it was measured faster than smaller tiles without, and 664 with Triton 3.9;
+# tiles whose registers are bounded keep up to 504 outside of the loop of products.
 SPILL_BYTES = {90: 700, 100: 0}
 KERNELS = {
     "clear_kernel",
     "route_kernel",
+    "scatter_kernel",
     "gemm1_swiglu_kernel",
     "gemm2_kernel",
     "combine_kernel",
@@ -33,6 +35,7 @@ KERNELS = {
     "swiglu_quantize_kernel",
     "quantize_rows_kernel",
     "select_kernel",
+    "renumber_kernel",
     "dequantize_kernel",
 }
 
@@ -100,10 +103,18 @@ def test_every_kernel_of_every_plan_is_there(compiled):
         ("gemm1_swiglu_kernel", {plan.gemm1 for plan in every}),
         ("gemm2_kernel", {plan.gemm2 for plan in every}),
     ):
-        keys = ("BLOCK_M", "BLOCK_N", "num_warps", "NUM_STAGES", "K_UNROLL", "FEW_M", "FEW_STAGES", "FEW_UNROLL")
-        found = {tuple(row["options"][key] for key in keys) for row in rows if row["kernel"] == name}
+        keys = ("BLOCK_N", "JOINED", "num_warps", "maxnreg")
+        found = {
+            (*(row["options"].get(key) for key in keys), *(tuple(tier[1:]) for tier in row["options"]["TIERS"]))
+            for row in rows
+            if row["kernel"] == name
+        }
         assert found == {
-            (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.k_unroll, *tile.few) for tile in tiles
+            (
+                *(tile.block_n, tile.joined, tile.num_warps, tile.max_registers),
+                *((tier.block_m, tier.num_stages, tier.k_unroll) for tier in tile.tiers),
+            )
+            for tile in tiles
         }, name
 
 
@@ -117,14 +128,19 @@ def test_large_tiles_use_the_chips_matrix_instructions(compiled):
         if row["kernel"].startswith("gemm") and row["options"]["BLOCK_M"] >= rows_enough and not row[instruction]
     ]
     assert not without
+    if capability == 90:
+        # Every tier: the older instructions convert e4m3 to float16 first.
+        assert not [describe(row) for row in rows if row["kernel"].startswith("gemm") and row["older_mma"]]
 
 
 def test_the_layers_of_other_models():
     models = [model for model in MODELS if model != "deepseek-v3"]
     # Both at once: most of the time is one core's.
-    for process in [compiling(capability, *models) for capability in SPILL_BYTES]:
+    processes = {capability: compiling(capability, *models) for capability in SPILL_BYTES}
+    for capability, process in processes.items():
         rows = rows_of(process)
-        assert {describe(row) for row in rows if row["spill_bytes"] or row["shared"] > SHARED_MEMORY} == set()
+        limit = SPILL_BYTES[capability]
+        assert {describe(row) for row in rows if row["spill_bytes"] > limit or row["shared"] > SHARED_MEMORY} == set()
         gemms = [row["options"] for row in rows if row["kernel"] == "gemm1_swiglu_kernel"]
         sizes = [(MODELS[model].hidden_size, MODELS[model].intermediate_size) for model in models]
         assert [(options["HIDDEN"], options["INTERMEDIATE"]) for options in gemms] == sizes

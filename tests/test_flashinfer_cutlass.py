@@ -13,6 +13,7 @@ import cutlass_emulation
 import pytest
 import torch
 from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_package
+from given_routing import random_choice
 
 from hybrid_moe import HybridMoE, backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
@@ -21,7 +22,7 @@ from hybrid_moe.choice import BackendUnsupportedError, Choice
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, Tolerance, check
-from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem
+from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem, RoutedInputs
 from hybrid_moe.reference import has_local_work, moe_reference, route
 from hybrid_moe.versions import packages_of
 from hybrid_moe.workloads import Workload, random_weights
@@ -187,6 +188,34 @@ def test_experts_are_counted_from_the_first_local_one(fields, offset):
     assert bool(((0 <= experts) & (experts < problem.num_experts)).all())
     assert torch.equal(back, ids)
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_local_experts": 16}, {"num_experts": 15, "n_group": 5, "top_k": 5}])
+def test_given_experts_are_counted_from_the_first_local_one(fields):
+    problem = MoEProblem(**{**vars_of(SMALL), **fields})
+    offset = (problem.num_experts - problem.num_local_experts) // 2
+    inputs = make_inputs(9, offset, problem)
+    ids, given = random_choice(problem, 9)
+    ids[0, :2] = offset  # twice: it comes once, with the sum of the weights
+    routed = RoutedInputs(ids.to(DEVICE), given.to(DEVICE), *inputs[2:])
+    hidden, experts, weights = external_of(routed, problem)
+    assert torch.equal(hidden, external_of(inputs, problem).hidden_states)
+    none = (ids < 0) | (ids >= problem.num_experts)
+    none[0, 1] = True
+    assert torch.equal(experts.cpu() == problem.num_experts, none)
+    back = (experts.cpu().long() + offset) % problem.num_experts
+    assert torch.equal(back[~none], ids[~none].long())
+    assert bool(((0 <= experts) & (experts <= problem.num_experts)).all())
+    given[0, 0] += given[0, 1]
+    assert torch.equal(weights.cpu(), torch.where(none, 0.0, given))
+
+
+def test_a_bias_in_float32():
+    inputs = make_inputs(9, 0)
+    fine = inputs._replace(routing_bias=8 + torch.rand(16, generator=torch.Generator().manual_seed(1)).to(DEVICE) / 16)
+    for given in (fine, inputs, fine._replace(routing_bias=fine.routing_bias.bfloat16()), fine):
+        ids, _ = route(given.routing_logits, given.routing_bias, given.routed_scaling_factor, SMALL)
+        assert torch.equal(external_of(given, SMALL).experts.long(), ids)
 
 
 # Refusals
@@ -486,6 +515,19 @@ def test_a_prepared_layer(fake_flashinfer, on_this_device):
     moe(inputs, SMALL, wanted)
     assert torch.equal(output, wanted)
     assert layer.workspace_bytes(6) > 0
+
+
+def test_experts_chosen_before_the_call(fake_flashinfer, on_this_device):
+    fake_flashinfer()
+    for offset in (0, 12):
+        inputs = make_inputs(7, offset)
+        routed = RoutedInputs(*(t.to(DEVICE) for t in random_choice(SMALL, 7)), *inputs[2:])
+        layer = HybridMoE.from_inputs(routed, SMALL, backend="flashinfer_cutlass")
+        chosen = dict(topk_ids=routed.topk_ids, topk_weights=routed.topk_weights)
+        output = layer(None, routed.hidden_states, routed.hidden_states_scale, **chosen, output=poison(7))
+        work = has_local_work(routed, SMALL)
+        assert check(output, moe_reference(routed, SMALL), work, TOLERANCE).failures == ()
+        assert bool(work.any()) and not bool(work.all())
 
 
 def test_tokens_without_a_local_expert_become_zeros(fake_flashinfer, on_this_device):

@@ -4,10 +4,13 @@ import threading
 
 import pytest
 import torch
+from given_routing import random_choice
 
-from hybrid_moe import HybridMoE, MoEProblem, fused_moe, lookup
+from hybrid_moe import DeviceKey, HybridMoE, MoEProblem, RoutedInputs, backends, fused_moe, lookup
 from hybrid_moe.activations import quantize
+from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
+from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.reference import has_local_work, moe_reference
 from hybrid_moe.reference import quantize_rows as reference_quantize_rows
@@ -186,6 +189,104 @@ def test_four_threads_two_streams_two_layers(weights):
     assert sum(s.calls for layer in layers for s in layer.stats()) == 4 + 2 + 4 * 50
 
 
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["e4m3", "bfloat16"])
+def test_a_planned_workspace_is_all_the_memory_of_a_call(weights, bfloat16):
+    """Eager calls of changing T with a given output: nothing is reserved, not even for a moment."""
+    plain, planned = (
+        HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=n) for n in (None, 901)
+    )
+    counts = (1, 16, 3, 80, 901, 200, 7)
+    planned.warm_up(counts)
+    cases = []
+    for tokens in counts:
+        inputs = inputs_of(weights, tokens)
+        tensors = activations(inputs)
+        if bfloat16:
+            tensors = (tensors[0], torch.randn((tokens, 7168), dtype=torch.bfloat16, device="cuda"))
+        cases.append((tensors, plain(*tensors), torch.empty((tokens, 7168), dtype=torch.bfloat16, device="cuda")))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        for tensors, _, output in cases:
+            assert planned(*tensors, output=output) is output
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated() == before
+    for _, wanted, output in cases:
+        assert torch.equal(output, wanted)
+
+
+def test_a_graph_has_memory_of_its_own(weights):
+    """A replay beside eager calls of the same planned layer on another stream."""
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=80)
+    graph = Replay(layer, 80, bfloat16=False)
+    eager = activations(inputs_of(weights, 80, seed=5))
+    wanted = layer(graph.logits, *graph.activations), layer(*eager)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            graph.graph.replay()
+        results.append(layer(*eager))
+    torch.cuda.synchronize()
+    assert torch.equal(graph.output, wanted[0])
+    assert all(torch.equal(result, wanted[1]) for result in results)
+
+
+def test_threads_that_share_a_stream_and_a_workspace(weights):
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON, max_num_tokens=80)
+    cases = [activations(inputs_of(weights, tokens, seed=tokens)) for tokens in (1, 16, 33, 80)]
+    wanted = [layer(*tensors) for tensors in cases]
+    torch.cuda.synchronize()
+    stream, results = torch.cuda.Stream(), [[] for _ in cases]
+
+    def work(number):
+        with torch.cuda.stream(stream):
+            results[number] += [layer(*cases[number]) for _ in range(100)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for found, right in zip(results, wanted, strict=True):
+        assert len(found) == 100 and all(torch.equal(result, right) for result in found)
+
+
+def test_launches_by_address_follow_the_tensors(weights):
+    """Weights elsewhere, another offset and factor, unaligned tensors: nothing is kept from a call before."""
+    other = random_weights(DEEPSEEK_V3, "cuda", seed=1)
+    for number in range(6):
+        inputs = inputs_of((weights, other)[number % 2], 16, seed=number)
+        inputs = inputs._replace(local_expert_offset=32 * number, routed_scaling_factor=1.0 + number)
+        shifted = torch.empty(16 * 256 + 1, dtype=torch.float32, device="cuda")[1:].view(16, 256)
+        shifted.copy_(inputs.routing_logits)
+        work, wanted = has_local_work(inputs, DEEPSEEK_V3), moe_reference(inputs, DEEPSEEK_V3)
+        for same in (inputs, inputs, inputs._replace(routing_logits=shifted)):
+            result = fused_moe(*same, backend=TRITON)
+            if bool(work.any()):
+                assert check(result, wanted, work, Tolerance()).failures == ()
+
+
+def test_launches_by_address_are_used(weights):
+    from hybrid_moe.kernels import pipeline
+    from hybrid_moe.kernels.plan import Addressed
+
+    calls, run = [], Addressed.run
+    layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3, backend=TRITON)
+    tensors = activations(inputs_of(weights, 5))
+    layer(*tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Addressed, "run", lambda self, *given: (calls.append(self), run(self, *given)))
+        layer(*tensors)
+    assert len(calls) == 1 and len(calls[0].launchers) == 5
+    assert pipeline.launch_on(tensors[0].device).pdl
+
+
 @pytest.mark.parametrize("tokens", [1, 80, 901])
 def test_bfloat16_hidden_states(weights, layer, tokens):
     inputs = inputs_of(weights, tokens)
@@ -244,3 +345,125 @@ def test_a_policy_is_taken_between_replays(weights):
     graph.output.fill_(float("nan"))
     graph.graph.replay()
     assert torch.equal(graph.output, before)
+
+
+# ---- Experts chosen before the call ----
+
+
+def choice_of(inputs):
+    """Ids and weights of the routing kernel, which are the reference's but for the weights' last bits."""
+    external = external_inputs(inputs, DEEPSEEK_V3, pipeline.launch_on(inputs.hidden_states.device))
+    return (external.experts + inputs.local_expert_offset) % 256, external.weights
+
+
+@pytest.fixture(scope="module", params=["policy", *map(str, backends.candidates())])
+def routed_layer(request, weights):
+    """By this GPU's policy, and by each backend that can run here and takes chosen experts."""
+    backend = None if request.param == "policy" else lookup.as_choice(request.param)
+    if backend is not None:
+        if backend.backend == "torch_reference":
+            pytest.skip("not for CUDA graphs")
+        reasons = backends.not_supported_reasons(DEEPSEEK_V3, DeviceKey.of("cuda"), backend)
+        if reasons := (*reasons, *backends.routed_reasons(DEEPSEEK_V3, backend)):
+            pytest.skip("; ".join(reasons))
+    inputs = inputs_of(weights, 1)
+    return HybridMoE.from_inputs(RoutedInputs(*choice_of(inputs), *inputs[2:]), DEEPSEEK_V3, backend=backend)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 80, 901])
+def test_the_choice_of_the_routing_gives_the_call_with_logits(weights, routed_layer, tokens):
+    inputs = inputs_of(weights, tokens)
+    layer = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend=routed_layer.choice(tokens))
+    ids, scores = choice_of(inputs)
+    output = torch.full((tokens, 7168), float("nan"), dtype=torch.bfloat16, device="cuda")
+    routed_layer(None, *activations(inputs)[1:], topk_ids=ids, topk_weights=scores, output=output)
+    assert torch.equal(output, layer(*activations(inputs)))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 80, 901])
+def test_any_choice_of_experts(weights, routed_layer, tokens):
+    inputs = inputs_of(weights, tokens)
+    routed = RoutedInputs(*(t.cuda() for t in random_choice(DEEPSEEK_V3, tokens)), *inputs[2:])
+    chosen = dict(topk_ids=routed.topk_ids, topk_weights=routed.topk_weights)
+    output = torch.full((tokens, 7168), float("nan"), dtype=torch.bfloat16, device="cuda")
+    routed_layer(None, routed.hidden_states, routed.hidden_states_scale, **chosen, output=output)
+    work = has_local_work(routed, DEEPSEEK_V3)
+    assert not output[~work].any()
+    if bool(work.any()):
+        assert check(output, moe_reference(routed, DEEPSEEK_V3), work, Tolerance()).failures == ()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 901])
+def test_a_graph_is_replayed_with_other_experts(weights, routed_layer, tokens):
+    inputs = inputs_of(weights, tokens)
+    ids, scores = (tensor.cuda() for tensor in random_choice(DEEPSEEK_V3, tokens))
+    output = torch.empty((tokens, 7168), dtype=torch.bfloat16, device="cuda")
+    routed_layer.warm_up([tokens])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        routed_layer(None, *activations(inputs)[1:], topk_ids=ids, topk_weights=scores, output=output)
+    results = []
+    for seed in range(1, 20):
+        for old, new in zip((ids, scores), random_choice(DEEPSEEK_V3, tokens, seed), strict=True):
+            old.copy_(new)
+        # All on one expert, each token's experts all elsewhere, all none, one expert named by every place.
+        if seed in (16, 17, 18, 19):
+            ids.copy_(torch.tensor({16: [96] + [-1] * 7, 17: [*range(8)], 18: [-1] * 8, 19: [127] * 8}[seed]))
+        output.fill_(float("nan"))
+        graph.replay()
+        results.append(output.clone())
+        wanted = routed_layer(None, *activations(inputs)[1:], topk_ids=ids, topk_weights=scores)
+        assert torch.equal(output, wanted), seed
+    assert not results[16].any() and not results[17].any()
+    assert results[15].any() and results[18].any()
+    assert tokens == 1 or not torch.equal(results[0], results[1])
+
+
+def test_nothing_compiles_after_warming_up_for_chosen_experts(monkeypatch):
+    """A problem of its own, so that its kernels are compiled here."""
+    from triton.runtime.jit import JITFunction
+
+    problem = MoEProblem(
+        num_experts=40, num_local_experts=10, top_k=6, n_group=5, topk_group=3, hidden_size=640, intermediate_size=384
+    )
+    inputs = make_inputs(Workload(4, 10), problem, random_weights(problem, "cuda"))
+    routed = RoutedInputs(*(t.cuda() for t in random_choice(problem, 4)), *inputs[2:])
+    layer = HybridMoE.from_inputs(routed, problem, backend=TRITON)
+    compiled, compile_one = [], JITFunction._do_compile
+
+    def watch(self, *arguments, **options):
+        compiled.append(self.__name__)
+        return compile_one(self, *arguments, **options)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", watch)
+    layer.warm_up(max_num_tokens=1024)
+    assert "scatter_kernel" in compiled and "route_kernel" not in compiled
+    compiled.clear()
+    for tokens in (1, 2, 3, 5, 17, 33, 77, 300, 1001):
+        ids, scores = (tensor.cuda() for tensor in random_choice(problem, tokens))
+        hidden = torch.randn((tokens, 640), dtype=torch.bfloat16, device="cuda")
+        layer(None, hidden, topk_ids=ids, topk_weights=scores)
+        wide = torch.full((tokens, 8), -1, dtype=torch.int32, device="cuda")  # rows of a dispatcher's buffer
+        wide[:, :6] = ids
+        layer(None, hidden, topk_ids=wide[:, :6], topk_weights=scores)
+    assert compiled == []
+
+
+@pytest.mark.parametrize("tokens", [1, 80])
+def test_a_bias_in_float32(weights, layer, tokens):
+    """The same values give the same bits, as neither dtype takes the other's binary; others aren't rounded."""
+    inputs = inputs_of(weights, tokens)
+    wanted = layer(*activations(inputs))
+    for _ in range(2):
+        for bias in (inputs.routing_bias.float(), inputs.routing_bias):
+            given = inputs._replace(routing_bias=bias)
+            again = HybridMoE.from_inputs(given, DEEPSEEK_V3, backend=layer.choice(tokens))
+            assert torch.equal(again(*activations(inputs)), wanted)
+    # Little but the bias decides, of which bfloat16 would leave three values.
+    spread = torch.rand(256, generator=torch.Generator().manual_seed(1)).cuda() / 64
+    spread[96:98] = 1 / 64  # two local experts are the best of all
+    fine = inputs._replace(routing_bias=1 + spread, routing_logits=inputs.routing_logits / 100)
+    output = HybridMoE.from_inputs(fine, DEEPSEEK_V3, backend=TRITON)(*activations(fine))
+    work = has_local_work(fine, DEEPSEEK_V3)
+    assert bool(work.all())
+    assert check(output, moe_reference(fine, DEEPSEEK_V3), work, Tolerance()).failures == ()

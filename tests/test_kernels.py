@@ -1,11 +1,12 @@
 """The fused pipeline at small sizes: in Triton's interpreter, or compiled where there is a GPU.
 
 Everything goes through `fused_moe`, apart from the routing and the combine, which are also tested alone. Results are
-written between guard rows, and every buffer that the pipeline doesn't initialise is filled with NaN and huge integers.
+written between guard rows, and the memory that the pipeline reserves is filled with ones: NaN, and -1.
 """
 
 import contextlib
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
+from hybrid_moe.api import _cached_dispatch
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm import tiles, triton_gemm
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
@@ -65,7 +70,7 @@ def problem_named(name):
 
 @contextlib.contextmanager
 def uninitialised_memory_filled():
-    """`torch.empty` gives NaN and the largest integers."""
+    """`torch.empty` gives bytes of ones, which are NaN in all formats."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -196,18 +201,65 @@ def test_no_local_expert(tokens):
     assert torch.count_nonzero(output) == 0  # NaN counts as non-zero
 
 
+def with_rows(rows):
+    """A problem and inputs of it that give each local expert so many rows, from as few tokens."""
+    local = len(rows)
+    sizes = dict(num_experts=2 * local, num_local_experts=local, top_k=local, n_group=1, topk_group=1)
+    problem = dataclasses.replace(SMALL, **sizes)
+    inputs = inputs_of(problem, max(rows), 1)
+    # Every token finds elsewhere what it doesn't choose here.
+    inputs.routing_logits[:] = torch.linspace(-0.5, 0.5, 2 * local, device=DEVICE)
+    for expert, wanted in enumerate(rows):
+        chosen = torch.randperm(max(rows), generator=torch.Generator().manual_seed(expert)) < wanted
+        inputs.routing_logits[:, 1 + expert] = torch.where(chosen, 4.0, -4.0).to(DEVICE)
+    inputs = inputs._replace(routing_bias=torch.zeros_like(inputs.routing_bias))
+    assert local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist() == rows
+    return problem, inputs
+
+
 def test_rows_that_fill_no_tile():
-    # Experts with 0, 1, 15, 16, 17 and 64 rows.
-    problem = dataclasses.replace(SMALL, num_experts=24, num_local_experts=6, top_k=1)
-    inputs = inputs_of(problem, 70, 6)
-    rows = torch.full((70,), 0)
-    wanted = torch.arange(6).repeat_interleave(torch.tensor([0, 1, 15, 16, 17, 21]))
-    rows[torch.randperm(70, generator=torch.Generator().manual_seed(0))] = wanted
-    logits = torch.full((70, 24), -4.0, device=DEVICE)
-    logits[torch.arange(70), 6 + rows] = 4.0
-    inputs = inputs._replace(routing_logits=logits, routing_bias=torch.zeros_like(inputs.routing_bias))
-    assert local_rows_per_expert_and_token(inputs, problem).sum(dim=0).tolist() == [0, 1, 15, 16, 17, 21]
-    assert_right(problem, inputs)
+    assert_right(*with_rows([0, 1, 15, 16, 17, 21]))
+
+
+SEVERAL_TIERS = sorted(
+    {plan for table in (tiles.TILES_SM90, tiles.TILES_SM100) for _, plan in table if len(plan.gemm1.tiers) > 1}, key=str
+)
+
+
+@contextlib.contextmanager
+def planned_with(monkeypatch, plan):
+    """Calls take these tiles, whatever was planned before, and leave none planned."""
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_gemm, "tile_plan", lambda *_: plan)
+        forget_plans()
+        yield
+    forget_plans()
+
+
+@pytest.mark.parametrize("plan", SEVERAL_TIERS, ids=lambda plan: " ".join(str(t.block_m) for t in plan.gemm1.tiers))
+def test_rows_on_both_sides_of_every_tier(monkeypatch, plan):
+    bounds = {tier.block_m for tile in (plan.gemm1, plan.gemm2) for tier in tile.tiers}
+    # The last is cut off from more rows than a tile holds, so that each is also what a full tile leaves.
+    rows = sorted({0, 1, *(bound + more for bound in bounds for more in (0, 1)), max(bounds) + min(bounds) + 1})
+    with planned_with(monkeypatch, plan):
+        assert_right(*with_rows(rows))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_halves_by_one_product_or_two(monkeypatch, joined):
+    # Widths on both sides of a 128 block, whose scales the halves share or don't.
+    problem, inputs = with_rows([1, 0, 19])
+    for narrow, wide in ((32, 64), (64, 128), (128, 128 if joined else 256)):
+        tiers = (tiles.Tier(16, 3, 2), tiles.Tier(32, 3))
+        plan = tiles.TilePlan(tiles.Tile(narrow, 4, tiers, joined=joined), tiles.Tile(wide, 4, tiers, joined=joined))
+        with planned_with(monkeypatch, plan):
+            assert_right(problem, inputs)
+
+
+@pytest.mark.parametrize("rows", [[], [16, 16], [64, 16]])
+def test_tiers_in_the_wrong_order(rows):
+    with pytest.raises(ValueError, match="tiers have"):
+        tiles.Tile(64, 4, tuple(tiles.Tier(m, 3) for m in rows))
 
 
 def test_strides():
@@ -270,6 +322,22 @@ def test_gate_first_is_swapped_weights():
     assert torch.equal(run(dataclasses.replace(SMALL, gate_first=True), swapped), run(SMALL, inputs))
 
 
+@pytest.mark.parametrize("name", ["smallest", "softmax"])
+def test_a_bias_in_float32(name):
+    """Not rounded: about 8, where bfloat16 has steps of 1/16; and both dtypes in turn, as two layers have them."""
+    problem = problem_named(name)
+    inputs = inputs_of(problem, 40, 4)
+    spread = torch.rand(problem.num_experts, generator=torch.Generator().manual_seed(1)) / 16
+    fine = inputs._replace(routing_bias=(8 + spread).to(DEVICE), routing_logits=inputs.routing_logits / 100)
+    coarse = fine._replace(routing_bias=fine.routing_bias.bfloat16())
+    chosen = [local_rows_per_expert_and_token(i, problem) for i in (fine, coarse)]
+    assert not torch.equal(*chosen)
+    for each, wanted in zip((fine, coarse, fine), (*chosen, chosen[0]), strict=True):
+        assert torch.equal(routed(problem, each)["counts"], wanted.sum(dim=0).int())
+    widened = inputs._replace(routing_bias=inputs.routing_bias.float())
+    assert torch.equal(run(problem, widened), run(problem, inputs))
+
+
 @pytest.mark.parametrize("tokens", [5, 26])
 def test_equal_logits(tokens):
     problem = problem_named("24 experts")
@@ -311,8 +379,7 @@ def test_a_token_without_numbers_spoils_no_other(offset):
         inputs = inputs_of(problem, 6, offset)
         spoilt = inputs._replace(routing_logits=inputs.routing_logits.clone())
         spoilt.routing_logits[2] = float("nan")
-        routed = pipeline.route(spoilt, problem, launch_of(problem))
-        assert int(routed.counts.max()) <= 6
+        assert int(routed(problem, spoilt)["counts"].max()) <= 6
         others = [0, 1, 3, 4, 5]
         assert torch.equal(run(problem, spoilt)[others], run(problem, inputs)[others])
 
@@ -351,8 +418,15 @@ def test_columns_in_pieces(monkeypatch):
     rows = pipeline.row_capacity(problem, tokens)
     for columns in (256, 128):
         monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", rows * columns * 2)
+        forget_plans()
         assert pipeline.column_chunk(problem, rows) == columns
         assert torch.equal(run(problem, inputs), whole)
+    forget_plans()
+
+
+def forget_plans():
+    backends.prepare.cache_clear()
+    _cached_dispatch.cache_clear()
 
 
 @st.composite
@@ -395,31 +469,47 @@ def launch_of(problem):
     return pipeline.launch_on(torch.device("cuda", 0) if device.type == "cuda" else device)
 
 
+def routed(problem, inputs, *steps, rows=()):
+    """The tensors of a call after its routing, by name; ``steps(form)`` are run behind it, on ``rows`` if they want."""
+    output = torch.full(
+        (inputs.num_tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=inputs.hidden_states.device
+    )
+    form, layout = Form.of(inputs, addresses_of(inputs), output, 1), Layout()
+    pipeline.reserve_routing(layout, problem, inputs.num_tokens)
+    with uninitialised_memory_filled():
+        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=DEVICE)
+    call = by_name(inputs, output, layout, memory)
+    for step in pipeline.route(problem, launch_of(problem), form, layout):
+        step.run(call, output.device)
+    for number, step in enumerate(steps):
+        step(form).run(call | {"rows": rows[number]}, output.device)
+    return call
+
+
 def routing_inputs(problem, logits, bias, offset, factor=2.5):
     """Inputs with nothing in them but what routing reads."""
     hidden = torch.empty((logits.shape[0], problem.hidden_size), dtype=FP8)
-    rest = [torch.empty(0)] * 5
+    rest = [torch.empty(0, 0)] * 5
     return MoEInputs(*(t.to(DEVICE) for t in (logits, bias.bfloat16(), hidden, *rest)), offset, factor)
 
 
 def assert_routed(problem, inputs):
     """Each token's choices and weights are the reference's, and each local pair has a place of its own."""
-    with uninitialised_memory_filled():
-        routed = pipeline.route(inputs, problem, launch_of(problem))
+    call = routed(problem, inputs)
     ids, weights = (
         t.cpu() for t in route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
     )
     e, tokens = problem.num_local_experts, inputs.num_tokens
     local = ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < e)
-    pair = routed.pair.cpu().long()
+    pair = call["pair"].cpu().long()
     assert pair.shape == (tokens, problem.top_k)
     assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
-    torch.testing.assert_close(routed.pair_weight.cpu(), weights, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(call["pair_weight"].cpu(), weights, rtol=1e-5, atol=1e-7)
 
     counts = torch.bincount(local[is_local], minlength=e)
-    assert torch.equal(routed.counts.cpu().long(), counts)
-    slots = routed.slot_token.cpu()
+    assert torch.equal(call["counts"].cpu().long(), counts)
+    slots = call["slot_token"].cpu()
     for expert in range(e):
         # Its slots are numbered without gaps, and each leads back to its token.
         token, choice = (pair % e == expert).logical_and(pair >= 0).nonzero(as_tuple=True)
@@ -490,18 +580,17 @@ def test_combine(tokens):
     inputs = inputs_of(problem, tokens, 5)
     launch = launch_of(problem)
     capacity, hidden = pipeline.row_capacity(problem, tokens), problem.hidden_size
-    output = torch.full((tokens, hidden), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     rows = torch.randn((capacity, hidden), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
-    with uninitialised_memory_filled():
-        routed = pipeline.route(inputs, problem, launch)
-        for first in range(0, hidden, 128):
-            pipeline.combine(rows[:, first : first + 128].contiguous(), routed, problem, launch, output, first)
+    firsts = range(0, hidden, 128)
+    steps = [functools.partial(pipeline.combine, problem, launch, columns=128, first_column=first) for first in firsts]
+    call = routed(problem, inputs, *steps, rows=[rows[:, first : first + 128].contiguous() for first in firsts])
+    output = call["output"]
 
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), routed.counts.cpu().cumsum(0)])
-    pair, e = routed.pair.cpu().long(), problem.num_local_experts
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), call["counts"].cpu().cumsum(0)])
+    pair, e = call["pair"].cpu().long(), problem.num_local_experts
     picked = rows.cpu().float()[torch.where(pair >= 0, start[pair % e] + pair // e, 0)]
     picked[pair < 0] = 0
-    wanted = (picked * routed.pair_weight.cpu().unsqueeze(2)).sum(dim=1)
+    wanted = (picked * call["pair_weight"].cpu().unsqueeze(2)).sum(dim=1)
     torch.testing.assert_close(output.cpu().float(), wanted, rtol=2**-7, atol=1e-6)
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from given_routing import random_choice
 
 from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
 from hybrid_moe.kernels import interpreter, pipeline
 from hybrid_moe.kernels.grouped_gemm import libraries
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_capacity
-from hybrid_moe.kernels.grouped_gemm.library_rows import Rows, gather, rows_bytes, swiglu
+from hybrid_moe.kernels.grouped_gemm.library_rows import Rows
 from hybrid_moe.kernels.grouped_gemm.sgl_gemm import FEW_ROWS, SglGroupedGemm, _shown_rows
+from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.layout import Layout
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
-from hybrid_moe.problem import FP8, DeviceKey, MoEProblem
+from hybrid_moe.problem import FP8, DeviceKey, MoEProblem, RoutedInputs
 from hybrid_moe.reference import (
     dequantize_blocks,
     dequantize_rows,
@@ -206,8 +209,26 @@ def deep_gemm_library(monkeypatch):
 def routed_inputs(tokens, problem=SMALL, routing="uniform", seed=0, offset=5):
     weights = random_weights(problem, "cpu", seed)
     workload = Workload(tokens, offset, routing=routing, seed=seed)
-    inputs = make_inputs(workload, problem, weights)
-    return inputs, pipeline.route(inputs, problem, LAUNCH)
+    return make_inputs(workload, problem, weights)
+
+
+def run_pieces(problem, inputs, rows, *pieces):
+    """The tensors by name after ``pieces``: ``"route"``, a step that is made of a form, or what changes the tensors."""
+    output = torch.empty((inputs.num_tokens, problem.hidden_size), dtype=torch.bfloat16)
+    form, layout = Form.of(inputs, addresses_of(inputs), output, rows.align), Layout()
+    pipeline.reserve_routing(layout, problem, inputs.num_tokens)
+    rows.reserve(layout)
+    call = by_name(inputs, output, layout, torch.empty(layout.bytes, dtype=torch.uint8))
+    for piece in pieces:
+        for step in pipeline.route(problem, LAUNCH, form, layout) if piece == "route" else [piece(call, form)]:
+            if step is not None:
+                step.run(call, output.device)
+    return call
+
+
+def scales(tensor, rows):
+    """With a row for each row."""
+    return tensor if rows.row_major_scales else tensor.t()
 
 
 def strided(inputs):
@@ -221,8 +242,8 @@ def strided(inputs):
 def rows_of_experts(routed, problem, align):
     """``(expert, slot, token, row)`` of every pair, and the row where each expert starts and ends."""
     start, bounds, pairs = 0, [], []
-    for e, count in enumerate(routed.counts.tolist()):
-        pairs += [(e, slot, int(routed.slot_token[e, slot]), start + slot) for slot in range(count)]
+    for e, count in enumerate(routed["counts"].tolist()):
+        pairs += [(e, slot, int(routed["slot_token"][e, slot]), start + slot) for slot in range(count)]
         bounds.append((start, start + count))
         start += -(-count // align) * align
     return pairs, bounds, start
@@ -234,30 +255,32 @@ def rows_of_experts(routed, problem, align):
     "tokens, routing", [(1, "uniform"), (7, "uniform"), (40, "zipf"), (33, "concentrated"), (3, "none")]
 )
 def test_gather(tokens, routing, change, align):
-    inputs, routed = routed_inputs(tokens, routing=routing)
-    inputs = change(inputs)
-    rows = Rows.allocate(
-        SMALL, padded_capacity(SMALL, tokens, align), torch.device("cpu"), align=align, row_major_scales=align == 1
-    )
-    rows.gathered.view(torch.uint8).fill_(0x7F)
-    rows.gathered_scale.fill_(float("nan"))
-    tables = gather(inputs, routed, SMALL, LAUNCH, rows, problem_tables=True)
-    pairs, bounds, total = rows_of_experts(routed, SMALL, align)
+    inputs = change(routed_inputs(tokens, routing=routing))
+    capacity = padded_capacity(SMALL, tokens, align)
+    rows = Rows(SMALL, capacity, align=align, row_major_scales=align == 1, tables=True)
+
+    def poison(call, form):
+        call["gathered"].view(torch.uint8).fill_(0x7F)
+        call["gathered_scale"].fill_(float("nan"))
+
+    call = run_pieces(SMALL, inputs, rows, poison, "route", lambda call, form: rows.gather(LAUNCH, form))
+    gathered, gathered_scale = call["gathered"], scales(call["gathered_scale"], rows)
+    pairs, bounds, total = rows_of_experts(call, SMALL, align)
     assert len(pairs) == int(local_rows_per_expert_and_token(inputs, SMALL).sum())
-    assert tables.start.tolist() == [start for start, _ in bounds] + [total]
-    assert tables.end.tolist() == [end for _, end in bounds]
-    assert total <= rows.gathered.shape[0]
-    got, wanted = rows.gathered.view(torch.uint8), inputs.hidden_states.contiguous().view(torch.uint8)
+    assert call["start"].tolist() == [start for start, _ in bounds] + [total]
+    assert call["end"].tolist() == [end for _, end in bounds]
+    assert total <= capacity
+    got, wanted = gathered.view(torch.uint8), inputs.hidden_states.contiguous().view(torch.uint8)
     untouched = torch.ones(got.shape[0], dtype=torch.bool)
     for _, _, token, row in pairs:
         assert torch.equal(got[row], wanted[token])
-        assert torch.equal(rows.gathered_scale[row], inputs.hidden_states_scale[:, token])
+        assert torch.equal(gathered_scale[row], inputs.hidden_states_scale[:, token])
         untouched[row] = False
-    assert bool((got[untouched] == 0x7F).all()) and bool(rows.gathered_scale[untouched].isnan().all())
+    assert bool((got[untouched] == 0x7F).all()) and bool(gathered_scale[untouched].isnan().all())
     h, i = SMALL.hidden_size, SMALL.intermediate_size
-    counts = routed.counts.tolist()
-    assert tables.problem_sizes.tolist() == [[[c, 2 * i, h] for c in counts], [[c, h, i] for c in counts]]
-    assert tables.strides.tolist() == [[h] * 5, [i] * 5, [2 * i] * 5]
+    counts = call["counts"].tolist()
+    assert call["problem_sizes"].tolist() == [[[c, 2 * i, h] for c in counts], [[c, h, i] for c in counts]]
+    assert call["strides"].tolist() == [[h] * 5, [i] * 5, [2 * i] * 5]
 
 
 @pytest.mark.parametrize("gate_first", [False, True])
@@ -266,12 +289,8 @@ def test_gather(tokens, routing, change, align):
 def test_swiglu(intermediate, align, gate_first):
     problem = dataclasses.replace(SMALL, intermediate_size=intermediate, gate_first=gate_first)
     counts = torch.tensor([3, 0, 130 if align > 1 else 11, 1, 0], dtype=torch.int32)
-    routed = dataclasses.replace(routed_inputs(1)[1], counts=counts)
     capacity = 5 * 128 if align > 1 else 20
-    rows = Rows.allocate(problem, capacity, torch.device("cpu"), align=align, row_major_scales=align == 1)
-    rows.gemm1.fill_(float("nan"))
-    rows.activated.view(torch.uint8).fill_(0x55)
-    rows.activated_scale.fill_(-1.0)
+    rows = Rows(problem, capacity, align=align, row_major_scales=align == 1, tables=False)
     exist = torch.zeros(capacity, dtype=torch.bool)
     start = 0
     for count in counts.tolist():
@@ -279,19 +298,27 @@ def test_swiglu(intermediate, align, gate_first):
         start += -(-count // align) * align
     values = torch.randn(int(exist.sum()), 2 * intermediate, generator=torch.Generator().manual_seed(1)) * 3
     values[0] = 0.0
-    rows.gemm1[exist] = values.bfloat16()
-    swiglu(routed, problem, LAUNCH, rows)
+
+    def fill(call, form):
+        call["counts"].copy_(counts)
+        call["gemm1"].fill_(float("nan"))
+        call["gemm1"][exist] = values.bfloat16()
+        call["activated"].view(torch.uint8).fill_(0x55)
+        call["activated_scale"].fill_(-1.0)
+
+    call = run_pieces(problem, routed_inputs(1, problem), rows, fill, lambda call, form: rows.swiglu(LAUNCH))
+    activated, activated_scale = call["activated"], scales(call["activated_scale"], rows)
 
     first, second = values.bfloat16().float().split(intermediate, dim=1)
     up, gate = (second, first) if gate_first else (first, second)
     wanted, scale = quantize_rows(torch.nn.functional.silu(gate) * up)
-    torch.testing.assert_close(rows.activated_scale[exist], scale.t(), rtol=1e-5, atol=0)
-    got = dequantize_rows(rows.activated[exist], rows.activated_scale[exist].t())
+    torch.testing.assert_close(activated_scale[exist], scale.t(), rtol=1e-5, atol=0)
+    got = dequantize_rows(activated[exist], activated_scale[exist].t())
     # One step of e4m3, where exp() rounds differently.
     torch.testing.assert_close(got, dequantize_rows(wanted, scale), rtol=0.13, atol=1e-4)
     assert float((got - dequantize_rows(wanted, scale)).norm() / got.norm()) < 1e-3
-    assert bool((rows.activated.view(torch.uint8)[~exist] == 0x55).all())
-    assert bool((rows.activated_scale[~exist] == -1.0).all())
+    assert bool((activated.view(torch.uint8)[~exist] == 0x55).all())
+    assert bool((activated_scale[~exist] == -1.0).all())
 
 
 # ---- The providers ------------------------------------------------------------------------------------------------
@@ -310,8 +337,7 @@ def run_and_check(gemm, tokens, routing, gate_first, change=lambda inputs: input
     workload = Workload(tokens, 5, routing=routing, seed=tokens)
     inputs = change(make_inputs(workload, problem, random_weights(problem, "cpu", tokens)))
     output = torch.full((tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16)
-    routed = pipeline.route(inputs, problem, LAUNCH, gemm.num_tickets(problem, tokens))
-    gemm.run(inputs, routed, problem, LAUNCH, output)
+    pipeline.Pipeline(problem, gemm).run(inputs, output)
     result = check(output, moe_reference(inputs, problem), has_local_work(inputs, problem), OWN_KERNELS_TOLERANCE)
     assert result.passed, result.failures
 
@@ -324,6 +350,14 @@ def test_sgl_kernel(sgl_library, tokens, routing, gate_first):
 @pytest.mark.parametrize("tokens, routing, gate_first", CASES)
 def test_deep_gemm(deep_gemm_library, tokens, routing, gate_first):
     run_and_check(DeepGemmGroupedGemm(), tokens, routing, gate_first)
+
+
+def test_experts_chosen_before_the_call(sgl_library, deep_gemm_library):
+    def chosen(inputs):
+        return RoutedInputs(*random_choice(SMALL, inputs.num_tokens), *inputs[2:])
+
+    for gemm in (SglGroupedGemm(), DeepGemmGroupedGemm()):
+        run_and_check(gemm, 40, "uniform", False, chosen)
 
 
 def test_strided_inputs(sgl_library, deep_gemm_library):
@@ -346,10 +380,11 @@ def test_sgl_kernel_sees_few_rows_where_few_are_expected(sgl_library, monkeypatc
 def test_workspace_bytes():
     full = MoEProblem()
     per_row = 7168 + 2 * 4096 + 2048 + (56 + 16) * 4
-    assert rows_bytes(full, 1) == per_row == 17_696
-    sgl, deep = SglGroupedGemm().workspace_bytes(full, 14107), DeepGemmGroupedGemm().workspace_bytes(full, 14107)
-    assert 112_856 * per_row < sgl < 112_856 * per_row + 200_000
-    assert 116_864 * per_row < deep < 116_864 * per_row + 1000
+    assert per_row == 17_696
+    sgl, deep = (pipeline.Pipeline(full, gemm()).layout(14107).bytes for gemm in (SglGroupedGemm, DeepGemmGroupedGemm))
+    routing = 4 * (32 * 14108 + 2 * 14107 * 8)
+    assert 0 < sgl - routing - 112_856 * per_row < 200_000
+    assert 0 < deep - routing - 116_864 * per_row < 5000
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 200])

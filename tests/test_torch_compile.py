@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from given_routing import routed_of
 from test_api import ACTIVATIONS, PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
 from hybrid_moe import Choice, HybridMoE, api, fused_moe, op, save_policy
@@ -138,22 +139,25 @@ def test_outside_of_compiled_code_no_operator_is_called(weights, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("routed", [False, True], ids=["logits", "routed"])
 @pytest.mark.parametrize("name", ["layer", "layer_out", "fused_moe", "fused_moe_out"])
-def test_torchs_own_checks_of_the_operators(weights, tokens, name):
+def test_torchs_own_checks_of_the_operators(weights, tokens, name, routed):
     inputs = inputs_of(weights, tokens)
+    wanted = call(layer_of(inputs, backend=REFERENCE), inputs)
+    if routed:
+        inputs, name = routed_of(inputs, PROBLEM), f"routed_{name}"
     layer = layer_of(inputs, backend=REFERENCE)
-    options = (
-        [layer._handle] if "layer" in name else [api.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3"]
-    )
-    if "out" in name:
+    options = [layer._handle]
+    if "fused_moe" in name:
+        options = [api.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3", 16 if routed else None]
+    if name.endswith("_out"):
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(op, name), copy.deepcopy(inputs)
     # test_schema compares what isn't mutated, which torch can't in float8: below.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (*inputs, *options), test_utils=checks)
     result = operator(*inputs, *options)
-    wanted = call(layer, inputs)
-    assert torch.equal(options[-1] if "out" in name else result, wanted)
+    assert torch.equal(options[-1] if name.endswith("_out") else result, wanted)
     for one, other in zip(inputs[:8], before[:8], strict=True):
         assert torch.equal(one.float(), other.float())
 
@@ -185,6 +189,32 @@ def test_layers_share_a_compiled_function_and_keep_their_results(weights):
     for one, other in zip(stack(*activations(first)), wanted, strict=True):
         assert torch.equal(one, other)
     assert graphs == [["hybrid_moe.layer.default"] * 3]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new", "output"])
+@pytest.mark.parametrize("kind", ["layer", "fused_moe"])
+def test_experts_chosen_before_the_call(weights, kind, given):
+    layer = layer_of(routed_of(inputs_of(weights, 5), PROBLEM), backend=REFERENCE)
+
+    def step(inputs, output=None):
+        chosen = dict(topk_ids=inputs.topk_ids, topk_weights=inputs.topk_weights * 1.0, output=output)
+        if kind == "layer":
+            return layer(None, inputs.hidden_states, inputs.hidden_states_scale, **chosen)
+        return fused_moe(None, None, *inputs[2:], **ROUTING, num_experts=16, backend="torch_reference", **chosen)
+
+    run, graphs = compiled(step)
+    for tokens in (5, 1000, 2, 33):
+        inputs = inputs_of(weights, tokens, seed=tokens)
+        routed = routed_of(inputs, PROBLEM)
+        for tensor, dim in zip(routed[:4], (0, 0, 0, 1), strict=True):
+            torch._dynamo.mark_dynamic(tensor, dim)
+        output = torch.full((tokens, 256), torch.nan, dtype=torch.bfloat16) if given else None
+        if given:
+            torch._dynamo.mark_dynamic(output, 0)
+        wanted = fused_moe(*inputs, **ROUTING, backend=REFERENCE)
+        assert torch.equal(run(routed, output), wanted)
+        assert not given or torch.equal(output, wanted)
+    assert graphs == [[f"hybrid_moe.routed_{kind}{'_out' if given else ''}.default"]]
 
 
 @pytest.mark.usefixtures("spies")

@@ -42,6 +42,12 @@ def not_supported_reasons(problem: MoEProblem, device: DeviceKey, choice: Choice
     return tuple(get_backend(choice.backend).not_supported_reasons(problem, device, choice.config))
 
 
+def routed_reasons(problem: MoEProblem, choice: Choice) -> tuple[str, ...]:
+    """Why ``choice`` can't run a layer whose experts are chosen before the call; empty if it can."""
+    choice = complete(choice)
+    return tuple(get_backend(choice.backend).routed_reasons(problem, choice.config))
+
+
 @functools.lru_cache(maxsize=1024)
 def prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> Runner:
     """The runner of ``choice``, made once for each problem and device; raises BackendUnsupportedError."""
@@ -60,4 +66,5 @@ __all__ = [
     "get_backend",
     "not_supported_reasons",
     "prepare",
+    "routed_reasons",
 ]

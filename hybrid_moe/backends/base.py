@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 
 
 class Runner(ABC):
@@ -20,15 +20,27 @@ class Runner(ABC):
     """
 
     @abstractmethod
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Write the layer's result into ``output``, ``[T, H]`` bfloat16, every element of it.
 
-        The inputs were checked before. T is at least 1. Does not synchronise with the host.
+        The inputs were checked before, and are `RoutedInputs` only of a backend without `routed_reasons`. T is at
+        least 1. Does not synchronise with the host.
         """
+
+    def run_in(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor) -> None:
+        """`run` with its intermediate tensors in ``memory``, uint8, which nobody else uses meanwhile on this stream.
+
+        What doesn't fit is reserved as by `run`. A library that reserves its own doesn't look at it.
+        """
+        self.run(inputs, output)
 
     @abstractmethod
     def workspace_bytes(self, num_tokens: int) -> int:
         """Device memory in bytes that one call at ``num_tokens`` takes beside inputs and output."""
+
+    def reserved_bytes(self, num_tokens: int) -> int:
+        """Of these, what `run_in` takes from the memory that it is given."""
+        return 0
 
 
 class Backend(ABC):
@@ -53,6 +65,10 @@ class Backend(ABC):
 
         Asks the device's capability before it imports or calls any library.
         """
+
+    def routed_reasons(self, problem: MoEProblem, config: Mapping[str, ConfigValue]) -> list[str]:
+        """Every reason why it can't run a layer whose experts are chosen before the call (`RoutedInputs`)."""
+        return []
 
     def remarks(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> list[str]:
         """What to know before it runs where it can, as what its first call builds; asked only where it can."""

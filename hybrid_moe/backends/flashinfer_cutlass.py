@@ -8,7 +8,7 @@ numbers are those of 0.7.2.post1.
 
 **What it takes.** Activations in bf16, and the routing's result: experts int32 ``[T, top_k]``, weights float32
 ``[T, top_k]``, applied as they are when the rows are added up (``kernels`` 1965-2033), so with the scaling factor in
-them. `kernels.external` makes both, in two launches.
+them. `kernels.external` makes both, in two launches, or numbers experts anew that were chosen before the call.
 
 **Layouts.** The definition's own: GEMM1's first half is linear and its second the gate, ``silu(x2) * x1`` (``kernels``
 2504-2533), so ``gate_first`` is refused: the halves of one expert can't be swapped by a view. ``quant_scales`` are the
@@ -16,7 +16,8 @@ weights' scales ``[E, 2I/128, H/128]`` and ``[E, H/128, I/128]`` (``binding`` 15
 
 **Expert parallelism.** To flashinfer a rank holds the experts from ``ep_rank * E`` to ``ep_rank * E + E - 1`` of
 ``ep_size * E``. Experts are numbered here so that the local ones are the first E, and ``ep_rank`` is 0: any offset will
-do, and any number of experts. Ids outside are passed over, and a token without a local expert gets zeros.
+do, and any number of experts. Ids outside are passed over, whatever they are, and a token without a local expert gets
+zeros.
 
 **Roundings.** The bf16 activations are quantised anew, with a scale from their own largest value (``gemm_kernel``
 894-985). GEMM1's result is bf16; SwiGLU is float32, stored as bf16 and quantised for GEMM2, whose result is bf16
@@ -53,7 +54,7 @@ from typing import Any
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner
 from .flashinfer_package import PACKAGE
@@ -155,7 +156,7 @@ class _CutlassRunner(Runner):
         if interpreter.interpreting():
             interpreter.repair()
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Route, dequantise, and call flashinfer.
 
         Raises

@@ -20,13 +20,17 @@ neither strides nor contiguity (``launcher`` 1238, 4337-4434): a strided tensor 
 it is a ValueError here.
 
 **Dtypes.** Logits float32 or bf16 (``launcher`` 1246), bias bf16 or float32 (1279, not checked before 0.6.16). The
-bias is rounded to bf16 in any case, scores stay float32, and the weights of the chosen experts are bf16 (``routing``
+bias is rounded to bf16 in any case: of one in float32, take off what all experts have in common before. Scores stay
+float32, and the weights of the chosen experts are bf16 (``routing``
 150-153, 338). Equal scores go to the lower index (``RoutingKernelTopK.cuh`` 58). GEMM1's result is stored as fp8 with
 1x128 scales before SwiGLU and again after it (``launcher`` 4450-4474). In the emulation that gives a relative L2 of
 0.042 to 0.046 against the definition, where rounding once gives 0.023: little below the gate's 0.05.
 
 **Routing by softmax** is refused. ``RoutingMethodType.RenormalizeNaive`` (4) is its name there, but nobody looked
 whether its kernels read float32 logits, the bias and the scaling factor.
+
+**Experts chosen before the call** are refused. ``trtllm_fp8_block_scale_routed_moe``, there from 0.6.14 on, takes them
+packed: the id above the weight in bf16, in one int32. Nobody looked what its kernels make of -1.
 
 **Limits of routing**, the same in every release of the range (``launcher`` 4240-4280, ``routing`` 488-551): see
 `FlashinferTrtllm.not_supported_reasons`.
@@ -59,7 +63,7 @@ from typing import Any
 import torch
 
 from ..choice import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEInputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner
 from .flashinfer_package import PACKAGE
@@ -107,6 +111,10 @@ class FlashinferTrtllm(Backend):
         reasons += _problem_reasons(problem)
         reasons += self.unknown_config_reasons(config, {})
         return reasons
+
+    def routed_reasons(self, problem: MoEProblem, config: Mapping[str, ConfigValue]) -> list[str]:
+        """It chooses the experts itself: see the module."""
+        return ["topk_ids and topk_weights aren't taken: trtllm_fp8_block_scale_moe chooses the experts from logits"]
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Import flashinfer, check the function's signature against the call, and make the runner.
@@ -158,11 +166,12 @@ class _TrtllmRunner(Runner):
         self._problem = problem
         self._layer_arguments = layer_arguments(problem)
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         """Call flashinfer, which reads these three tensors as packed whatever their strides: copied where they aren't.
 
         A call at another T may go to a backend that takes any strides, so refusing here would be in mid-serving.
         """
+        assert isinstance(inputs, MoEInputs), "routed_reasons has refused"
         inputs = inputs._replace(
             routing_logits=inputs.routing_logits.contiguous(),
             hidden_states=inputs.hidden_states.contiguous(),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from ..reference import moe_reference
 from .base import Backend, ConfigValue, Runner
 
@@ -32,7 +32,7 @@ class _ReferenceRunner(Runner):
     def __init__(self, problem: MoEProblem) -> None:
         self._problem = problem
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
         output.copy_(moe_reference(inputs, self._problem))
 
     def workspace_bytes(self, num_tokens: int) -> int:

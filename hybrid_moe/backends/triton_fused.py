@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import DeviceKey, Inputs, MoEProblem
 from .base import Backend, ConfigValue, Runner
 
 if TYPE_CHECKING:
@@ -94,21 +94,18 @@ class _TritonRunner(Runner):
     def __init__(self, problem: MoEProblem, device: DeviceKey, gemm: str) -> None:
         from ..kernels import interpreter, pipeline
 
-        self._problem = problem
-        self._gemm = _gemm(gemm, device)
-        self._route = pipeline.route
-        self._launch_on = pipeline.launch_on
+        self._pipeline = pipeline.Pipeline(problem, _gemm(gemm, device))
         if interpreter.interpreting():
             interpreter.repair()
 
-    def run(self, inputs: MoEInputs, output: torch.Tensor) -> None:
-        launch = self._launch_on(output.device)
-        with torch.cuda.device_of(output):  # Triton launches on the current device
-            tickets = self._gemm.num_tickets(self._problem, inputs.num_tokens)
-            routed = self._route(inputs, self._problem, launch, tickets)
-            self._gemm.run(inputs, routed, self._problem, launch, output)
+    def run(self, inputs: Inputs, output: torch.Tensor) -> None:
+        self._pipeline.run(inputs, output)
+
+    def run_in(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor) -> None:
+        self._pipeline.run(inputs, output, memory)
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        p = self._problem
-        routing = 4 * (p.num_local_experts * (num_tokens + 1) + 2 * num_tokens * p.top_k)
-        return routing + self._gemm.workspace_bytes(p, num_tokens)
+        return self._pipeline.layout(num_tokens).bytes
+
+    def reserved_bytes(self, num_tokens: int) -> int:
+        return self.workspace_bytes(num_tokens)

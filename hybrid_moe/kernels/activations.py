@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -38,13 +40,17 @@ def quantize_rows_kernel(
     tl.store(scale_ptr + block.to(tl.int64) * tokens + row, scale, mask=exists)
 
 
-def quantize_rows(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    hidden_states: torch.Tensor, result: Mapping[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`hybrid_moe.reference.quantize_rows` in one kernel.
 
     Parameters
     ----------
     hidden_states
         ``[T, H]`` bfloat16, contiguous along H, a multiple of 128.
+    result
+        ``values`` and ``scale`` to write into; new tensors if not given.
 
     Returns
     -------
@@ -54,8 +60,11 @@ def quantize_rows(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         ``[H/128, T]`` float32; NaN where the block holds one.
     """
     tokens, width = hidden_states.shape
-    values = torch.empty((tokens, width), dtype=FP8, device=hidden_states.device)
-    scale = torch.empty((width // 128, tokens), dtype=torch.float32, device=hidden_states.device)
+    if result is None:
+        values = torch.empty((tokens, width), dtype=FP8, device=hidden_states.device)
+        scale = torch.empty((width // 128, tokens), dtype=torch.float32, device=hidden_states.device)
+    else:
+        values, scale = result["values"], result["scale"]
     if tokens:
         with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
             grid = (triton.cdiv(tokens, ROWS), width // 128)

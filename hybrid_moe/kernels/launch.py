@@ -33,7 +33,7 @@ def let_next_kernel_start(PDL: tl.constexpr):
 class Constants:
     """A kernel's compile-time arguments, in the order of its signature, and its launch options.
 
-    Compared by identity: make it once for each problem and tile.
+    Compared by identity: make it once for each problem and tile, and for each dtype of a tensor that may have several.
     """
 
     __slots__ = ("arguments", "options")
@@ -57,6 +57,10 @@ class Kernel:
         self.function = function
         self._names = list(inspect.signature(function.fn).parameters)
         self._compiled: dict[tuple[Constants, int | None], CompiledKernel] = {}
+
+    def compiled(self, constants: Constants, device: torch.device) -> CompiledKernel | None:
+        """What repeated launches on ``device`` use; None before the first, and in the interpreter."""
+        return self._compiled.get((constants, device.index))
 
     def launch(
         self,

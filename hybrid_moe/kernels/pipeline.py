@@ -1,18 +1,22 @@
-"""What the steps of the fused pipeline hand to one another, and the launches that every grouped GEMM shares."""
+"""The fused pipeline from routing to the combined output, and the steps that every grouped GEMM shares."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..layout import Layout
+from ..problem import DeviceKey, Inputs, MoEProblem, RoutedInputs
 from .combine import combine_kernel
 from .launch import Constants, Kernel
-from .routing import clear_kernel, route_kernel
+from .plan import Form, Plan, addresses_of
+from .routing import clear_kernel, route_kernel, scatter_kernel
+from .steps import AnyStep, Operand, Step
 
 # A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: without
 # chunks the worst case of T = 14107 would reserve 1.6 GB, though seldom touch it.
@@ -52,38 +56,34 @@ def launch_on(device: torch.device) -> Launch:
     return Launch(torch.cuda.get_device_properties(device).multi_processor_count, pdl=True)
 
 
-@dataclass(slots=True)
-class Routed:
-    """Result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`."""
-
-    counts: torch.Tensor  # [E] int32
-    slot_token: torch.Tensor  # [E, T] int32
-    pair: torch.Tensor  # [T, top_k] int32
-    pair_weight: torch.Tensor  # [T, top_k] float32
-    tickets: torch.Tensor  # [GroupedGemm.num_tickets] int32 zeros, for the grouped GEMM to count with
-    aligned: bool  # whether all inputs of the call start at multiples of 16 bytes
-
-
 class GroupedGemm(ABC):
     """A provider of the experts' two GEMMs: gathered rows in, one row for each (token, local expert) pair out."""
 
     name: ClassVar[str]
+    # Whether all inputs have to start at multiples of 16 bytes.
+    wants_alignment: ClassVar[bool] = False
+    # `row_alignment`, unless this process has changed it.
+    usual_row_alignment: ClassVar[int] = 1
 
     @abstractmethod
     def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
         """Every reason why it can't run; an empty list means that it can."""
 
     @abstractmethod
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
+    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+        """Add the intermediate tensors of `steps`."""
+
+    @abstractmethod
+    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
-        """How many zeros `run` wants in ``routed.tickets``; `route` clears them."""
+        """How many int32 zeros it wants as ``tickets``; `route` clears them."""
         return 0
 
-    @abstractmethod
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
-        """Device memory in bytes that `run` takes."""
+    def row_alignment(self) -> int:
+        """Each expert's rows have to start at a multiple of it in the next call."""
+        return self.usual_row_alignment
 
 
 def pow2(value: int) -> int:
@@ -110,53 +110,74 @@ def column_chunk(problem: MoEProblem, rows: int) -> int:
 
 
 CLEAR, ROUTE, COMBINE = Kernel(clear_kernel), Kernel(route_kernel), Kernel(combine_kernel)
+SCATTER = Kernel(scatter_kernel)
 
 
-def are_aligned(inputs: MoEInputs) -> bool:
-    """Whether all tensors start at multiples of 16 bytes, as fresh ones do and slices may not."""
-    addresses = 0
-    for tensor in inputs[:8]:
-        addresses |= tensor.data_ptr()
-    return addresses % 16 == 0
+def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_tickets: int = 0) -> None:
+    """Add the result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`.
+
+    ``counters`` are ``counts`` ``[E]`` with ``tickets`` behind, zeros for the grouped GEMM to count with, which start
+    at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``, ``pair`` and ``pair_weight`` ``[T, top_k]``.
+    """
+    e = problem.num_local_experts
+    counts_length = (e + 3) // 4 * 4
+    start = layout.bytes
+    layout.reserve("counters", (counts_length + num_tickets,), torch.int32)
+    layout.overlay("counts", start, (e,), torch.int32)
+    layout.overlay("tickets", start + 4 * (counts_length if num_tickets else 0), (num_tickets,), torch.int32)
+    layout.reserve("slot_token", (e, num_tokens), torch.int32)
+    layout.reserve("pair", (num_tokens, problem.top_k), torch.int32)
+    layout.reserve("pair_weight", (num_tokens, problem.top_k), torch.float32)
 
 
-def route(inputs: MoEInputs, problem: MoEProblem, launch: Launch, num_tickets: int = 0) -> Routed:
-    """Launch the routing, and before it the clearing of its counts and of ``num_tickets`` for the grouped GEMM."""
-    tokens, device, e = inputs.num_tokens, inputs.hidden_states.device, problem.num_local_experts
-    aligned = are_aligned(inputs)
-    counts_length = (e + 3) // 4 * 4  # the tickets behind them stay aligned to 16 bytes
-    counters = torch.empty(counts_length + num_tickets, dtype=torch.int32, device=device)
-    counts, tickets = counters[:e], counters[counts_length:]
-    slot_token = torch.empty((e, tokens), dtype=torch.int32, device=device)
-    pair = torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device)
-    pair_weight = torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device)
-    clear, constants = _route_constants(problem, launch, inputs.routing_logits.stride(0))
-    CLEAR.launch((1,), (counters, counters.numel()), clear, device, True)
-    arguments = (
-        inputs.routing_logits,
-        inputs.routing_bias,
-        counts,
-        slot_token,
-        pair,
-        pair_weight,
-        tokens,
-        int(inputs.local_expert_offset),
-        float(inputs.routed_scaling_factor),
-    )
-    ROUTE.launch((tokens,), arguments, constants, device, aligned)
-    return Routed(counts, slot_token, pair, pair_weight, tickets, aligned)
+def route(problem: MoEProblem, launch: Launch, form: Form, layout: Layout) -> list[AnyStep]:
+    """The routing, and before it the clearing of its counts and the grouped GEMM's tickets.
+
+    Where the experts are chosen already, it only sorts.
+    """
+    counters = layout.places["counters"].shape[0]
+    results = ("counts", "slot_token", "pair", "pair_weight")
+    numbers: tuple[Operand, ...] = (form.num_tokens, "local_expert_offset")
+    if form.kind is RoutedInputs:
+        kernel, constants = SCATTER, _scatter_constants(problem, launch)
+        numbers += (form.stride_routing, form.stride_weights)
+    else:
+        kernel, constants = ROUTE, _route_constants(problem, launch, form.stride_routing, form.dtype_routing)
+        numbers += ("routed_scaling_factor",)
+    operands = (*form.kind._fields[:2], *results, *numbers)
+    return [
+        Step(CLEAR, (1,), ("counters", counters), _clear_constants(launch), True),
+        Step(kernel, (form.num_tokens,), operands, constants, form.aligned),
+    ]
 
 
 @functools.lru_cache(maxsize=256)
-def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int) -> tuple[Constants, Constants]:
-    clear = Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+def _clear_constants(launch: Launch) -> Constants:
+    return Constants({"BLOCK": 1024, "PDL": launch.pdl}, {**launch.options, "num_warps": 4})
+
+
+@functools.lru_cache(maxsize=256)
+def _scatter_constants(problem: MoEProblem, launch: Launch) -> Constants:
+    arguments = {
+        "NUM_EXPERTS": problem.num_experts,
+        "E": problem.num_local_experts,
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "PDL": launch.pdl,
+    }
+    return Constants(arguments, {**launch.options, "num_warps": 1})
+
+
+@functools.lru_cache(maxsize=256)
+def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
+    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,
         **selection_constants(problem),
         "PDL": launch.pdl,
     }
-    return clear, Constants(arguments, {**launch.options, "num_warps": 1})
+    return Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
@@ -173,27 +194,17 @@ def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
     }
 
 
-def combine(
-    rows: torch.Tensor,
-    routed: Routed,
-    problem: MoEProblem,
-    launch: Launch,
-    output: torch.Tensor,
-    first_column: int,
-    align: int = 1,
-) -> None:
-    """Launch the weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16.
-
-    Each expert's rows start at a multiple of ``align``.
-    """
-    tokens, columns = output.shape[0], rows.shape[1]
+def combine(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_column: int) -> Step:
+    """The weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16."""
+    tokens = form.num_tokens
     # The largest power of two that divides the columns, up to what spreads few tokens over the device.
     block_n = min(512 if tokens < launch.multiprocessors else 1024, columns & -columns)
     blocks = columns // block_n
     grid = (tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))
-    constants = _combine_constants(problem, launch, columns, block_n, align, tokens >= COMBINE_BRANCH_TOKENS)
-    arguments = (rows, routed.counts, routed.pair, routed.pair_weight, output, first_column // problem.block)
-    COMBINE.launch(grid, arguments, constants, output.device, output.data_ptr() % 16 == 0)
+    branch = tokens >= COMBINE_BRANCH_TOKENS
+    constants = _combine_constants(problem, launch, columns, block_n, form.row_alignment, branch)
+    operands = ("rows", "counts", "pair", "pair_weight", "output", first_column // problem.block)
+    return Step(COMBINE, grid, operands, constants, form.output_aligned)
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,3 +223,73 @@ def _combine_constants(
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": 4})
+
+
+class Pipeline:
+    """All steps of the layer around one grouped GEMM, planned once for each form of call.
+
+    Safe to call from any thread. Its plans hold no memory of the device.
+    """
+
+    def __init__(self, problem: MoEProblem, gemm: GroupedGemm) -> None:
+        self._problem = problem
+        self._gemm = gemm
+        # Serving meets few forms again and again: T of its steps, in tensors with the same strides.
+        self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
+
+    def layout(self, num_tokens: int, row_alignment: int | None = None) -> Layout:
+        """Where the intermediate tensors of a call lie."""
+        problem, gemm, layout = self._problem, self._gemm, Layout()
+        reserve_routing(layout, problem, num_tokens, gemm.num_tickets(problem, num_tokens))
+        gemm.reserve(layout, problem, num_tokens, gemm.usual_row_alignment if row_alignment is None else row_alignment)
+        return layout
+
+    def plan(self, form: Form, device: torch.device, launch: Launch) -> Plan:
+        """The steps of a call."""
+        layout = self.layout(form.num_tokens, form.row_alignment)
+        steps = [*route(self._problem, launch, form, layout), *self._gemm.steps(self._problem, launch, form)]
+        return Plan(form, layout, steps, device)
+
+    def _make_plan(self, form: Form, device: torch.device) -> Plan:
+        return self.plan(form, device, launch_on(device))
+
+    def run(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+        """Launch all steps on the current stream.
+
+        Parameters
+        ----------
+        inputs, output
+            As `Runner.run` has them.
+        memory
+            Bytes on the device for the intermediate tensors, which nobody else uses until the launches are through;
+            by default, or if they are too few, some are reserved for this call.
+
+        Raises
+        ------
+        ValueError
+            An input doesn't start at a multiple of 16 bytes, and the grouped GEMM's library wants it.
+        """
+        device = output.device
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):  # Triton launches on the current one
+                self._run(inputs, output, device, memory)
+        else:
+            self._run(inputs, output, device, memory)
+
+    def _run(self, inputs: Inputs, output: torch.Tensor, device: torch.device, memory: torch.Tensor | None) -> None:
+        addresses = addresses_of(inputs)
+        form = Form.of(inputs, addresses, output, self._gemm.row_alignment())
+        if self._gemm.wants_alignment and not form.aligned:
+            _refuse_unaligned(inputs, addresses)
+        plan = self._plan(form, device)
+        if memory is None or memory.numel() < plan.layout.bytes:
+            memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
+        plan.run(inputs, addresses, output, memory)
+
+
+def _refuse_unaligned(inputs: Inputs, addresses: Sequence[int]) -> NoReturn:
+    names = [name for name, address in zip(inputs._fields, addresses, strict=False) if address % 16]
+    raise ValueError(
+        f"{', '.join(names)} don't start at a multiple of 16 bytes, as the grouped GEMM's library wants: "
+        "give tensors of their own, or backend='triton_fused[gemm=triton]'"
+    )

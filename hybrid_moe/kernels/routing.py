@@ -1,5 +1,7 @@
 """Routing and sorting in one kernel: from logits to, for each local expert, the list of its tokens.
 
+Where the experts are chosen already, `scatter_kernel` only sorts.
+
 No sorted order is needed, only a place for each (token, local expert) pair: expert ``e`` owns row ``e`` of
 ``slot_token``, and a pair's slot is its place in that row. Rows of the intermediate tensors are the pairs in the order
 (expert, slot), without gaps: their start is the sum of the counts before, which every later kernel adds up for itself.
@@ -104,10 +106,61 @@ def select_experts(
     return topk_expert, weight
 
 
+@triton.jit
+def given_experts(
+    ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS: tl.constexpr, TOP_K, TOP_K_POW2: tl.constexpr
+):
+    """As `select_experts`, of a token whose experts were chosen before the call; -1, with weight zero, for none.
+
+    An expert that is named twice comes once, with the sum of the weights: it has room for each token once.
+    """
+    choice = tl.arange(0, TOP_K_POW2)
+    expert = tl.load(ids_ptr + token * stride_ids + choice, mask=choice < TOP_K, other=-1)
+    expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)
+    weight = tl.load(weights_ptr + token * stride_weights + choice, mask=choice < TOP_K, other=0.0)
+    # What stands beside no expert may be no number.
+    weight = tl.where(expert >= 0, weight, 0.0)
+    same = expert[:, None] == expert[None, :]
+    # Beside a weight only zeros are added where the token's experts differ: it stays bit for bit.
+    weight = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
+    named_before = tl.sum((same & (choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
+    return tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
+
+
+@triton.jit
+def place_pairs(
+    expert,
+    weight,
+    token,
+    counts_ptr,
+    slot_token_ptr,
+    pair_ptr,
+    pair_weight_ptr,
+    num_tokens,
+    local_expert_offset,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Give each of a token's pairs with a local expert a slot, once the counts are cleared; see `route_kernel`."""
+    choice = tl.arange(0, TOP_K_POW2)
+    local = expert - local_expert_offset
+    chosen = choice < TOP_K
+    is_local = chosen & (local >= 0) & (local < E)
+    wait_for_previous_kernel(PDL)
+    slot = tl.atomic_add(counts_ptr + local, 1, mask=is_local)
+    pair_at = token * TOP_K + choice
+    tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
+    tl.store(pair_weight_ptr + pair_at, weight, mask=chosen)
+    slot_at = local.to(tl.int64) * num_tokens + slot
+    tl.store(slot_token_ptr + slot_at, tl.full((TOP_K_POW2,), 0, tl.int32) + tl.program_id(0), mask=is_local)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
 def route_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
-    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
     counts_ptr,  # [E] int32, out; zeros on entry
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
@@ -146,24 +199,70 @@ def route_kernel(
         GROUP_SIZE_POW2,
         SOFTMAX,
     )
+    place_pairs(
+        topk_expert,
+        weight,
+        token,
+        counts_ptr,
+        slot_token_ptr,
+        pair_ptr,
+        pair_weight_ptr,
+        num_tokens,
+        local_expert_offset,
+        E,
+        TOP_K,
+        TOP_K_POW2,
+        PDL,
+    )
 
-    choice = tl.arange(0, TOP_K_POW2)
-    local = topk_expert - local_expert_offset
-    chosen = choice < TOP_K
-    is_local = chosen & (local >= 0) & (local < E)
-    wait_for_previous_kernel(PDL)
-    slot = tl.atomic_add(counts_ptr + local, 1, mask=is_local)
-    pair_at = token * TOP_K + choice
-    tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
-    tl.store(pair_weight_ptr + pair_at, weight, mask=chosen)
-    slot_at = local.to(tl.int64) * num_tokens + slot
-    tl.store(slot_token_ptr + slot_at, tl.full((TOP_K_POW2,), 0, tl.int32) + tl.program_id(0), mask=is_local)
+
+@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset", "stride_ids", "stride_weights"])
+def scatter_kernel(
+    ids_ptr,  # [T, TOP_K] int32 global experts, rows stride_ids apart; what is no expert's number is none
+    weights_ptr,  # [T, TOP_K] float32, rows stride_weights apart
+    counts_ptr,  # these four as `route_kernel` has them
+    slot_token_ptr,
+    pair_ptr,
+    pair_weight_ptr,
+    num_tokens,
+    local_expert_offset,
+    stride_ids,
+    stride_weights,
+    NUM_EXPERTS: tl.constexpr,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`route_kernel` where the experts are chosen already. Grid and order as there."""
+    let_next_kernel_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    expert, weight = given_experts(
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
+    )
+    local = expert - local_expert_offset
+    place_pairs(
+        expert,
+        # The combine loads the weights beside other ranks' experts too, which may be no numbers.
+        tl.where((local >= 0) & (local < E), weight, 0.0),
+        token,
+        counts_ptr,
+        slot_token_ptr,
+        pair_ptr,
+        pair_weight_ptr,
+        num_tokens,
+        local_expert_offset,
+        E,
+        TOP_K,
+        TOP_K_POW2,
+        PDL,
+    )
 
 
 @triton.jit(do_not_specialize=["local_expert_offset"])
 def select_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
-    bias_ptr,  # [NUM_EXPERTS] bfloat16
+    bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
     expert_ptr,  # [T, TOP_K] int32, out: counted from the first local expert, and after the last from expert 0
     weight_ptr,  # [T, TOP_K] float32, out
     local_expert_offset,
@@ -201,8 +300,41 @@ def select_kernel(
         GROUP_SIZE_POW2,
         SOFTMAX,
     )
-    choice = tl.arange(0, TOP_K_POW2)
-    local = topk_expert - local_expert_offset
+    store_experts(topk_expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, N_GROUP * GROUP_SIZE, TOP_K)
+
+
+@triton.jit
+def store_experts(
+    expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr
+):
+    """What a library that sorts by itself wants: the local experts first. None has the number after all of them."""
+    choice = tl.arange(0, expert.shape[0])
+    local = expert - local_expert_offset
+    number = tl.where(expert < 0, NUM_EXPERTS, tl.where(local < 0, local + NUM_EXPERTS, local))
     at = token * TOP_K + choice
-    tl.store(expert_ptr + at, tl.where(local < 0, local + N_GROUP * GROUP_SIZE, local), mask=choice < TOP_K)
+    tl.store(expert_ptr + at, number, mask=choice < TOP_K)
     tl.store(weight_ptr + at, weight, mask=choice < TOP_K)
+
+
+@triton.jit(do_not_specialize=["local_expert_offset", "stride_ids", "stride_weights"])
+def renumber_kernel(
+    ids_ptr,  # these two as `scatter_kernel` has them
+    weights_ptr,
+    expert_ptr,  # these two as `select_kernel` has them; NUM_EXPERTS where there is none
+    weight_ptr,
+    local_expert_offset,
+    stride_ids,
+    stride_weights,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`select_kernel` where the experts are chosen already. Grid and order as there."""
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    expert, weight = given_experts(
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
+    )
+    store_experts(expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, NUM_EXPERTS, TOP_K)

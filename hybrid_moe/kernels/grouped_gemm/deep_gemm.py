@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 
-from ...problem import DeviceKey, MoEInputs, MoEProblem
-from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
+from ...layout import Layout
+from ...problem import DeviceKey, MoEProblem
+from ..pipeline import GroupedGemm, Launch, combine, row_capacity
+from ..plan import Form
+from ..steps import AnyStep, LibraryStep
 from . import libraries
-from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
+from .library_rows import Rows
 
 # Rows of the library's tile on Hopper, unless a process sets another: no tile holds two experts.
 ALIGN = 128
@@ -31,47 +36,50 @@ class DeepGemmGroupedGemm(GroupedGemm):
     """
 
     name = "deep_gemm"
+    wants_alignment = True
+    usual_row_alignment = ALIGN
 
     def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
         """The GPU, the library, and the compiler that it calls."""
         return libraries.deep_gemm_reasons(device)
 
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
-        """The rows of both GEMMs in full width for the worst routing, and the experts' bounds."""
-        return rows_bytes(problem, padded_capacity(problem, num_tokens, ALIGN)) + 4 * (
-            2 * problem.num_local_experts + 1
-        )
+    def row_alignment(self) -> int:
+        """As the library says at each call: others in this process may have set it, and its tiles follow it."""
+        return int(libraries.deep_gemm().get_mk_alignment_for_contiguous_layout())
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
-        """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
-        require_alignment(inputs, routed)
-        library = libraries.deep_gemm()
-        grouped_mm = getattr(library, libraries.DEEP_GEMM_FUNCTION)
-        # Others in this process may have set it, and the library's tiles follow it.
-        align = int(library.get_mk_alignment_for_contiguous_layout())
-        capacity = padded_capacity(problem, inputs.num_tokens, align)
-        rows = Rows.allocate(problem, capacity, output.device, align=align, row_major_scales=False)
-        tables = gather(inputs, routed, problem, launch, rows, problem_tables=False)
+    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+        """The rows of both GEMMs in full width for the worst routing, and the experts' bounds."""
+        _rows(problem, num_tokens, row_alignment).reserve(layout)
+
+    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+        """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine."""
+        grouped_mm = getattr(libraries.deep_gemm(), libraries.DEEP_GEMM_FUNCTION)
+        rows = _rows(problem, form.num_tokens, form.row_alignment)
         # The library chooses its tiles by it.
-        expected = triton.cdiv(inputs.num_tokens * problem.top_k, problem.num_experts)
-        grouped_mm(
-            (rows.gathered, rows.gathered_scale),
-            (inputs.gemm1_weights, inputs.gemm1_weights_scale),
-            rows.gemm1,
-            tables.end,
-            use_psum_layout=True,
-            expected_m_for_psum_layout=expected,
-        )
-        swiglu(routed, problem, launch, rows)
-        grouped_mm(
-            (rows.activated, rows.activated_scale),
-            (inputs.gemm2_weights, inputs.gemm2_weights_scale),
-            rows.gemm2,
-            tables.end,
-            use_psum_layout=True,
-            expected_m_for_psum_layout=expected,
-        )
-        combine(rows.gemm2, routed, problem, launch, output, 0, align=align)
+        expected = triton.cdiv(form.num_tokens * problem.top_k, problem.num_experts)
+
+        def gemm(call: Mapping[str, Any], values: str, weights: str, output: str) -> None:
+            grouped_mm(
+                (call[values], call[f"{values}_scale"].t()),
+                (call[weights], call[f"{weights}_scale"]),
+                call[output],
+                call["end"],
+                use_psum_layout=True,
+                expected_m_for_psum_layout=expected,
+            )
+
+        return [
+            rows.gather(launch, form),
+            LibraryStep(lambda call: gemm(call, "gathered", "gemm1_weights", "gemm1")),
+            rows.swiglu(launch),
+            LibraryStep(lambda call: gemm(call, "activated", "gemm2_weights", "rows")),
+            combine(problem, launch, form, problem.hidden_size, 0),
+        ]
+
+
+def _rows(problem: MoEProblem, num_tokens: int, align: int) -> Rows:
+    capacity = padded_capacity(problem, num_tokens, align)
+    return Rows(problem, capacity, align=align, row_major_scales=False, tables=False)
 
 
 def padded_capacity(problem: MoEProblem, num_tokens: int, align: int) -> int:

@@ -7,162 +7,119 @@ from dataclasses import dataclass
 
 import torch
 
-from ...problem import FP8, MoEInputs, MoEProblem
+from ...layout import Layout
+from ...problem import FP8, MoEProblem
 from ..gather import gather_kernel
 from ..launch import Constants, Kernel
-from ..pipeline import Launch, Routed, pow2
+from ..pipeline import Launch, pow2
+from ..plan import Form
+from ..steps import Step
 from ..swiglu import swiglu_quantize_kernel
 
 # Programs of the SwiGLU that a multiprocessor runs at once.
 SWIGLU_PROGRAMS = 8
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """One call's rows in expert order; those of an expert start at a multiple of ``align``.
+    """How one call's rows lie in expert order, and the tables that say where; all on the device.
 
-    Attributes
-    ----------
-    gathered, gathered_scale
-        ``[capacity, H]`` e4m3 and ``[capacity, H/128]`` float32: the first GEMM's input.
-    gemm1
+    The tensors, by name:
+
+    ``gathered``, ``gathered_scale``
+        ``[capacity, H]`` e4m3 and its scales, float32: the first GEMM's input.
+    ``gemm1``
         ``[capacity, 2I]`` bfloat16, for the first GEMM's result.
-    activated, activated_scale
-        ``[capacity, I]`` e4m3 and ``[capacity, I/128]`` float32: the second GEMM's input.
-    gemm2
+    ``activated``, ``activated_scale``
+        ``[capacity, I]`` e4m3 and its scales: the second GEMM's input.
+    ``rows``
         ``[capacity, H]`` bfloat16, for the second GEMM's result; the memory of ``gathered`` and ``gemm1``, whose last
         reader comes before.
-    align
-        1, or the row tile of a library that wants none to hold two experts.
-    """
-
-    gathered: torch.Tensor
-    gathered_scale: torch.Tensor
-    gemm1: torch.Tensor
-    activated: torch.Tensor
-    activated_scale: torch.Tensor
-    gemm2: torch.Tensor
-    align: int
-
-    @classmethod
-    def allocate(
-        cls, problem: MoEProblem, capacity: int, device: torch.device, *, align: int, row_major_scales: bool
-    ) -> Rows:
-        """Reserve them, nothing written. Scales have a row's blocks, or else a block's rows, side by side."""
-        h, i, b = problem.hidden_size, problem.intermediate_size, problem.block
-        shared = torch.empty(capacity * _shared_bytes_per_row(problem), dtype=torch.uint8, device=device)
-
-        def scales(blocks: int) -> torch.Tensor:
-            if row_major_scales:
-                return torch.empty((capacity, blocks), dtype=torch.float32, device=device)
-            return torch.empty((blocks, capacity), dtype=torch.float32, device=device).t()
-
-        return cls(
-            gathered=shared[: capacity * h].view(FP8).view(capacity, h),
-            gathered_scale=scales(h // b),
-            gemm1=shared[capacity * h : capacity * (h + 4 * i)].view(torch.bfloat16).view(capacity, 2 * i),
-            activated=torch.empty((capacity, i), dtype=FP8, device=device),
-            activated_scale=scales(i // b),
-            gemm2=shared[: capacity * 2 * h].view(torch.bfloat16).view(capacity, h),
-            align=align,
-        )
-
-
-def rows_bytes(problem: MoEProblem, capacity: int) -> int:
-    """Device memory of `Rows`: 17.7 KB a row for DeepSeek-V3."""
-    h, i, b = problem.hidden_size, problem.intermediate_size, problem.block
-    return capacity * (_shared_bytes_per_row(problem) + i + (h + i) // b * 4)
-
-
-def _shared_bytes_per_row(problem: MoEProblem) -> int:
-    h, i = problem.hidden_size, problem.intermediate_size
-    return max(h + 4 * i, 2 * h)
-
-
-@dataclass(slots=True)
-class Tables:
-    """Where the experts' rows are, in the ways the libraries ask for it, all on the device.
-
-    Attributes
-    ----------
-    start, end
+    ``start``, ``end``
         ``[E + 1]`` and ``[E]`` int32: each expert's first row (the last element: where one more would start), and the
         row after its last.
-    problem_sizes
-        ``[2, E, 3]`` int32: rows, columns and sum length of each expert's GEMM1, then of its GEMM2; None if unwanted.
-    strides
-        ``[3, E]`` int64: H, I and 2I, each E times; None if unwanted.
+    ``problem_sizes``, ``strides``
+        If wanted: ``[2, E, 3]`` int32, rows, columns and sum length of each expert's GEMM1, then of its GEMM2; and
+        ``[3, E]`` int64, H, I and 2I, each E times.
+
+    Parameters
+    ----------
+    problem
+        Of the layer.
+    capacity
+        Rows that there is room for.
+    align
+        Each expert's rows start at a multiple of it: 1, or the row tile of a library that wants none to hold two
+        experts.
+    row_major_scales
+        Whether scales are ``[capacity, blocks]``, or else ``[blocks, capacity]``.
+    tables
+        Whether ``problem_sizes`` and ``strides`` are wanted.
     """
 
-    start: torch.Tensor
-    end: torch.Tensor
-    problem_sizes: torch.Tensor | None = None
-    strides: torch.Tensor | None = None
+    problem: MoEProblem
+    capacity: int
+    align: int
+    row_major_scales: bool
+    tables: bool
 
+    def reserve(self, layout: Layout) -> None:
+        """Add the tensors: 17.7 KB a row for DeepSeek-V3."""
+        p, capacity = self.problem, self.capacity
+        e, h, i = p.num_local_experts, p.hidden_size, p.intermediate_size
+        shared = layout.bytes
+        layout.reserve("shared", (capacity * max(h + 4 * i, 2 * h),), torch.uint8)
+        layout.overlay("gathered", shared, (capacity, h), FP8)
+        layout.overlay("gemm1", shared + capacity * h, (capacity, 2 * i), torch.bfloat16)
+        layout.overlay("rows", shared, (capacity, h), torch.bfloat16)
+        layout.reserve("gathered_scale", self._scales(h), torch.float32)
+        layout.reserve("activated", (capacity, i), FP8)
+        layout.reserve("activated_scale", self._scales(i), torch.float32)
+        layout.reserve("start", (e + 1,), torch.int32)
+        layout.reserve("end", (e,), torch.int32)
+        if self.tables:
+            layout.reserve("problem_sizes", (2, e, 3), torch.int32)
+            layout.reserve("strides", (3, e), torch.int64)
 
-def require_alignment(inputs: MoEInputs, routed: Routed) -> None:
-    """Raise ValueError with the names of inputs that don't start at a multiple of 16 bytes."""
-    if routed.aligned:
-        return
-    tensors = inputs._asdict().items()
-    names = [name for name, value in tensors if isinstance(value, torch.Tensor) and value.data_ptr() % 16]
-    raise ValueError(
-        f"{', '.join(names)} don't start at a multiple of 16 bytes, as the grouped GEMM's library wants: "
-        "give tensors of their own, or backend='triton_fused[gemm=triton]'"
-    )
+    def _scales(self, width: int) -> tuple[int, int]:
+        blocks = width // self.problem.block
+        return (self.capacity, blocks) if self.row_major_scales else (blocks, self.capacity)
 
+    def _scale_strides(self, width: int) -> tuple[int, int]:
+        """From row to row, and from block to block."""
+        return (width // self.problem.block, 1) if self.row_major_scales else (1, self.capacity)
 
-def gather(
-    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows, *, problem_tables: bool
-) -> Tables:
-    """Launch the copy of the tokens into ``rows``, which fills the tables as well."""
-    e, device = problem.num_local_experts, rows.gathered.device
-    # A buffer of its own: the binary that `GATHER` keeps assumes the alignment of the bounds, the same for each E.
-    bounds = torch.empty(2 * e + 1, dtype=torch.int32, device=device)
-    tables = Tables(bounds[: e + 1], bounds[e + 1 :])
-    if problem_tables:
-        tables.problem_sizes = torch.empty((2, e, 3), dtype=torch.int32, device=device)
-        tables.strides = torch.empty((3, e), dtype=torch.int64, device=device)
-    arguments = (
-        inputs.hidden_states,
-        inputs.hidden_states_scale,
-        routed.counts,
-        routed.pair,
-        rows.gathered,
-        rows.gathered_scale,
-        tables.start,
-        tables.end,
-        bounds if tables.problem_sizes is None else tables.problem_sizes,
-        bounds if tables.strides is None else tables.strides,
-        inputs.hidden_states_scale.stride(0),
-        inputs.hidden_states_scale.stride(1),
-        rows.gathered_scale.stride(0),
-        rows.gathered_scale.stride(1),
-    )
-    constants = _gather_constants(problem, launch, rows.align, inputs.hidden_states.stride(0), problem_tables)
-    GATHER.launch((inputs.num_tokens,), arguments, constants, device, routed.aligned)
-    return tables
+    def gather(self, launch: Launch, form: Form) -> Step:
+        """The copy of the tokens into ``gathered``, which fills the tables as well."""
+        operands = (
+            "hidden_states",
+            "hidden_states_scale",
+            "counts",
+            "pair",
+            "gathered",
+            "gathered_scale",
+            "start",
+            "end",
+            "problem_sizes" if self.tables else "start",
+            "strides" if self.tables else "start",
+            form.stride_scale_k,
+            form.stride_scale_t,
+            *self._scale_strides(self.problem.hidden_size),
+        )
+        constants = _gather_constants(self.problem, launch, self.align, form.stride_hidden, self.tables)
+        return Step(GATHER, (form.num_tokens,), operands, constants, form.aligned)
 
-
-def swiglu(routed: Routed, problem: MoEProblem, launch: Launch, rows: Rows) -> None:
-    """Launch SwiGLU and quantisation of ``rows.gemm1`` into ``rows.activated``."""
-    blocks = problem.intermediate_size // problem.block
-    capacity = rows.gemm1.shape[0]
-    # A row is cut into pieces where there are too few rows to occupy the GPU.
-    most = 2 if capacity < 8 * launch.multiprocessors else 8
-    piece = next(n for n in (8, 4, 2, 1) if n <= most and blocks % n == 0)
-    pieces = capacity * (blocks // piece)
-    arguments = (
-        rows.gemm1,
-        routed.counts,
-        rows.activated,
-        rows.activated_scale,
-        rows.activated_scale.stride(0),
-        rows.activated_scale.stride(1),
-    )
-    grid = (min(pieces, launch.multiprocessors * SWIGLU_PROGRAMS),)
-    constants = _swiglu_constants(problem, launch, rows.align, piece)
-    SWIGLU.launch(grid, arguments, constants, rows.gemm1.device, True)
+    def swiglu(self, launch: Launch) -> Step:
+        """SwiGLU and quantisation of ``gemm1`` into ``activated``."""
+        blocks = self.problem.intermediate_size // self.problem.block
+        # A row is cut into pieces where there are too few rows to occupy the GPU.
+        most = 2 if self.capacity < 8 * launch.multiprocessors else 8
+        piece = next(n for n in (8, 4, 2, 1) if n <= most and blocks % n == 0)
+        pieces = self.capacity * (blocks // piece)
+        strides = self._scale_strides(self.problem.intermediate_size)
+        grid = (min(pieces, launch.multiprocessors * SWIGLU_PROGRAMS),)
+        constants = _swiglu_constants(self.problem, launch, self.align, piece)
+        return Step(SWIGLU, grid, ("gemm1", "counts", "activated", "activated_scale", *strides), constants, True)
 
 
 GATHER, SWIGLU = Kernel(gather_kernel), Kernel(swiglu_quantize_kernel)

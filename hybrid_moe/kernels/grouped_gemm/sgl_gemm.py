@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
-from ...problem import DeviceKey, MoEInputs, MoEProblem
-from ..pipeline import GroupedGemm, Launch, Routed, combine, row_capacity
+from ...layout import Layout
+from ...problem import DeviceKey, MoEProblem
+from ..pipeline import GroupedGemm, Launch, combine, row_capacity
+from ..plan import Form
+from ..steps import AnyStep, LibraryStep
 from . import libraries
-from .library_rows import Rows, gather, require_alignment, rows_bytes, swiglu
+from .library_rows import Rows
 
 # What SGLang reserves for CUTLASS.
 WORKSPACE_BYTES = 90_000
@@ -33,6 +39,7 @@ class SglGroupedGemm(GroupedGemm):
     """
 
     name = "sgl_kernel"
+    wants_alignment = True
 
     def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
         """The GPU, the library, and the experts that it can count."""
@@ -41,58 +48,64 @@ class SglGroupedGemm(GroupedGemm):
             reasons.append(f"num_local_experts is {problem.num_local_experts}; at most {MAX_EXPERTS} is wanted")
         return reasons
 
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
+    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The rows of both GEMMs in full width for the worst routing, and the experts' tables."""
-        tables = problem.num_local_experts * (8 * 8 + 4 * (2 + 6 + 2 * LAYOUT_INTS))
-        return rows_bytes(problem, row_capacity(problem, num_tokens)) + tables + WORKSPACE_BYTES
+        _rows(problem, num_tokens).reserve(layout)
+        layout.reserve("pointers", (5, problem.num_local_experts), torch.int64)
+        layout.reserve("layouts", (2, problem.num_local_experts, LAYOUT_INTS), torch.int32)
+        layout.reserve("workspace", (WORKSPACE_BYTES,), torch.uint8)
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
-        """Launch all steps; ValueError if an input doesn't start at a multiple of 16 bytes, as the library wants."""
-        require_alignment(inputs, routed)
+    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+        """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine."""
         grouped_mm = libraries.sgl_grouped_mm()
-        e, device = problem.num_local_experts, output.device
-        rows = Rows.allocate(problem, row_capacity(problem, inputs.num_tokens), device, align=1, row_major_scales=True)
-        tables = gather(inputs, routed, problem, launch, rows, problem_tables=True)
-        assert tables.problem_sizes is not None and tables.strides is not None
-        h, i, two_i = tables.strides.unbind()
-        sizes1, sizes2 = tables.problem_sizes.unbind()
-        start = tables.start[:-1]
-        pointers = torch.empty((5, e), dtype=torch.int64, device=device).unbind()
-        layouts = torch.empty((2, e, LAYOUT_INTS), dtype=torch.int32, device=device).unbind()
-        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        shown = _shown_rows(problem, inputs.num_tokens, rows.gathered.shape[0])
-        grouped_mm(
-            rows.gemm1,
-            *pointers,
-            rows.gathered[:shown],
-            inputs.gemm1_weights.transpose(1, 2),
-            rows.gathered_scale,
-            inputs.gemm1_weights_scale.transpose(1, 2),
-            h,
-            h,
-            two_i,
-            *layouts,
-            sizes1,
-            start,
-            workspace,
-        )
-        swiglu(routed, problem, launch, rows)
-        grouped_mm(
-            rows.gemm2,
-            *pointers,
-            rows.activated[:shown],
-            inputs.gemm2_weights.transpose(1, 2),
-            rows.activated_scale,
-            inputs.gemm2_weights_scale.transpose(1, 2),
-            i,
-            i,
-            h,
-            *layouts,
-            sizes2,
-            start,
-            workspace,
-        )
-        combine(rows.gemm2, routed, problem, launch, output, 0)
+        rows = _rows(problem, form.num_tokens)
+        shown = _shown_rows(problem, form.num_tokens, rows.capacity)
+
+        def gemm1(call: Mapping[str, Any]) -> None:
+            h, _, two_i = call["strides"].unbind()
+            _run(grouped_mm, call, "gemm1", ("gathered", "gathered_scale"), shown, (h, h, two_i), 0)
+
+        def gemm2(call: Mapping[str, Any]) -> None:
+            h, i, _ = call["strides"].unbind()
+            _run(grouped_mm, call, "rows", ("activated", "activated_scale"), shown, (i, i, h), 1)
+
+        return [
+            rows.gather(launch, form),
+            LibraryStep(gemm1),
+            rows.swiglu(launch),
+            LibraryStep(gemm2),
+            combine(problem, launch, form, problem.hidden_size, 0),
+        ]
+
+
+def _rows(problem: MoEProblem, num_tokens: int) -> Rows:
+    return Rows(problem, row_capacity(problem, num_tokens), align=1, row_major_scales=True, tables=True)
+
+
+def _run(
+    grouped_mm: Callable[..., Any],
+    call: Mapping[str, Any],
+    output: str,
+    activation: tuple[str, str],
+    shown: int,
+    strides: tuple[torch.Tensor, ...],
+    which: int,
+) -> None:
+    values, scale = activation
+    weights = f"gemm{which + 1}_weights"
+    grouped_mm(
+        call[output],
+        *call["pointers"].unbind(),
+        call[values][:shown],
+        call[weights].transpose(1, 2),
+        call[scale],
+        call[f"{weights}_scale"].transpose(1, 2),
+        *strides,
+        *call["layouts"].unbind(),
+        call["problem_sizes"][which],
+        call["start"][:-1],
+        call["workspace"],
+    )
 
 
 def _shown_rows(problem: MoEProblem, num_tokens: int, capacity: int) -> int:

@@ -9,31 +9,63 @@ from ...problem import MoEProblem
 
 
 @dataclass(frozen=True, slots=True)
+class Tier:
+    """Rows of a tile, with the load pipeline that suits them.
+
+    Parameters
+    ----------
+    block_m
+        Rows of the result that one step computes.
+    num_stages
+        Depth of the load pipeline.
+    k_unroll
+        128 blocks of the sum in one stage: neighbouring loads of one weight row, which memory serves better together.
+    """
+
+    block_m: int
+    num_stages: int
+    k_unroll: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
     """One kernel's tile and resources.
 
     Parameters
     ----------
-    block_m, block_n
-        Rows and columns of the result that one step computes. GEMM1 computes ``block_n`` gate and as many up columns.
-    num_warps, num_stages
-        Warps of a program and depth of its load pipeline.
-    k_unroll
-        128 blocks of the sum in one stage: neighbouring loads of one weight row, which memory serves better together.
+    block_n
+        Columns of the result that one step computes. GEMM1 computes ``block_n`` gate and as many up columns.
+    num_warps
+        Warps of a program.
+    tiers
+        By rows. An expert's rows are cut by the last; what is left of them for a tile takes the first tier that holds
+        it. They are known on the device alone. All tiers share one kernel, whose registers and shared memory are the
+        most that any of them needs.
     programs_per_multiprocessor
         Grid bound: programs share the tiles, so more of them than are resident only add start-up work.
-    few
-        ``(block_m, num_stages, k_unroll)`` of the tile for an expert with at most ``block_m`` rows, the rest being
-        equal: rows per expert are known on the device alone. ``(0, 1, 1)`` for none.
+    joined
+        One product computes both halves of a tile's columns (GEMM1: gate and up), instead of two that wait for one
+        another and need fewer registers at a time.
+    max_registers
+        Of a thread, so that more programs fit; None for what the compiler finds best.
     """
 
-    block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
-    k_unroll: int = 1
+    tiers: tuple[Tier, ...]
     programs_per_multiprocessor: int = 32
-    few: tuple[int, int, int] = (0, 1, 1)
+    joined: bool = False
+    max_registers: int | None = None
+
+    def __post_init__(self) -> None:
+        rows = [tier.block_m for tier in self.tiers]
+        if not rows or rows != sorted(set(rows)):
+            raise ValueError(f"tiers have {rows} rows; one or more are wanted, each with more than the one before")
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a full tile."""
+        return self.tiers[-1].block_m
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +76,39 @@ class TilePlan:
     gemm2: Tile
 
 
-# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H200, see
-# benchmarks/NOTES.md.
+_FEW = TilePlan(Tile(64, 4, (Tier(16, 4),)), Tile(128, 4, (Tier(16, 3, 2),), joined=True))
+# (up to so many tokens for each expert of the model if routing is even, plan).
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, TilePlan(Tile(16, 64, 4, 4), Tile(16, 128, 4, 3, 2))),
-    (80.0, TilePlan(Tile(64, 64, 4, 4, few=(16, 3, 2)), Tile(64, 128, 4, 4, few=(16, 3, 2)))),
-    (float("inf"), TilePlan(Tile(128, 128, 8, 3, 1, 4), Tile(128, 256, 8, 3, 1, 4))),
+    (0.5, _FEW),
+    # Bound by memory: three programs to a multiprocessor, by their registers and by their shared memory.
+    (
+        16.0,
+        TilePlan(
+            Tile(64, 4, (Tier(16, 5), Tier(32, 4), Tier(64, 3)), joined=True, max_registers=168),
+            Tile(128, 4, (Tier(16, 4), Tier(32, 3), Tier(64, 3)), joined=True, max_registers=168),
+        ),
+    ),
+    # Some experts are bound by arithmetic: two programs of twice the warps, the largest tile for less traffic from L2.
+    (
+        80.0,
+        TilePlan(
+            Tile(64, 8, (Tier(16, 3, 2), Tier(32, 5), Tier(64, 4), Tier(128, 3)), max_registers=128),
+            Tile(128, 8, (Tier(16, 3, 2), Tier(32, 5), Tier(64, 4), Tier(128, 3)), max_registers=128),
+        ),
+    ),
+    (float("inf"), TilePlan(Tile(128, 8, (Tier(128, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))),
 )
-# Never measured: the tiles above that compile for sm_100a without spills, by tcgen05 where there are rows enough.
+# Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
-    *TILES_SM90[:2],
-    (float("inf"), TilePlan(Tile(128, 64, 8, 4, 1, 2), Tile(128, 128, 8, 4, 1, 2))),
+    (0.5, _FEW),
+    (
+        80.0,
+        TilePlan(
+            Tile(64, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True),
+            Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True),
+        ),
+    ),
+    (float("inf"), TilePlan(Tile(64, 8, (Tier(128, 4),), 2), Tile(128, 8, (Tier(128, 4),), 2, joined=True))),
 )
 
 
@@ -76,9 +130,8 @@ def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
     def unroll(wanted: int) -> int:
         return next(u for u in range(wanted, 0, -1) if inner // block % u == 0)
 
-    few = (*tile.few[:2], unroll(tile.few[2]))
-    block_n = tile.block_n if columns % tile.block_n == 0 else block
-    return replace(tile, k_unroll=unroll(tile.k_unroll), block_n=block_n, few=few)
+    tiers = tuple(replace(tier, k_unroll=unroll(tier.k_unroll)) for tier in tile.tiers)
+    return replace(tile, block_n=tile.block_n if columns % tile.block_n == 0 else block, tiers=tiers)
 
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...problem import FP8, DeviceKey, MoEInputs, MoEProblem
-from ..launch import Argument, Constants, Kernel
-from ..pipeline import GroupedGemm, Launch, Routed, column_chunk, combine, pow2, row_capacity
+from ...layout import Layout
+from ...problem import FP8, DeviceKey, MoEProblem
+from ..launch import Constants, Kernel
+from ..pipeline import GroupedGemm, Launch, column_chunk, combine, pow2, row_capacity
+from ..plan import Form
+from ..steps import AnyStep, Operand, Step, Tiles
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
 from .triton_kernels import gemm1_swiglu_kernel, gemm2_kernel
 
@@ -23,35 +25,32 @@ class TritonGroupedGemm(GroupedGemm):
         self._capability = capability
 
     def plan(self, problem: MoEProblem, num_tokens: int) -> TilePlan:
-        """The tiles that `run` uses."""
+        """The tiles that `steps` uses."""
         return tile_plan(problem, num_tokens, self._capability)
 
     def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
         """None: what Triton needs is asked by the backend."""
         return []
 
-    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
+    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
-        rows, width = row_capacity(problem, num_tokens), problem.intermediate_size
-        total = rows * (width + width // problem.block * 4) + rows * column_chunk(problem, rows) * 2
-        if self.plan(problem, num_tokens).gemm1.block_n < problem.block:
-            total += rows * width * 4 + self.num_tickets(problem, num_tokens) * 4
-        return total
+        rows = row_capacity(problem, num_tokens)
+        reserve_activation(layout, problem, rows, self.plan(problem, num_tokens).gemm1)
+        layout.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
         """Those of the plan's GEMM1."""
         return tickets_of(problem, num_tokens, self.plan(problem, num_tokens).gemm1)
 
-    def run(self, inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, output: torch.Tensor) -> None:
-        """Launch GEMM1, then GEMM2 and the combine for each chunk of columns."""
-        plan = self.plan(problem, inputs.num_tokens)
-        activated, scale = gemm1(inputs, routed, problem, launch, plan.gemm1)
-        capacity = activated.shape[0]
-        columns = column_chunk(problem, capacity)
-        rows = torch.empty((capacity, columns), dtype=torch.bfloat16, device=output.device)
+    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+        """GEMM1, then GEMM2 and the combine for each chunk of columns."""
+        plan = self.plan(problem, form.num_tokens)
+        steps: list[AnyStep] = [gemm1(problem, launch, form, plan.gemm1)]
+        columns = column_chunk(problem, row_capacity(problem, form.num_tokens))
         for first_column in range(0, problem.hidden_size, columns):
-            gemm2(activated, scale, inputs, routed, problem, launch, plan.gemm2, rows, first_column)
-            combine(rows, routed, problem, launch, output, first_column)
+            steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column))
+            steps.append(combine(problem, launch, form, columns, first_column))
+        return steps
 
 
 def tickets_of(problem: MoEProblem, num_tokens: int, tile: Tile) -> int:
@@ -61,78 +60,73 @@ def tickets_of(problem: MoEProblem, num_tokens: int, tile: Tile) -> int:
     return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
 
 
-def gemm1(
-    inputs: MoEInputs, routed: Routed, problem: MoEProblem, launch: Launch, tile: Tile
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile) -> None:
+    """Add the result of `gemm1`, and what it gathers in float32 where its tiles are narrower than a 128 block."""
+    width = problem.intermediate_size
+    layout.reserve("activated", (rows, width), FP8)
+    layout.reserve("activated_scale", (width // problem.block, rows), torch.float32)
+    if tile.block_n < problem.block:
+        layout.reserve("unquantized", (rows, width), torch.float32)
+
+
+def gemm1(problem: MoEProblem, launch: Launch, form: Form, tile: Tile) -> Step:
     """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales.
 
-    ``routed.tickets`` must be zeros if the tile is narrower than 128 columns.
+    ``tickets`` must be zeros if the tile is narrower than 128 columns.
     """
-    tokens, device = inputs.num_tokens, inputs.hidden_states.device
-    capacity, width = row_capacity(problem, tokens), problem.intermediate_size
-    activated = torch.empty((capacity, width), dtype=FP8, device=device)
-    scale = torch.empty((width // problem.block, capacity), dtype=torch.float32, device=device)
+    tokens, width = form.num_tokens, problem.intermediate_size
     narrow = tile.block_n < problem.block
-    unquantized = torch.empty((capacity, width), dtype=torch.float32, device=device) if narrow else scale
-    arguments = (
-        inputs.hidden_states,
-        inputs.hidden_states_scale,
-        weights_argument(inputs.gemm1_weights, tile.block_n, routed.aligned),
-        inputs.gemm1_weights_scale,
-        routed.counts,
-        routed.slot_token,
-        activated,
-        scale,
-        unquantized,
-        routed.tickets,
-        inputs.hidden_states_scale.stride(0),
-        inputs.hidden_states_scale.stride(1),
+    operands = (
+        "hidden_states",
+        "hidden_states_scale",
+        weights_operand("gemm1_weights", problem, form, (width, problem.hidden_size), 2, 1 + tile.joined, tile.block_n),
+        "gemm1_weights_scale",
+        "counts",
+        "slot_token",
+        "activated",
+        "activated_scale",
+        "unquantized" if narrow else "activated_scale",
+        "tickets" if narrow else "counts",
+        form.stride_scale_k,
+        form.stride_scale_t,
         tokens,
-        capacity,
+        row_capacity(problem, tokens),
     )
     tiles = max_row_tiles(problem, tokens, tile.block_m) * (width // tile.block_n)
     grid = (min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)
-    constants = _gemm1_constants(problem, launch, tile, inputs.hidden_states.stride(0), routed.aligned)
-    GEMM1.launch(grid, arguments, constants, device, routed.aligned)
-    return activated, scale
+    constants = _gemm1_constants(problem, launch, tile, form.stride_hidden, form.aligned)
+    return Step(GEMM1, grid, operands, constants, form.aligned)
 
 
-def gemm2(
-    activated: torch.Tensor,
-    scale: torch.Tensor,
-    inputs: MoEInputs,
-    routed: Routed,
-    problem: MoEProblem,
-    launch: Launch,
-    tile: Tile,
-    rows: torch.Tensor,
-    first_column: int,
-) -> None:
-    """Columns ``[first_column, first_column + rows.shape[1])`` of the second GEMM into ``rows`` bfloat16."""
-    capacity, columns = rows.shape
+def gemm2(problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: int, first_column: int) -> Step:
+    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
     block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
-    tiles = max_row_tiles(problem, inputs.num_tokens, tile.block_m) * (columns // block_n)
-    arguments = (
-        activated,
-        scale,
-        weights_argument(inputs.gemm2_weights, min(block_n, problem.block), routed.aligned),
-        inputs.gemm2_weights_scale,
-        routed.counts,
-        rows,
+    tiles = max_row_tiles(problem, form.num_tokens, tile.block_m) * (columns // block_n)
+    box_rows = block_n if tile.joined else block_n // 2
+    shape = (problem.hidden_size, problem.intermediate_size)
+    operands = (
+        "activated",
+        "activated_scale",
+        weights_operand("gemm2_weights", problem, form, shape, 1, 1, box_rows),
+        "gemm2_weights_scale",
+        "counts",
+        "rows",
         first_column,
-        capacity,
+        row_capacity(problem, form.num_tokens),
     )
     grid = (min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)
-    constants = _gemm2_constants(problem, launch, tile, columns, block_n, routed.aligned)
-    GEMM2.launch(grid, arguments, constants, rows.device, routed.aligned)
+    constants = _gemm2_constants(problem, launch, tile, columns, block_n, form.aligned)
+    return Step(GEMM2, grid, operands, constants, form.aligned)
 
 
-def weights_argument(weights: torch.Tensor, block_rows: int, aligned: bool) -> Argument:
-    """A descriptor of the rows of all experts in tiles of ``block_rows`` by 128, or the tensor where TMA can't read."""
-    if not aligned:
-        return weights
-    experts, rows, inner = weights.shape
-    return TensorDescriptor(weights, [experts * rows, inner], [inner, 1], [block_rows, 128])
+def weights_operand(
+    name: str, problem: MoEProblem, form: Form, shape: tuple[int, int], parts: int, box_parts: int, box_rows: int
+) -> Operand:
+    """Each expert's weights as ``parts`` matrices of ``shape``, in tiles; the tensor itself where TMA can't read.
+
+    A tile is ``box_rows`` rows by 128 columns of each of ``box_parts`` neighbouring parts.
+    """
+    return Tiles(name, problem.num_local_experts * parts, *shape, box_parts, box_rows) if form.aligned else name
 
 
 GEMM1, GEMM2 = Kernel(gemm1_swiglu_kernel), Kernel(gemm2_kernel)
@@ -149,11 +143,12 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
 @functools.lru_cache(maxsize=256)
@@ -168,19 +163,20 @@ def _gemm2_constants(
         "E_POW2": pow2(problem.num_local_experts),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": block_n,
-        **_pipelines(tile),
+        "JOINED": tile.joined,
+        "TIERS": _tiers(tile),
         "TMA": tma,
         "PDL": launch.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": tile.num_warps})
+    return Constants(arguments, _options(launch, tile))
 
 
-def _pipelines(tile: Tile) -> dict[str, int]:
-    few_m, few_stages, few_unroll = tile.few
-    return {
-        "NUM_STAGES": tile.num_stages,
-        "K_UNROLL": tile.k_unroll,
-        "FEW_M": few_m,
-        "FEW_STAGES": few_stages,
-        "FEW_UNROLL": few_unroll,
-    }
+def _tiers(tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
+    """Each tier as the kernels want it: the rows above which and up to which it is taken, stages, unrolling."""
+    above = (0, *(tier.block_m for tier in tile.tiers))
+    return tuple((low, t.block_m, t.num_stages, t.k_unroll) for low, t in zip(above, tile.tiers, strict=False))
+
+
+def _options(launch: Launch, tile: Tile) -> dict[str, int | bool]:
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {**launch.options, "num_warps": tile.num_warps, **limit}

@@ -38,17 +38,29 @@ def locate_tile(tile, count, expert, TILES_N: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def load_weights(weight, row, block, ROWS: tl.constexpr, INNER: tl.constexpr, TMA: tl.constexpr):
-    """ROWS rows of one 128 block of a weight matrix ``[all experts' rows, INNER]``.
+def load_weights(
+    weight,
+    matrix,
+    row,
+    block,
+    MATRICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    INNER: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One 128 block of ROWS rows of each of MATRICES neighbours, one below the other; a matrix is ``[HEIGHT, INNER]``.
 
-    By its descriptor (TMA) no thread computes addresses: a quarter of the registers, and 4.19 instead of 3.9 TB/s on an
-    H200. By pointer where the weights don't start at a multiple of 16 bytes.
+    By their descriptor (TMA) no thread computes addresses: a quarter of the registers, and 4.19 instead of 3.9 TB/s on
+    an H200. By pointer where the weights don't start at a multiple of 16 bytes.
     """
     if TMA:
-        return weight.load([row, block * 128])
+        # In shared memory the matrices' rows lie one below the other already: the new shape moves nothing.
+        return tl.reshape(weight.load([matrix, row, block * 128]), (MATRICES * ROWS, 128))
     else:
-        at = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * INNER + block * 128 + tl.arange(0, 128)[None, :]
-        return tl.load(weight + at)
+        index = tl.arange(0, MATRICES * ROWS)
+        height = (matrix + index // ROWS).to(tl.int64) * HEIGHT + row + index % ROWS
+        return tl.load(weight + height[:, None] * INNER + block * 128 + tl.arange(0, 128)[None, :])
 
 
 @triton.jit
@@ -69,6 +81,16 @@ def scaled_product(x, w, row_scale, SWAP: tl.constexpr):
         return tl.dot(w, tl.trans(x)) * row_scale[None, :]
     else:
         return tl.dot(x, tl.trans(w)) * row_scale[:, None]
+
+
+@triton.jit
+def scaled_pair_product(x, w, row_scale, first_scale, second_scale, ROWS: tl.constexpr, SWAP: tl.constexpr):
+    """`scaled_product` with one more factor for the first ROWS rows of ``w`` and another for the ROWS after them."""
+    factor = tl.where(tl.arange(0, 2 * ROWS) < ROWS, first_scale, second_scale)
+    if SWAP:
+        return tl.dot(w, tl.trans(x)) * (factor[:, None] * row_scale[None, :])
+    else:
+        return tl.dot(x, tl.trans(w)) * (row_scale[:, None] * factor[None, :])
 
 
 @triton.jit
@@ -114,8 +136,8 @@ def gemm1_tile(
     at,
     rows,
     rows_before,
-    tiles_before,
-    tile_m,
+    row_tile,
+    first_slot,
     tile_n,
     STRIDE_HIDDEN: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -123,6 +145,7 @@ def gemm1_tile(
     GATE_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    JOINED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
@@ -130,45 +153,56 @@ def gemm1_tile(
     """One tile of `gemm1_swiglu_kernel`, whose arguments these are; the rest says where the tile lies."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = HIDDEN // BLOCK_K
-    UP: tl.constexpr = INTERMEDIATE if GATE_FIRST else 0
-    GATE: tl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
     tl.static_assert(K_BLOCKS % K_UNROLL == 0)
     k = tl.arange(0, BLOCK_K)
-    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = first_slot + tl.arange(0, BLOCK_M)
     real = slot < rows
     token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
     hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
     hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
-    weight_row = at * (2 * INTERMEDIATE) + tile_n * BLOCK_N
-    block_n = tile_n * BLOCK_N // 128
-    scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
-    up_scale_at = scale_at + UP // 128 * K_BLOCKS
-    gate_scale_at = scale_at + GATE // 128 * K_BLOCKS
+    weight_row = tile_n * BLOCK_N
+    block_n = weight_row // 128
+    first_scale_at = weight_scale_ptr + (at * (2 * INTERMEDIATE // 128) + block_n) * K_BLOCKS
+    second_scale_at = first_scale_at + INTERMEDIATE // 128 * K_BLOCKS
 
-    SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N >= 64
-    up = zeros(BLOCK_M, BLOCK_N, SWAP)
-    gate = zeros(BLOCK_M, BLOCK_N, SWAP)
+    # Of the two halves of the weights, which GATE_FIRST names.
+    SWAP: tl.constexpr = BLOCK_M < 64 and BLOCK_N * (2 if JOINED else 1) >= 64
+    if JOINED:
+        both = zeros(BLOCK_M, 2 * BLOCK_N, SWAP)
+    else:
+        first = zeros(BLOCK_M, BLOCK_N, SWAP)
+        second = zeros(BLOCK_M, BLOCK_N, SWAP)
     # Scales are loaded one block ahead: their latency would stall every promotion.
-    next_row, next_up, next_gate = gemm1_scales(
-        hidden_scale_at, up_scale_at, gate_scale_at, 0, stride_scale_k, real, K_BLOCKS
+    next_row, next_first, next_second = gemm1_scales(
+        hidden_scale_at, first_scale_at, second_scale_at, 0, stride_scale_k, real, K_BLOCKS
     )
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
         for unrolled in tl.static_range(K_UNROLL):
             block = step * K_UNROLL + unrolled
-            row_scale, up_scale, gate_scale = next_row, next_up, next_gate
-            next_row, next_up, next_gate = gemm1_scales(
-                hidden_scale_at, up_scale_at, gate_scale_at, block + 1, stride_scale_k, real, K_BLOCKS
+            row_scale, first_scale, second_scale = next_row, next_first, next_second
+            next_row, next_first, next_second = gemm1_scales(
+                hidden_scale_at, first_scale_at, second_scale_at, block + 1, stride_scale_k, real, K_BLOCKS
             )
             # Weights first: their loads wait for nothing, those of the rows for the tokens' numbers.
-            w_up = load_weights(weight, weight_row + UP, block, BLOCK_N, HIDDEN, TMA)
-            w_gate = load_weights(weight, weight_row + GATE, block, BLOCK_N, HIDDEN, TMA)
-            x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            up += scaled_product(x, w_up, row_scale * up_scale, SWAP)
-            gate += scaled_product(x, w_gate, row_scale * gate_scale, SWAP)
-    if SWAP:
-        up, gate = tl.trans(up), tl.trans(gate)
+            if JOINED:
+                w = load_weights(weight, 2 * at, weight_row, block, 2, BLOCK_N, INTERMEDIATE, HIDDEN, TMA)
+                x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+                both += scaled_pair_product(x, w, row_scale, first_scale, second_scale, BLOCK_N, SWAP)
+            else:
+                w_first = load_weights(weight, 2 * at, weight_row, block, 1, BLOCK_N, INTERMEDIATE, HIDDEN, TMA)
+                w_second = load_weights(weight, 2 * at + 1, weight_row, block, 1, BLOCK_N, INTERMEDIATE, HIDDEN, TMA)
+                x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
+                first += scaled_product(x, w_first, row_scale * first_scale, SWAP)
+                second += scaled_product(x, w_second, row_scale * second_scale, SWAP)
+    if JOINED:
+        if SWAP:
+            both = tl.trans(both)
+        # Columns BLOCK_N apart are one thread's: no value moves.
+        first, second = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    elif SWAP:
+        first, second = tl.trans(first), tl.trans(second)
 
-    value = swiglu_of(gate, up)
+    value = swiglu_of(first, second) if GATE_FIRST else swiglu_of(second, first)
     row = (rows_before + slot).to(tl.int64)
     if BLOCK_N == 128:
         store_quantized(value, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE)
@@ -178,7 +212,7 @@ def gemm1_tile(
         tl.store(row_at + column[None, :], value, mask=real[:, None])
         # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
         tl.debug_barrier()
-        ticket_at = tickets_ptr + (tiles_before + tile_m) * (INTERMEDIATE // 128) + block_n
+        ticket_at = tickets_ptr + row_tile * (INTERMEDIATE // 128) + block_n
         ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
         if ticket == 128 // BLOCK_N - 1:
             # Past the first-level cache, which other multiprocessors' stores don't reach.
@@ -211,17 +245,15 @@ def gemm1_swiglu_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    K_UNROLL: tl.constexpr,
-    FEW_M: tl.constexpr,
-    FEW_STAGES: tl.constexpr,
-    FEW_UNROLL: tl.constexpr,
+    JOINED: tl.constexpr,
+    TIERS: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N gate and up columns.
 
-    An expert with at most FEW_M rows (0: none) takes a tile of FEW_M rows instead, with a pipeline of its own.
+    JOINED computes gate and up by one product. TIERS are tuples (rows above which, rows of the tile, stages, unroll): a
+    tile takes the one that what is left of its expert's rows falls into, all from BLOCK_M on the last.
     """
     tl.static_assert(128 % BLOCK_N == 0)
     TILES_N: tl.constexpr = INTERMEDIATE // BLOCK_N
@@ -233,21 +265,17 @@ def gemm1_swiglu_kernel(
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
-        if FEW_M > 0 and rows <= FEW_M:
-            gemm1_tile(
-                hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
-                unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
-                at, rows, rows_before, tiles_before, tile_m, tile_n,
-                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, FEW_M, BLOCK_N,
-                FEW_STAGES, FEW_UNROLL, TMA,
-            )  # fmt: skip
-        else:
-            gemm1_tile(
-                hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
-                unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
-                at, rows, rows_before, tiles_before, tile_m, tile_n,
-                STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
-            )  # fmt: skip
+        first_slot = tile_m * BLOCK_M
+        left = tl.minimum(rows - first_slot, BLOCK_M)
+        for tier in tl.static_range(len(TIERS)):
+            if left > TIERS[tier][0] and left <= TIERS[tier][1]:
+                gemm1_tile(
+                    hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+                    unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
+                    at, rows, rows_before, tiles_before + tile_m, first_slot, tile_n,
+                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, TIERS[tier][1], BLOCK_N, JOINED,
+                    TIERS[tier][2], TIERS[tier][3], TMA,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -262,13 +290,14 @@ def gemm2_tile(
     at,
     rows,
     rows_before,
-    tile_m,
+    first_slot,
     tile_n,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    JOINED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     K_UNROLL: tl.constexpr,
     TMA: tl.constexpr,
@@ -276,23 +305,23 @@ def gemm2_tile(
     """One tile of `gemm2_kernel`, whose arguments these are; the rest says where the tile lies."""
     BLOCK_K: tl.constexpr = 128
     K_BLOCKS: tl.constexpr = INTERMEDIATE // BLOCK_K
-    TWO: tl.constexpr = BLOCK_N == 256
-    WIDTH: tl.constexpr = 128 if TWO else BLOCK_N
+    WIDTH: tl.constexpr = BLOCK_N if JOINED else BLOCK_N // 2
     tl.static_assert(128 % WIDTH == 0)
     tl.static_assert(K_BLOCKS % K_UNROLL == 0)
     k = tl.arange(0, BLOCK_K)
-    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = first_slot + tl.arange(0, BLOCK_M)
     real = slot < rows
     row = (rows_before + slot).to(tl.int64)
     activated_at = activated_ptr + row[:, None] * INTERMEDIATE + k[None, :]
     activated_scale_at = activated_scale_ptr + row
-    weight_row = at * HIDDEN + first_column + tile_n * BLOCK_N
-    scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + (first_column + tile_n * BLOCK_N) // 128) * K_BLOCKS
+    weight_row = first_column + tile_n * BLOCK_N
+    scale_at = weight_scale_ptr + (at * (HIDDEN // 128) + weight_row // 128) * K_BLOCKS
 
     SWAP: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
     total = zeros(BLOCK_M, WIDTH, SWAP)
-    scales = K_BLOCKS if TWO else 0  # the right half's row of scales, or the same once more
-    if TWO:
+    # Where the right half's scales are from the left's: in the same row of them unless each half has a 128 block.
+    scales = 0 if WIDTH < 128 or JOINED else K_BLOCKS
+    if not JOINED:
         right = zeros(BLOCK_M, WIDTH, SWAP)
     next_row, next_left, next_right = gemm2_scales(activated_scale_at, scale_at, scales, 0, capacity, real, K_BLOCKS)
     for step in tl.range(0, K_BLOCKS // K_UNROLL, num_stages=NUM_STAGES):
@@ -303,20 +332,20 @@ def gemm2_tile(
                 activated_scale_at, scale_at, scales, block + 1, capacity, real, K_BLOCKS
             )
             x = tl.load(activated_at + block * BLOCK_K, mask=real[:, None], other=0.0)
-            w = load_weights(weight, weight_row, block, WIDTH, INTERMEDIATE, TMA)
+            w = load_weights(weight, at, weight_row, block, 1, WIDTH, HIDDEN, INTERMEDIATE, TMA)
             total += scaled_product(x, w, row_scale * scale, SWAP)
-            if TWO:
-                w_right = load_weights(weight, weight_row + 128, block, WIDTH, INTERMEDIATE, TMA)
+            if not JOINED:
+                w_right = load_weights(weight, at, weight_row + WIDTH, block, 1, WIDTH, HIDDEN, INTERMEDIATE, TMA)
                 right += scaled_product(x, w_right, row_scale * right_scale, SWAP)
     if SWAP:
         total = tl.trans(total)
-        if TWO:
+        if not JOINED:
             right = tl.trans(right)
 
     out_at = out_ptr + row[:, None] * COLUMNS + (tile_n * BLOCK_N + tl.arange(0, WIDTH))[None, :]
     tl.store(out_at, total.to(tl.bfloat16), mask=real[:, None])
-    if TWO:
-        tl.store(out_at + 128, right.to(tl.bfloat16), mask=real[:, None])
+    if not JOINED:
+        tl.store(out_at + WIDTH, right.to(tl.bfloat16), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["first_column", "capacity"])
@@ -336,18 +365,16 @@ def gemm2_kernel(
     E_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    K_UNROLL: tl.constexpr,
-    FEW_M: tl.constexpr,
-    FEW_STAGES: tl.constexpr,
-    FEW_UNROLL: tl.constexpr,
+    JOINED: tl.constexpr,
+    TIERS: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: any number of programs; they share the tiles of BLOCK_M rows by BLOCK_N columns.
 
-    A tile of 256 columns is two of 128 side by side: each has its own weight scale, and they share the rows, which
-    saves a quarter of the traffic from L2. FEW_M is as in `gemm1_swiglu_kernel`.
+    JOINED computes the tile by one product, otherwise its left and right half by one each: of 256 columns each half has
+    its own weight scale, and they share the rows, which saves a quarter of the traffic from L2. TIERS are as in
+    `gemm1_swiglu_kernel`.
     """
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
     tl.static_assert(COLUMNS % BLOCK_N == 0)
@@ -359,15 +386,12 @@ def gemm2_kernel(
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
-        if FEW_M > 0 and rows <= FEW_M:
-            gemm2_tile(
-                activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, first_column, capacity,
-                at, rows, rows_before, tile_m, tile_n,
-                HIDDEN, INTERMEDIATE, COLUMNS, FEW_M, BLOCK_N, FEW_STAGES, FEW_UNROLL, TMA,
-            )  # fmt: skip
-        else:
-            gemm2_tile(
-                activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, first_column, capacity,
-                at, rows, rows_before, tile_m, tile_n,
-                HIDDEN, INTERMEDIATE, COLUMNS, BLOCK_M, BLOCK_N, NUM_STAGES, K_UNROLL, TMA,
-            )  # fmt: skip
+        first_slot = tile_m * BLOCK_M
+        left = tl.minimum(rows - first_slot, BLOCK_M)
+        for tier in tl.static_range(len(TIERS)):
+            if left > TIERS[tier][0] and left <= TIERS[tier][1]:
+                gemm2_tile(
+                    activated_ptr, activated_scale_ptr, weight, weight_scale_ptr, out_ptr, first_column, capacity,
+                    at, rows, rows_before, first_slot, tile_n,
+                    HIDDEN, INTERMEDIATE, COLUMNS, TIERS[tier][1], BLOCK_N, JOINED, TIERS[tier][2], TIERS[tier][3], TMA,
+                )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Launches by addresses: what reaches the driver, by Triton's own code around a driver that only keeps what it gets."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import triton
+
+from hybrid_moe.kernels import direct
+from hybrid_moe.kernels.launch import Constants
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """The report of `stub_launches.py`."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("a C compiler is wanted, for Triton's launcher as for the stub")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, HERE / "stub_launches.py", tmp_path_factory.mktemp("stub")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_the_driver_gets_the_same(seen):
+    assert [name for name, *_ in seen["direct"]] == [
+        "clear_kernel",
+        "route_kernel",
+        "gemm1_swiglu_kernel",
+        "gemm2_kernel",
+        "combine_kernel",
+    ]
+    for direct_launch, ordinary in zip(seen["direct"], seen["ordinary"], strict=True):
+        assert direct_launch == ordinary  # grid, block, shared memory, stream, function, attributes; parameters
+    assert seen["launches"] == 5
+
+
+def test_a_descriptor_is_encoded_once_for_an_address(seen):
+    assert (seen["encodings"], seen["encoded_again"], seen["encoded_elsewhere"]) == (2, 0, 1)
+
+
+def test_another_plan_of_compiled_kernels_is_direct_at_once(seen):
+    assert seen["direct_at_once"]
+
+
+def test_no_kernel_is_launched_for_other_inputs_than_it_was_compiled_for(seen):
+    """One of a bias in bfloat16 by the address of one in float32, say: nothing but the form of the call tells them."""
+    assert seen["pointers"] == {"bfloat16": ["*fp32", "*bf16"], "float32": ["*fp32"] * 2, "routed": ["*i32", "*fp32"]}
+    functions = {"bfloat16": function_of(seen["direct"][1])}
+    for name, call in seen["others"].items():
+        assert not call["direct_at_once"], "by a kernel of another call"
+        assert call["direct"] == call["ordinary"]
+        assert call["first_again"] == seen["direct"]
+        functions[name] = function_of(call["direct"][1])
+        # What is behind the routing is shared.
+        assert [function_of(launch) for launch in call["direct"][2:]] == [function_of(f) for f in seen["direct"][2:]]
+    assert [call["direct"][1][0] for call in seen["others"].values()] == ["route_kernel", "scatter_kernel"]
+    assert len(set(functions.values())) == 3
+
+
+def function_of(launch):
+    """What the driver was given to run."""
+    return launch[1][8]
+
+
+def test_a_profilers_hook_sees_every_launch(seen):
+    assert seen["hooked"] == [name for name, *_ in seen["direct"]]
+
+
+def test_hooks(monkeypatch):
+    runtime = triton.knobs.runtime
+    assert not direct.is_hooked()
+    monkeypatch.setattr(runtime, "launch_exit_hook", None)
+    assert not direct.is_hooked()
+    monkeypatch.setattr(runtime, "launch_exit_hook", print)
+    assert direct.is_hooked()
+
+
+class CudaLauncher:
+    """Of a kernel that is launched as the real one, without descriptors."""
+
+    def __init__(self, **changes):
+        self.launch, self.launch_cooperative_grid, self.launch_pdl = self.record, False, True
+        self.global_scratch_size = self.profile_scratch_size = 0
+        self.arg_annotations, self.kernel_signature = ["annotations"], b"signature"
+        vars(self).update(changes)
+
+    def record(self, *arguments):
+        self.got = arguments
+
+
+def launcher_of(run):
+    compiled = SimpleNamespace(run=run, function=11, packed_metadata=(4, 1, 0))
+    return direct.launcher(compiled, (7, 2), [2, 0], Constants({"E": 5, "PDL": True}, {}))
+
+
+def test_the_two_forms(monkeypatch):
+    for release, wanted in (
+        ((3, 6), (7, 2, 1, 9, 11, False, True, None, None, (4, 1, 0), None, None, None, "c", "a", 5, True)),
+        (
+            (3, 9),
+            (7, 2, 1, 9, 11, False, True, (4, 1, 0), *(None,) * 5, ["annotations"], b"signature", ("c", "a", 5, True)),
+        ),
+    ):
+        monkeypatch.setattr(direct, "_RELEASE", release)
+        run = CudaLauncher()
+        launcher_of(run)(9, ["a", "b", "c"])
+        assert run.got == wanted
+
+
+def test_what_only_triton_can_launch(monkeypatch):
+    assert launcher_of(CudaLauncher()) is not None, f"Triton {triton.__version__} is not known to kernels/direct.py"
+    for changes in ({"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"gsan_enabled": True}):
+        assert launcher_of(CudaLauncher(**changes)) is None
+    assert launcher_of(SimpleNamespace(**vars(CudaLauncher()))) is None
+    monkeypatch.setattr(direct, "_RELEASE", (99, 0))
+    assert launcher_of(CudaLauncher()) is None
+
+
+class Compiled:
+    """A kernel with this metadata."""
+
+    def __init__(self, **metadata):
+        self.metadata = SimpleNamespace(**metadata)
+
+
+def test_descriptors_that_are_not_encoded():
+    for metadata in ({}, {"tensordesc_meta": None}, {"tensordesc_meta": [None]}, {"tensordesc_meta": [{}, {}]}):
+        assert direct.expanded(Compiled(**metadata), None) is None

@@ -1,0 +1,75 @@
+"""Where the intermediate tensors of a call lie: as many bytes as `workspace_bytes` says, and none of them twice."""
+
+import itertools
+
+import pytest
+import torch
+
+from hybrid_moe import DeviceKey, backends, lookup
+from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+from hybrid_moe.layout import ALIGNMENT, Layout
+from hybrid_moe.workloads import MODELS
+
+TOKENS = (1, 2, 15, 16, 33, 80, 901, 2560, 14107)
+# Tensors that are parts of another one, or take its memory once its last reader is done.
+PARTS = {"counters": {"counts", "tickets"}, "shared": {"gathered", "gemm1", "rows"}}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("gemm", [TritonGroupedGemm, SglGroupedGemm, DeepGemmGroupedGemm])
+def test_no_two_tensors_overlap(gemm, model):
+    flow = pipeline.Pipeline(MODELS[model], gemm())
+    for tokens in TOKENS:
+        layout = flow.layout(tokens)
+        places = dict(layout.places)
+        for whole, parts in PARTS.items():
+            for part in parts & places.keys() if whole in places else ():
+                inner, outer = places.pop(part), places[whole]
+                assert inner.offset % 16 == 0
+                assert outer.offset <= inner.offset and inner.offset + inner.bytes <= outer.offset + outer.bytes
+        ends = sorted((place.offset, place.offset + place.bytes) for place in places.values())
+        for (_, end), (start, _) in itertools.pairwise([(0, 0), *ends, (layout.bytes, layout.bytes)]):
+            assert end <= start < end + ALIGNMENT  # nothing is wasted but for the alignment
+        assert all(place.offset % ALIGNMENT == 0 for place in places.values())
+        assert layout.bytes % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_counts_and_tickets_are_cleared_together(tokens):
+    problem = MODELS["deepseek-v3"]
+    gemm = TritonGroupedGemm((9, 0))
+    places = pipeline.Pipeline(problem, gemm).layout(tokens).places
+    assert places["tickets"].shape == (gemm.num_tickets(problem, tokens),)
+    assert (places["counts"].offset, places["counts"].shape) == (places["counters"].offset, (32,))
+    if places["tickets"].bytes:
+        assert places["tickets"].offset == places["counts"].offset + places["counts"].bytes
+        assert places["counters"].bytes == places["counts"].bytes + places["tickets"].bytes
+
+
+def test_workspace_bytes():
+    problem = MODELS["deepseek-v3"]
+    runner = backends.prepare(problem, DeviceKey("gpu_x", (9, 0)), lookup.as_choice("triton_fused"))
+    for tokens in TOKENS:
+        assert (
+            runner.workspace_bytes(tokens) == pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).layout(tokens).bytes
+        )
+    # As the README has it.
+    assert [round(runner.workspace_bytes(tokens) / 1e6, 1) for tokens in (16, 901, 14107)] == [3.2, 177.8, 472.2]
+
+
+def test_tensors_are_views():
+    layout = Layout()
+    layout.reserve("bytes", (3,), torch.uint8)
+    layout.reserve("numbers", (2, 5), torch.float32)
+    layout.overlay("row", layout.places["numbers"].offset + 20, (5,), torch.float32)
+    layout.overlay("none", layout.bytes, (0, 4), torch.int64)
+    memory = torch.zeros(layout.bytes, dtype=torch.uint8)
+    tensors = layout.tensors(memory)
+    tensors["numbers"].copy_(torch.arange(10).view(2, 5))
+    assert tensors["row"].tolist() == [5, 6, 7, 8, 9] and tensors["none"].shape == (0, 4)
+    assert tensors["bytes"].tolist() == [0, 0, 0]
+    assert tensors["numbers"].data_ptr() == memory.data_ptr() + ALIGNMENT
+    assert layout.bytes == 2 * ALIGNMENT

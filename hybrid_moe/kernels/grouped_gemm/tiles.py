@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
+from . import hopper_gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,33 +71,34 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """Tiles of both GEMMs."""
+    """Tiles of both GEMMs.
+
+    Parameters
+    ----------
+    gemm1, gemm2
+        Of the kernels in `triton_kernels`.
+    specialized
+        Whether GEMM1 and GEMM2 are those of `hopper_kernels` instead. The tiles are then for inputs that don't start
+        at multiples of 16 bytes, which those kernels can't read.
+    """
 
     gemm1: Tile
     gemm2: Tile
+    specialized: tuple[bool, bool] = (False, False)
 
 
 _FEW = TilePlan(Tile(64, 4, (Tier(16, 4),)), Tile(128, 4, (Tier(16, 3, 2),), joined=True))
-# (up to so many tokens for each expert of the model if routing is even, plan).
+_MANY = (Tile(128, 8, (Tier(128, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))
+_GEMM2 = Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True)
+# (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
+# benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, _FEW),
-    # Bound by memory: three programs to a multiprocessor, by their registers and by their shared memory.
-    (
-        16.0,
-        TilePlan(
-            Tile(64, 4, (Tier(16, 5), Tier(32, 4), Tier(64, 3)), joined=True, max_registers=168),
-            Tile(128, 4, (Tier(16, 4), Tier(32, 3), Tier(64, 3)), joined=True, max_registers=168),
-        ),
-    ),
-    # Some experts are bound by arithmetic: two programs of twice the warps, the largest tile for less traffic from L2.
-    (
-        80.0,
-        TilePlan(
-            Tile(64, 8, (Tier(16, 3, 2), Tier(32, 5), Tier(64, 4), Tier(128, 3)), max_registers=128),
-            Tile(128, 8, (Tier(16, 3, 2), Tier(32, 5), Tier(64, 4), Tier(128, 3)), max_registers=128),
-        ),
-    ),
-    (float("inf"), TilePlan(Tile(128, 8, (Tier(128, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))),
+    # Few experts are active: narrow tiles, so that there is one for each multiprocessor.
+    (0.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2),), joined=True), Tile(64, 4, (Tier(16, 3, 2),), joined=True))),
+    (2.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
+    (8.0, TilePlan(Tile(64, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
+    (16.0, TilePlan(_MANY[0], _GEMM2, specialized=(True, False))),
+    (float("inf"), TilePlan(*_MANY, specialized=(True, True))),
 )
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
@@ -118,9 +120,11 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
     table = TILES_SM100 if capability is not None and capability[0] >= 10 else TILES_SM90
     plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
+    first, second = hopper_gemm.fits(problem) if capability == (9, 0) else (False, False)
     return TilePlan(
         _fitting(plan.gemm1, problem.hidden_size, problem.intermediate_size, problem.block),
         _fitting(plan.gemm2, problem.intermediate_size, problem.hidden_size, problem.block),
+        (plan.specialized[0] and first, plan.specialized[1] and second),
     )
 
 

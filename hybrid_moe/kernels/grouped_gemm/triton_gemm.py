@@ -12,6 +12,7 @@ from ..launch import Constants, Kernel
 from ..pipeline import GroupedGemm, Launch, column_chunk, combine, pow2, row_capacity
 from ..plan import Form
 from ..steps import AnyStep, Operand, Step, Tiles
+from . import hopper_gemm
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
 from .triton_kernels import gemm1_swiglu_kernel, gemm2_kernel
 
@@ -39,16 +40,27 @@ class TritonGroupedGemm(GroupedGemm):
         layout.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
-        """Those of the plan's GEMM1."""
-        return tickets_of(problem, num_tokens, self.plan(problem, num_tokens).gemm1)
+        """Those of the plan's GEMM1, or of the specialised ones."""
+        plan = self.plan(problem, num_tokens)
+        tickets = tickets_of(problem, num_tokens, plan.gemm1)
+        if not any(plan.specialized):
+            return tickets
+        columns = column_chunk(problem, row_capacity(problem, num_tokens))
+        return max(tickets, hopper_gemm.num_tickets(problem, columns))
 
     def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
         """GEMM1, then GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, form.num_tokens)
-        steps: list[AnyStep] = [gemm1(problem, launch, form, plan.gemm1)]
         columns = column_chunk(problem, row_capacity(problem, form.num_tokens))
+        first, second = plan.specialized if form.aligned else (False, False)
+        steps: list[AnyStep] = [
+            hopper_gemm.gemm1(problem, launch, form) if first else gemm1(problem, launch, form, plan.gemm1)
+        ]
         for first_column in range(0, problem.hidden_size, columns):
-            steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column))
+            if second and columns % hopper_gemm.COLUMNS == 0:
+                steps.append(hopper_gemm.gemm2(problem, launch, form, columns, first_column))
+            else:
+                steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column))
             steps.append(combine(problem, launch, form, columns, first_column))
         return steps
 

@@ -1,0 +1,119 @@
+"""Launches of the warp-specialised GEMMs of `hopper_kernels`: for many rows, on compute capability 9.0."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...problem import MoEProblem
+from ..launch import Constants, Kernel
+from ..pipeline import Launch, pow2, row_capacity
+from ..plan import Form
+from ..steps import Step, Tiles
+from .hopper_kernels import E4M3, hopper_gemm1_kernel, hopper_gemm2_kernel
+
+STAGES = 4
+# Of each thread: two consumers' and the producer's warp groups share 65,536.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+WARPS = 4  # of each group
+ROWS, COLUMNS = 128, 256  # of a tile
+
+GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
+
+
+class SwizzledTiles(Tiles):
+    """Tiles of all matrices' rows under one another, with the layout in shared memory that Gluon wants to be told."""
+
+    def descriptor(self, base: Any) -> TensorDescriptor:
+        """Gluon's description of it."""
+        shape, box = [self.matrices * self.rows, self.inner], [self.box_rows, 128]
+        return TensorDescriptor(base, shape, [self.inner, 1], box, E4M3.value)
+
+
+def fits(problem: MoEProblem) -> tuple[bool, bool]:
+    """Whether GEMM1 and GEMM2 of this problem have the sizes that the kernels want."""
+    # The ring must not hold more than a tile, and GEMM2's tile has 256 columns.
+    long = min(problem.hidden_size, problem.intermediate_size) >= STAGES * 128
+    return long, long and problem.hidden_size % COLUMNS == 0
+
+
+def num_tickets(problem: MoEProblem, columns: int) -> int:
+    """Of GEMM1 and, for each chunk of ``columns``, of GEMM2: programs draw their tiles by them."""
+    return 1 + problem.hidden_size // columns
+
+
+def gemm1(problem: MoEProblem, launch: Launch, form: Form) -> Step:
+    """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales."""
+    e, width, inner = problem.num_local_experts, problem.intermediate_size, problem.hidden_size
+    operands = (
+        "hidden_states",
+        "hidden_states_scale",
+        SwizzledTiles("gemm1_weights", e, 2 * width, inner, 1, 64),
+        "gemm1_weights_scale",
+        "counts",
+        "slot_token",
+        "activated",
+        "activated_scale",
+        "tickets",
+        0,
+        form.stride_scale_k,
+        form.stride_scale_t,
+        form.num_tokens,
+        row_capacity(problem, form.num_tokens),
+    )
+    constants = _gemm1_constants(problem, launch, form.stride_hidden)
+    return Step(GEMM1, (launch.multiprocessors,), operands, constants, True)
+
+
+def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_column: int) -> Step:
+    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
+    e, inner, capacity = problem.num_local_experts, problem.intermediate_size, row_capacity(problem, form.num_tokens)
+    operands = (
+        SwizzledTiles("activated", 1, capacity, inner, 1, ROWS),
+        "activated_scale",
+        SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, 128),
+        "gemm2_weights_scale",
+        "counts",
+        "rows",
+        "tickets",
+        1 + first_column // columns,
+        first_column,
+        capacity,
+    )
+    return Step(GEMM2, (launch.multiprocessors,), operands, _gemm2_constants(problem, launch, columns), True)
+
+
+@functools.lru_cache(maxsize=256)
+def _gemm1_constants(problem: MoEProblem, launch: Launch, stride_hidden: int) -> Constants:
+    arguments = {
+        "STRIDE_HIDDEN": stride_hidden,
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "GATE_FIRST": problem.gate_first,
+        **_shared_constants(problem, launch),
+    }
+    return Constants(arguments, {**launch.options, "num_warps": WARPS})
+
+
+@functools.lru_cache(maxsize=256)
+def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int) -> Constants:
+    arguments = {
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "COLUMNS": columns,
+        **_shared_constants(problem, launch),
+    }
+    return Constants(arguments, {**launch.options, "num_warps": WARPS})
+
+
+def _shared_constants(problem: MoEProblem, launch: Launch) -> dict[str, int | bool]:
+    return {
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "STAGES": STAGES,
+        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "PDL": launch.pdl,
+    }

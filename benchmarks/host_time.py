@@ -27,7 +27,7 @@ import triton
 from hybrid_moe import DeviceKey, HybridMoE, backends, lookup
 from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
 from hybrid_moe.kernels.pipeline import Pipeline, launch_on
-from hybrid_moe.kernels.plan import Form, addresses_of
+from hybrid_moe.kernels.plan import Form, Plan, addresses_of
 from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
@@ -71,22 +71,13 @@ def hooked(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def pieces(layer: HybridMoE, inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
+def pieces(inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
     """What a call is made of."""
     tokens, device = inputs.num_tokens, output.device
     addresses = addresses_of(inputs)
-    form = Form.of(inputs, addresses, output, 1)
-    flow = Pipeline(PROBLEM, TritonGroupedGemm(DeviceKey.of(device).capability))
-    plan = flow.plan(form, device, launch_on(device))
+    plan = plan_of(inputs, output)
     memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
-    if plan.addressed is None:
-        raise SystemExit(f"Triton {triton.__version__} isn't known to hybrid_moe.kernels.direct: no direct launches")
-    values = plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr())
-    stream = triton.runtime.driver.active.get_current_stream(device.index)
     logits, hidden, scale = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
-
-    def launch(launcher: Callable[..., None]) -> Callable[[], None]:
-        return lambda: launcher(stream, values)
 
     found: dict[str, Callable[[], object]] = {
         "checks": lambda: PROBLEM.plain_num_tokens(hidden, logits, scale, output, device),
@@ -96,9 +87,34 @@ def pieces(layer: HybridMoE, inputs, output: torch.Tensor) -> dict[str, Callable
         "arguments": lambda: plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr()),
         "all launches": lambda: plan.addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr()),
     }
-    for step, launcher in zip(plan.steps, plan.addressed.launchers, strict=True):
-        found[step.kernel.function.__name__] = launch(launcher)
     return found
+
+
+def launches(inputs, output: torch.Tensor, turns: int) -> dict[str, list[float]]:
+    """Microseconds of each launch, by kernel: in their order, as each takes what the ones before it left."""
+    device, addresses = output.device, addresses_of(inputs)
+    plan = plan_of(inputs, output)
+    memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
+    values = plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr())
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    times: dict[str, list[float]] = {step.kernel.function.__name__: [] for step in plan.steps}
+    for _ in range(turns):
+        torch.cuda.synchronize()
+        for name, launcher in zip(times, plan.addressed.launchers, strict=True):
+            begin = time.perf_counter_ns()
+            launcher(stream, values)
+            times[name].append((time.perf_counter_ns() - begin) / 1e3)
+    return times
+
+
+def plan_of(inputs, output: torch.Tensor) -> Plan:
+    """The plan of a call whose kernels are compiled."""
+    form = Form.of(inputs, addresses_of(inputs), output, 1)
+    flow = Pipeline(PROBLEM, TritonGroupedGemm(DeviceKey.of(output.device).capability))
+    plan = flow.plan(form, output.device, launch_on(output.device))
+    if plan.addressed is None:
+        raise SystemExit(f"Triton {triton.__version__} isn't known to hybrid_moe.kernels.direct: no direct launches")
+    return plan
 
 
 def main() -> None:
@@ -135,7 +151,9 @@ def main() -> None:
         print(f"\nT = {tokens}")
         for name, times in measure(ways, options.turns, options.calls).items():
             print(f"  {name:20} {median(times)}")
-        for name, times in measure(pieces(layer, inputs, output), options.turns, options.calls).items():
+        for name, times in measure(pieces(inputs, output), options.turns, options.calls).items():
+            print(f"    {name:18} {median(times)}")
+        for name, times in launches(inputs, output, options.turns).items():
             print(f"    {name:18} {median(times)}")
 
 

@@ -133,5 +133,6 @@ class Compiled:
 
 
 def test_descriptors_that_are_not_encoded():
-    for metadata in ({}, {"tensordesc_meta": None}, {"tensordesc_meta": [None]}, {"tensordesc_meta": [{}, {}]}):
-        assert direct.expanded(Compiled(**metadata), None) is None
+    for metadata in ({}, {"tensordesc_meta": None}, {"tensordesc_meta": [None]}):
+        assert direct.expanded(Compiled(**metadata), None, 0) is None
+    assert direct.expanded(Compiled(tensordesc_meta=[{}]), None, 1) is None

@@ -11,7 +11,9 @@ from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, Work
 pytestmark = pytest.mark.gpu
 
 CHOICES = [lookup.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
-TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
+# Against the reference that quantises the activation too. The libraries round GEMM1's result to bfloat16 first, and so
+# some more of the activation to the other side.
+TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01), Tolerance(max_relative_l2=0.02)
 OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
 
 
@@ -36,11 +38,12 @@ def run(inputs, choice):
     return output
 
 
-def assert_right(inputs, output, twin=False):
+def assert_right(inputs, output, twin=None):
+    """Against the reference; ``twin``: against the one that quantises the activation, within this tolerance."""
     work = has_local_work(inputs, DEEPSEEK_V3)
     assert bool(work.any())
-    reference = moe_reference(inputs, DEEPSEEK_V3, quantize_intermediate=twin)
-    assert check(output, reference, work, TWIN_TOLERANCE if twin else OWN_KERNELS_TOLERANCE).failures == ()
+    reference = moe_reference(inputs, DEEPSEEK_V3, quantize_intermediate=twin is not None)
+    assert check(output, reference, work, twin or OWN_KERNELS_TOLERANCE).failures == ()
 
 
 def layer_of(inputs, choice):
@@ -72,7 +75,8 @@ def test_seeds(weights, choice, tokens, seed):
     inputs = make_inputs(Workload(tokens, OFFSETS[tokens], seed=seed), DEEPSEEK_V3, weights)
     output = run(inputs, choice)
     assert_right(inputs, output)
-    assert_right(inputs, output, twin=True)
+    own = choice.config["gemm"] == "triton"
+    assert_right(inputs, output, twin=TWIN_TOLERANCE if own else LIBRARY_TWIN_TOLERANCE)
 
 
 @pytest.mark.parametrize("routing", ["zipf", "concentrated", "none"])

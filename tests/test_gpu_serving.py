@@ -96,7 +96,7 @@ def test_a_graph_for_each_t_is_replayed_a_thousand_times(layer, bfloat16):
     for _ in range(replays - 5):
         turn()
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_allocated() <= allocated  # others' may have been freed
     assert differ.tolist() == not_finite.tolist() == [0] * len(GRAPHS)
     # One token may have no local expert, twice running.
     assert unchanged.tolist()[1:] == [0] * (len(GRAPHS) - 1)
@@ -453,11 +453,12 @@ def test_nothing_compiles_after_warming_up_for_chosen_experts(monkeypatch):
 def test_a_bias_in_float32(weights, layer, tokens):
     """The same values give the same bits, as neither dtype takes the other's binary; others aren't rounded."""
     inputs = inputs_of(weights, tokens)
-    wanted = layer(*activations(inputs))
+    choice = layer.choice(tokens)
+    wanted = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend=choice)(*activations(inputs))
     for _ in range(2):
         for bias in (inputs.routing_bias.float(), inputs.routing_bias):
             given = inputs._replace(routing_bias=bias)
-            again = HybridMoE.from_inputs(given, DEEPSEEK_V3, backend=layer.choice(tokens))
+            again = HybridMoE.from_inputs(given, DEEPSEEK_V3, backend=choice)
             assert torch.equal(again(*activations(inputs)), wanted)
     # Little but the bias decides, of which bfloat16 would leave three values.
     spread = torch.rand(256, generator=torch.Generator().manual_seed(1)).cuda() / 64

@@ -106,16 +106,18 @@ class _Address:
 
 
 @functools.lru_cache(maxsize=1024)  # what is encoded for one number of tokens is for all with the same kernel
-def expanded(compiled: CompiledKernel, tiles: Tiles) -> tuple[Callable[[int], Any], tuple[int, ...]] | None:
+def expanded(
+    compiled: CompiledKernel, tiles: Tiles, number: int
+) -> tuple[Callable[[int], Any], tuple[int, ...]] | None:
     """What a tensor descriptor becomes in a launch: the function of its encoding by address, and the numbers behind.
 
-    These are its shape and its strides.
+    These are its shape and its strides. It is the kernel's descriptor ``number``, from 0 on.
 
     An encoding holds an address and what never changes for one kernel (`Tiles`, swizzling), so that one that is kept by
-    the address is that of any tensor there. None if the kernel doesn't take one encoded descriptor.
+    the address is that of any tensor there. None if the kernel doesn't take it encoded.
     """
     described = getattr(compiled.metadata, "tensordesc_meta", None)
-    if not described or len(described) != 1 or described[0] is None:
+    if not described or number >= len(described) or described[number] is None:
         return None
     from triton.backends.nvidia import driver
 
@@ -126,6 +128,6 @@ def expanded(compiled: CompiledKernel, tiles: Tiles) -> tuple[Callable[[int], An
     @functools.lru_cache(maxsize=1024)
     def encode(address: int) -> Any:
         descriptor = tiles.descriptor(_Address(address, torch.float8_e4m3fn))
-        return driver.make_tensordesc_arg(descriptor, described[0], *rest)[0]
+        return driver.make_tensordesc_arg(descriptor, described[number], *rest)[0]
 
     return encode, (*tiles.shape, *tiles.strides)

@@ -132,24 +132,24 @@ def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_ti
 
 
 def route(problem: MoEProblem, launch: Launch, form: Form, layout: Layout) -> list[AnyStep]:
-    """The routing, and before it the clearing of its counts and the grouped GEMM's tickets.
+    """The routing, and before it the clearing of its counts and the grouped GEMM's tickets; one kernel for one token.
 
     Where the experts are chosen already, it only sorts.
     """
     counters = layout.places["counters"].shape[0]
+    alone = form.num_tokens == 1
     results = ("counts", "slot_token", "pair", "pair_weight")
-    numbers: tuple[Operand, ...] = (form.num_tokens, "local_expert_offset")
+    numbers: tuple[Operand, ...] = (form.num_tokens, counters, "local_expert_offset")
     if form.kind is RoutedInputs:
-        kernel, constants = SCATTER, _scatter_constants(problem, launch)
+        kernel, constants = SCATTER, _scatter_constants(problem, launch, alone)
         numbers += (form.stride_routing, form.stride_weights)
     else:
-        kernel, constants = ROUTE, _route_constants(problem, launch, form.stride_routing, form.dtype_routing)
+        kernel, constants = ROUTE, _route_constants(problem, launch, form.stride_routing, form.dtype_routing, alone)
         numbers += ("routed_scaling_factor",)
     operands = (*form.kind._fields[:2], *results, *numbers)
-    return [
-        Step(CLEAR, (1,), ("counters", counters), _clear_constants(launch), True),
-        Step(kernel, (form.num_tokens,), operands, constants, form.aligned),
-    ]
+    clear = Step(CLEAR, (1,), ("counters", counters), _clear_constants(launch), True)
+    step = Step(kernel, (form.num_tokens,), operands, constants, form.aligned)
+    return [step] if alone else [clear, step]
 
 
 @functools.lru_cache(maxsize=256)
@@ -158,24 +158,28 @@ def _clear_constants(launch: Launch) -> Constants:
 
 
 @functools.lru_cache(maxsize=256)
-def _scatter_constants(problem: MoEProblem, launch: Launch) -> Constants:
+def _scatter_constants(problem: MoEProblem, launch: Launch, alone: bool) -> Constants:
     arguments = {
         "NUM_EXPERTS": problem.num_experts,
         "E": problem.num_local_experts,
         "TOP_K": problem.top_k,
         "TOP_K_POW2": pow2(problem.top_k),
+        "ALONE": alone,
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": 1})
 
 
 @functools.lru_cache(maxsize=256)
-def _route_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
+def _route_constants(
+    problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype, alone: bool
+) -> Constants:
     # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,
         **selection_constants(problem),
+        "ALONE": alone,
         "PDL": launch.pdl,
     }
     return Constants(arguments, {**launch.options, "num_warps": 1})

@@ -165,11 +165,13 @@ class Addressed:
         if compiled is None:
             return False
         arguments: list[int] = []
+        descriptors = 0
         for operand in step.operands:
             if isinstance(operand, str):
                 arguments.append(self._at[operand])
             elif isinstance(operand, Tiles):
-                expansion = direct.expanded(compiled, operand)
+                expansion = direct.expanded(compiled, operand, descriptors)
+                descriptors += 1
                 if expansion is None:
                     return False
                 encode, numbers = expansion

@@ -20,14 +20,20 @@ import triton.language as tl
 from .launch import let_next_kernel_start, wait_for_previous_kernel
 
 
+@triton.jit
+def clear(counters_ptr, num_counters, BLOCK: tl.constexpr):
+    """Set counters to zero, BLOCK at a time."""
+    for first in range(0, num_counters, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(counters_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_counters)
+
+
 @triton.jit(do_not_specialize=["num_counters"])
 def clear_kernel(counters_ptr, num_counters, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Set counters to zero. Grid: (1,). It holds back only the routing's atomic adds, not its reading of the logits."""
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
-    for first in range(0, num_counters, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        tl.store(counters_ptr + at, tl.zeros((BLOCK,), tl.int32), mask=at < num_counters)
+    clear(counters_ptr, num_counters, BLOCK)
 
 
 @triton.jit
@@ -137,10 +143,12 @@ def place_pairs(
     pair_ptr,
     pair_weight_ptr,
     num_tokens,
+    num_counters,
     local_expert_offset,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Give each of a token's pairs with a local expert a slot, once the counts are cleared; see `route_kernel`."""
@@ -149,6 +157,9 @@ def place_pairs(
     chosen = choice < TOP_K
     is_local = chosen & (local >= 0) & (local < E)
     wait_for_previous_kernel(PDL)
+    if ALONE:
+        clear(counts_ptr, num_counters, 128)
+        tl.debug_barrier()
     slot = tl.atomic_add(counts_ptr + local, 1, mask=is_local)
     pair_at = token * TOP_K + choice
     tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
@@ -157,15 +168,16 @@ def place_pairs(
     tl.store(slot_token_ptr + slot_at, tl.full((TOP_K_POW2,), 0, tl.int32) + tl.program_id(0), mask=is_local)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset"])
+@triton.jit(do_not_specialize=["num_tokens", "num_counters", "local_expert_offset"])
 def route_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
     bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
-    counts_ptr,  # [E] int32, out; zeros on entry
+    counts_ptr,  # [E] int32, out; zeros on entry, unless ALONE
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
     pair_weight_ptr,  # [T, TOP_K] float32, out
     num_tokens,
+    num_counters,  # from the counts on, all to be cleared if ALONE
     local_expert_offset,
     routed_scaling_factor,
     STRIDE_LOGITS: tl.constexpr,
@@ -178,9 +190,13 @@ def route_kernel(
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished."""
+    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished.
+
+    ALONE, the only program, it does that itself: one launch less for T = 1.
+    """
     let_next_kernel_start(PDL)
 
     token = tl.program_id(0).to(tl.int64)
@@ -208,15 +224,17 @@ def route_kernel(
         pair_ptr,
         pair_weight_ptr,
         num_tokens,
+        num_counters,
         local_expert_offset,
         E,
         TOP_K,
         TOP_K_POW2,
+        ALONE,
         PDL,
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "local_expert_offset", "stride_ids", "stride_weights"])
+@triton.jit(do_not_specialize=["num_tokens", "num_counters", "local_expert_offset", "stride_ids", "stride_weights"])
 def scatter_kernel(
     ids_ptr,  # [T, TOP_K] int32 global experts, rows stride_ids apart; what is no expert's number is none
     weights_ptr,  # [T, TOP_K] float32, rows stride_weights apart
@@ -225,6 +243,7 @@ def scatter_kernel(
     pair_ptr,
     pair_weight_ptr,
     num_tokens,
+    num_counters,  # from the counts on, all to be cleared if ALONE
     local_expert_offset,
     stride_ids,
     stride_weights,
@@ -232,6 +251,7 @@ def scatter_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`route_kernel` where the experts are chosen already. Grid and order as there."""
@@ -251,10 +271,12 @@ def scatter_kernel(
         pair_ptr,
         pair_weight_ptr,
         num_tokens,
+        num_counters,
         local_expert_offset,
         E,
         TOP_K,
         TOP_K_POW2,
+        ALONE,
         PDL,
     )
 

@@ -33,12 +33,12 @@ class Tiles(NamedTuple):
     box_rows: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the tensor."""
         return self.matrices, self.rows, self.inner
 
     @property
-    def strides(self) -> tuple[int, int, int]:
+    def strides(self) -> tuple[int, ...]:
         """Of the tensor."""
         return self.rows * self.inner, self.inner, 1
 

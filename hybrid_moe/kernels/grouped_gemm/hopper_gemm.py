@@ -26,10 +26,19 @@ GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 class SwizzledTiles(Tiles):
     """Tiles of all matrices' rows under one another, with the layout in shared memory that Gluon wants to be told."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows."""
+        return self.matrices * self.rows, self.inner
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of all rows."""
+        return self.inner, 1
+
     def descriptor(self, base: Any) -> TensorDescriptor:
         """Gluon's description of it."""
-        shape, box = [self.matrices * self.rows, self.inner], [self.box_rows, 128]
-        return TensorDescriptor(base, shape, [self.inner, 1], box, E4M3.value)
+        return TensorDescriptor(base, list(self.shape), list(self.strides), [self.box_rows, 128], E4M3.value)
 
 
 def fits(problem: MoEProblem) -> tuple[bool, bool]:

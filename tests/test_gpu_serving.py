@@ -466,5 +466,5 @@ def test_a_bias_in_float32(weights, layer, tokens):
     fine = inputs._replace(routing_bias=1 + spread, routing_logits=inputs.routing_logits / 100)
     output = HybridMoE.from_inputs(fine, DEEPSEEK_V3, backend=TRITON)(*activations(fine))
     work = has_local_work(fine, DEEPSEEK_V3)
-    assert bool(work.all())
+    assert bool(work.any())
     assert check(output, moe_reference(fine, DEEPSEEK_V3), work, Tolerance()).failures == ()

@@ -18,10 +18,9 @@ from .plan import Form, Plan, addresses_of
 from .routing import clear_kernel, route_kernel, scatter_kernel
 from .steps import AnyStep, Operand, Step
 
-# A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: without
-# chunks the worst case of T = 14107 would reserve 1.6 GB, though seldom touch it. Two chunks there, instead of the
-# seven of 256 MiB, save 8% of the call.
-MAX_ROWS_BYTES = 2**30
+# A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: that of
+# T = 14107, 1.6 GB, is in one piece, as the libraries have it. Seven chunks of 256 MiB cost 10% of that call.
+MAX_ROWS_BYTES = 2**31
 # Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
 COMBINE_PROGRAMS = 16
 # From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.

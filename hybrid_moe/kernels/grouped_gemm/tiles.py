@@ -97,7 +97,6 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     (0.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2),), joined=True), Tile(64, 4, (Tier(16, 3, 2),), joined=True))),
     (2.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
     (8.0, TilePlan(Tile(64, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
-    (16.0, TilePlan(_MANY[0], _GEMM2, specialized=(True, False))),
     (float("inf"), TilePlan(*_MANY, specialized=(True, True))),
 )
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.

@@ -3,7 +3,7 @@
 Run as a script, since the compiled and the interpreted kernels can't live in one process:
 ``python tests/compile_pipeline.py 90`` prints one JSON object a kernel: its name, arguments, shared memory, registers,
 spills, and which matrix instructions its PTX holds. With the names of models (``90 kimi-k2``) it is
-their layers, at the one T that takes the most intricate tiles, and without what stands around a library's GEMM.
+their layers, at the T that take the most intricate tiles, and without what stands around a library's GEMM.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hybrid_moe.workloads import MODELS
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 200, 400, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (80,)  # a tile of several tiers
+MODEL_TOKEN_COUNTS = (80, 4096)  # tiles of several tiers, and the specialised kernels
 
 
 class AbsentDriver:
@@ -101,9 +101,9 @@ def resources(kernel, capability: int) -> dict[str, object]:
     }
 
 
-def run_all(problem, gemm, inputs, output, launch):
-    """All steps of a call but those of other libraries."""
-    form = Form.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)
+def run_all(problem, gemm, inputs, output, launch, aligned=True):
+    """All steps of a call but those of other libraries; not ``aligned``: as for inputs that TMA can't read."""
+    form = Form.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)._replace(aligned=aligned)
     plan = pipeline.Pipeline(problem, gemm).plan(form, output.device, launch)
     call = by_name(inputs, output, plan.layout, torch.empty(plan.layout.bytes, dtype=torch.uint8))
     for step in plan.steps:
@@ -151,6 +151,8 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
         run_all(problem, gemm, inputs, output, launch)
+        if any(gemm.plan(problem, tokens).specialized):
+            run_all(problem, gemm, inputs, output, launch, aligned=False)
         for around in (AroundSgl(), AroundDeepGemm()) if libraries else ():
             run_all(problem, around, inputs, output, launch)
         external_inputs(inputs, problem, launch)

@@ -88,7 +88,7 @@ class TilePlan:
 
 
 _FEW = TilePlan(Tile(64, 4, (Tier(16, 4),)), Tile(128, 4, (Tier(16, 3, 2),), joined=True))
-_MANY = (Tile(128, 8, (Tier(128, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))
+_MANY = (Tile(128, 4, (Tier(64, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))
 _GEMM2 = Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True)
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.

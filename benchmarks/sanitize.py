@@ -4,22 +4,34 @@ python benchmarks/sanitize.py                    # both tools, T = 15 and 901
 python benchmarks/sanitize.py --tool memcheck --tokens 15
 
 Only this package's kernels are watched, one launch of each, on a layer of a seventh of DeepSeek-V3's width (the same
-tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. The exit
-code is 1 if a tool finds something.
+tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. A tool
+that watches nothing finds nothing: first a planted error has to be found, in a kernel of the same list. The exit code
+is 1 if a tool finds something, or if the planted error isn't found.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-# Of `triton_fused[gemm=triton]`, from routing to combine.
-KERNELS = "clear_kernel|route_kernel|gemm1_swiglu_kernel|gemm2_kernel|combine_kernel"
+import torch
+
+# Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
+KERNELS = (
+    "clear_kernel",
+    "route_kernel",
+    "gemm1_swiglu_kernel",
+    "hopper_gemm1_kernel",
+    "gemm2_kernel",
+    "combine_kernel",
+)
 LAUNCHES = 5
+PLANTED = "planted"
 
 
 def call(tokens: int, full_size: bool) -> None:
@@ -35,6 +47,38 @@ def call(tokens: int, full_size: bool) -> None:
         sys.exit(f"T = {tokens}: the result isn't finite, or all zeros")
 
 
+def planted_error() -> None:
+    """Clear more counters than there are."""
+    from hybrid_moe.kernels.launch import Constants
+    from hybrid_moe.kernels.pipeline import CLEAR
+
+    counters = torch.empty(1024, dtype=torch.int32, device="cuda")
+    constants = Constants({"BLOCK": 1024, "PDL": False}, {"num_warps": 4})
+    CLEAR.launch((1,), (counters, 2**24), constants, counters.device, True)
+    torch.cuda.synchronize()
+
+
+def watch(sanitizer: str, tool: str, what: str, *arguments: str, seconds: float) -> tuple[int, str]:
+    """Run a tool on a process of this script with ``--call``: its exit code, and the line in which it sums up."""
+    command = [sanitizer, f"--tool={tool}", *(f"--kernel-name=kns={name}" for name in KERNELS)]
+    command += [
+        f"--launch-count={LAUNCHES}",
+        "--error-exitcode=1",
+        sys.executable,
+        __file__,
+        f"--call={what}",
+        *arguments,
+    ]
+    # An allocation for each tensor: in the allocator's large blocks, what is past a tensor is no error.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    except subprocess.TimeoutExpired:
+        return 1, f"not finished within {seconds:.0f} s"
+    lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    return done.returncode, lines[-1].strip("= ") if lines else (done.stderr or done.stdout)[-500:]
+
+
 def main() -> None:
     """Start the tool on a process of this script that makes one call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,27 +86,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[15, 901])
     parser.add_argument("--time-limit", type=float, default=600, help="seconds for one tool at one T")
     parser.add_argument("--full-size", action="store_true", help="DeepSeek-V3's own width")
-    parser.add_argument("--call", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--call", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.call == PLANTED:
+        planted_error()
+        return
     if options.call:
-        call(options.call, options.full_size)
+        call(int(options.call), options.full_size)
         return
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
+    code, verdict = watch(sanitizer, "memcheck", PLANTED, seconds=options.time_limit)
+    if code == 0:
+        sys.exit(f"memcheck didn't find a planted error, so it watches nothing: {verdict}")
+    print(f"memcheck found the planted error: {verdict}", flush=True)
     bad = False
+    size = ["--full-size"] if options.full_size else []
     for tool in options.tool or ("memcheck", "racecheck"):
         for tokens in options.tokens:
-            command = [sanitizer, f"--tool={tool}", f"--kernel-regex=kns={KERNELS}", f"--launch-count={LAUNCHES}"]
-            command += ["--error-exitcode=1", sys.executable, __file__, f"--call={tokens}"]
-            command += ["--full-size"] if options.full_size else []
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=options.time_limit)
-                lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-                verdict = lines[-1].strip("= ") if lines else (done.stderr or done.stdout)[-500:]
-                bad |= done.returncode != 0
-            except subprocess.TimeoutExpired:
-                verdict, bad = f"not finished within {options.time_limit:.0f} s", True
+            code, verdict = watch(sanitizer, tool, str(tokens), *size, seconds=options.time_limit)
+            bad |= code != 0
             print(f"{tool} at T = {tokens}: {verdict}", flush=True)
     sys.exit(bad)
 

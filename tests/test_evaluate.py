@@ -11,7 +11,7 @@ from test_learn import PROBLEM, learned, measurements, record, table
 from hybrid_moe.choice import Choice
 from hybrid_moe.evaluate import evaluate
 from hybrid_moe.learn import learn
-from hybrid_moe.policy import LearnerOptions, load_policy
+from hybrid_moe.policy import LearnerOptions
 from hybrid_moe.records import read_records
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_nothing_beats_the_bound_and_the_bound_not_the_oracle(case):
     )
 
 
-@pytest.mark.parametrize(("device", "worst"), [("nvidia_h100_80gb_hbm3", 0.02), ("nvidia_h200", 0.12)])
+@pytest.mark.parametrize(("device", "worst"), [("nvidia_h100_80gb_hbm3", 0.04), ("nvidia_h200", 0.08)])
 def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst):
     records = [
         r
@@ -163,21 +163,18 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
     assert found.bound.worst == 0
     assert 0 < found.policy.mean < 0.02 and found.policy.worst < worst
     assert 0 < found.noise < 0.01
-    assert all(single.policy_gain > 0.02 for single in found.singles) and len(found.singles) == 3
+    gains = {str(single.choice): single.policy_gain for single in found.singles}
+    assert len(gains) == 4 and gains.pop("triton_fused[gemm=triton]") >= 0
+    assert all(gain > 0.02 for gain in gains.values())
 
 
 @pytest.mark.parametrize("device", ["nvidia_h100_80gb_hbm3", "nvidia_h200"])
 def test_on_what_it_was_learned_from_it_has_the_training_regret(device):
-    policy = load_policy(ROOT / "policies" / device / f"{PROBLEM.definition}.json")
-    records = read_records(ROOT / "benchmarks" / "results" / device / "definition.jsonl")
-    # Where each T has one workload, judging workloads is judging T; the T with several loads are left out.
-    several = {r.num_tokens for r in records if r.routing != "uniform"}
-    found = evaluate(policy, [r for r in records if r.num_tokens not in several])
-    at = {r.num_tokens for r in records} - several
-    assert found.policy.workloads == len(at)
-    if not several:
-        assert found.policy.mean == pytest.approx(policy.training_regret.mean, abs=1e-6)
-        assert found.policy.worst == pytest.approx(policy.training_regret.worst, abs=1e-6)
-    else:
-        assert found.policy.mean <= policy.training_regret.mean * policy.training_regret.num_tokens / len(at) + 1e-6
-        assert found.policy.worst <= policy.training_regret.worst + 1e-6
+    """Where each T has one workload, judging workloads is judging T."""
+    path = ROOT / "benchmarks" / "results" / device / "definition.jsonl"
+    records = [r for r in read_records(path) if r.timing == "cuda_graph" and r.routing == "uniform"]
+    policy = learn(records, LearnerOptions(tie_margin=0.03, max_gap=2.5), problem=PROBLEM, inputs=[])
+    found = evaluate(policy, records)
+    assert found.policy.workloads == policy.training_regret.num_tokens == 26
+    assert found.policy.mean == pytest.approx(policy.training_regret.mean, abs=1e-6)
+    assert found.policy.worst == pytest.approx(policy.training_regret.worst, abs=1e-6)

@@ -24,7 +24,7 @@ from hybrid_moe.choice import Choice
 from hybrid_moe.learn import learn, learn_from_files
 from hybrid_moe.policy import LearnerOptions, dumps_policy, load_policy, save_policy
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.records import read_any, read_records, read_with_digest
+from hybrid_moe.records import Latency, read_any, read_records, read_with_digest
 from hybrid_moe.traces import candidate_of, is_trace, solution_name
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,12 @@ def written(tmp_path, traces, name="traces.jsonl"):
 
 def test_the_same_policy_as_from_the_records_they_came_from(tmp_path):
     records = [r for r in read_records(RECORDS) if r.timing == "cuda_graph" and r.routing == "uniform"]
-    records = [r for r in records if not r.backend.startswith("peer:")]
+    # A trace has one time and no percentiles, by which measured noise would widen a margin.
+    records = [
+        r.model_copy(update={"latency_us": Latency(median=r.latency_us.median)})
+        for r in records
+        if not r.backend.startswith("peer:")
+    ]
     path = written(tmp_path, [trace_of(r) for r in records])
     of_traces = learn_from_files([path], LearnerOptions(**OPTIONS))
     of_records = learn(records, LearnerOptions(**OPTIONS), problem=MoEProblem(), inputs=[])

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
+from ..quantize import FP8_MAX, MIN_AMAX, swiglu_of
 
 # Renamed between the Triton releases 3.6 and 3.9.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -38,8 +39,6 @@ COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 byt
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-FP8_MAX = gl.constexpr(448.0)
-MIN_AMAX = gl.constexpr(1e-10)
 
 
 @gluon.jit
@@ -347,7 +346,7 @@ def swiglu(total):
     up, gate = total.reshape([CHUNK, 2, COLUMNS // 2]).permute(0, 2, 1).split()
     up = gl.convert_layout(up, HALF)
     gate = gl.convert_layout(gate, HALF)
-    return gate / (1.0 + gl.exp(-gate)) * up
+    return swiglu_of(gate, up)
 
 
 @gluon.jit

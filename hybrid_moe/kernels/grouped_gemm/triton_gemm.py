@@ -53,6 +53,7 @@ class TritonGroupedGemm(GroupedGemm):
         plan = self.plan(problem, form.num_tokens)
         columns = column_chunk(problem, row_capacity(problem, form.num_tokens))
         first, second = plan.specialized if form.aligned else (False, False)
+        first = first and form.stride_hidden % 16 == 0  # each row is copied 16 bytes at a time
         steps: list[AnyStep] = [
             hopper_gemm.gemm1(problem, launch, form) if first else gemm1(problem, launch, form, plan.gemm1)
         ]

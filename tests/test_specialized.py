@@ -1,0 +1,78 @@
+"""Which calls the warp-specialised kernels get. That they compile is in test_compile.py; that they are right, a GPU says."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+from hybrid_moe.kernels.pipeline import Launch, Pipeline, column_chunk, row_capacity
+from hybrid_moe.kernels.plan import Form
+from hybrid_moe.problem import MoEInputs
+from hybrid_moe.workloads import DEEPSEEK_V3, MODELS
+
+HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
+TRITON = ["gemm1_swiglu_kernel", "gemm2_kernel"]
+
+
+def form_of(num_tokens, **changes):
+    form = Form(
+        kind=MoEInputs,
+        num_tokens=num_tokens,
+        stride_routing=256,
+        stride_weights=1,
+        dtype_routing=torch.bfloat16,
+        stride_hidden=7168,
+        stride_scale_k=num_tokens,
+        stride_scale_t=1,
+        row_alignment=1,
+        aligned=True,
+        output_aligned=True,
+    )
+    return form._replace(**changes)
+
+
+def gemms(num_tokens, capability=(9, 0), problem=DEEPSEEK_V3, **changes):
+    """Names of both GEMMs' kernels."""
+    steps = TritonGroupedGemm(capability).steps(problem, Launch(132, pdl=True), form_of(num_tokens, **changes))
+    names = dict.fromkeys(step.kernel.function.__name__ for step in steps)
+    return [name for name in names if "gemm" in name]
+
+
+def test_from_more_than_eight_tokens_an_expert_on():
+    assert gemms(256) == TRITON
+    for num_tokens in (257, 901, 14107):
+        assert gemms(num_tokens) == HOPPER
+    kimi = MODELS["kimi-k2"]
+    assert gemms(384, problem=kimi) == TRITON and gemms(385, problem=kimi) == HOPPER
+
+
+@pytest.mark.parametrize("capability", [None, (10, 0), (10, 3)], ids=str)
+def test_on_hopper_alone(capability):
+    assert gemms(4096, capability) == TRITON
+
+
+def test_what_they_cannot_read_goes_to_the_others():
+    assert gemms(4096, aligned=False) == TRITON
+    # Rows that start at odd places: their tokens alone are gathered by pieces of 16 bytes.
+    assert gemms(4096, stride_hidden=7168 + 8) == [TRITON[0], HOPPER[1]]
+    assert gemms(4096, stride_hidden=2 * 7168) == HOPPER
+
+
+def test_sizes_they_are_not_made_for():
+    small = dataclasses.replace(DEEPSEEK_V3, hidden_size=512, intermediate_size=512)
+    assert gemms(4096, problem=small) == HOPPER
+    assert gemms(4096, problem=dataclasses.replace(small, intermediate_size=384)) == TRITON
+    assert gemms(4096, problem=dataclasses.replace(small, hidden_size=640)) == [HOPPER[0], TRITON[1]]
+
+
+def test_a_ticket_for_each_launch():
+    """GEMM1's, and GEMM2's for each chunk of columns: two would draw the same tiles from one."""
+    gemm, num_tokens = TritonGroupedGemm((9, 0)), 20000
+    columns = column_chunk(DEEPSEEK_V3, row_capacity(DEEPSEEK_V3, num_tokens))
+    assert columns == DEEPSEEK_V3.hidden_size // 2
+    steps = gemm.steps(DEEPSEEK_V3, Launch(132, pdl=True), form_of(num_tokens))
+    tickets = [step.operands[step.operands.index("tickets") + 1] for step in steps if "tickets" in step.operands]
+    assert tickets == [0, 1, 2]
+    layout = Pipeline(DEEPSEEK_V3, gemm).layout(num_tokens)
+    assert layout.places["tickets"].shape == (3,)

@@ -1,4 +1,4 @@
-"""Which calls the warp-specialised kernels get. That they compile is in test_compile.py; that they are right, a GPU says."""
+"""Which calls the warp-specialised kernels get. That they compile is in test_compile.py; a GPU says if they are right."""
 
 import dataclasses
 

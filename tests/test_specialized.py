@@ -1,4 +1,4 @@
-"""Which calls the warp-specialised kernels get. That they compile is in test_compile.py; a GPU says if they are right."""
+"""Which calls the warp-specialised kernels get. That they compile is in test_compile.py; a GPU says if they work."""
 
 import dataclasses
 

@@ -8,6 +8,7 @@ JSON object: for each launch of a call its numbers and parameters by both ways, 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import subprocess
@@ -89,12 +90,12 @@ def main(folder: Path) -> None:
     memory = torch.empty(flow.layout(3).bytes + 256, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 256 :]
 
-    def plan_of(inputs):
+    def plan_of(inputs, flow=flow, output=output):
         form = Form.of(inputs, addresses_of(inputs), output, 1)
         assert form.aligned and form.output_aligned
         return flow.plan(form, torch.device("cuda", 0), pipeline.Launch(132, pdl=True))
 
-    def launched_by_triton(plan, inputs) -> list:
+    def launched_by_triton(plan, inputs, output=output, memory=memory) -> list:
         """What the driver gets for each step."""
         call, got = by_name(inputs, output, plan.layout, memory), []
         for step in plan.steps:
@@ -103,7 +104,7 @@ def main(folder: Path) -> None:
             got.append([step.kernel.function.__name__, *last(size)])
         return got
 
-    def launched_by_address(plan, inputs) -> list:
+    def launched_by_address(plan, inputs, output=output, memory=memory) -> list:
         """The same."""
         addresses, addressed, got = addresses_of(inputs), plan.addressed, []
         assert addressed is not None, "no direct launch"
@@ -116,7 +117,7 @@ def main(folder: Path) -> None:
         addressed.launchers = launchers
         return got
 
-    def run_first(plan, inputs) -> None:
+    def run_first(plan, inputs, output=output, memory=memory) -> None:
         """Triton's own launches, which compile; the driver doesn't know the parameters yet."""
         ctypes.c_int.in_dll(stub, "stub_num_params").value = 0
         plan.run(inputs, addresses_of(inputs), output, memory)
@@ -175,6 +176,20 @@ def main(folder: Path) -> None:
             "first_again": launched_by_address(plan_of(inputs), inputs),
         }
         result["pointers"][name] = pointers(plan)
+
+    # Many rows: the specialised kernels, whose second one has two descriptors.
+    problem = dataclasses.replace(problem, intermediate_size=512)
+    inputs = make_inputs(Workload(33, 4), problem, random_weights(problem, "cpu"))
+    output = torch.empty((33, 512), dtype=torch.bfloat16)
+    flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))
+    memory = torch.empty(flow.layout(33).bytes + 256, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % 256 :]
+    plan = plan_of(inputs, flow, output)
+    run_first(plan, inputs, output, memory)
+    result["many_rows"] = {
+        "ordinary": launched_by_triton(plan, inputs, output, memory),
+        "direct": launched_by_address(plan, inputs, output, memory),
+    }
     print(json.dumps(result))
 
 

@@ -66,6 +66,12 @@ def test_no_kernel_is_launched_for_other_inputs_than_it_was_compiled_for(seen):
     assert len(set(functions.values())) == 3
 
 
+def test_the_specialised_kernels_get_the_same(seen):
+    many = seen["many_rows"]
+    assert [name for name, *_ in many["direct"]][2:4] == ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
+    assert many["direct"] == many["ordinary"]
+
+
 def function_of(launch):
     """What the driver was given to run."""
     return launch[1][8]

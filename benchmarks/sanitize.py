@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,8 +98,8 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
-    code, verdict = watch(sanitizer, "memcheck", PLANTED, seconds=options.time_limit)
-    if code == 0:
+    _, verdict = watch(sanitizer, "memcheck", PLANTED, seconds=options.time_limit)
+    if not re.match("ERROR SUMMARY: [1-9]", verdict):
         sys.exit(f"memcheck didn't find a planted error, so it watches nothing: {verdict}")
     print(f"memcheck found the planted error: {verdict}", flush=True)
     bad = False

@@ -45,6 +45,13 @@ SITUATIONS: dict[str, Workload] = {
     "200": Workload(200, 32),
     "2048": Workload(2048, 32),
     "c128": Workload(128, 32, "concentrated"),
+    # Few experts are active: what the tiles of 32 and 64 columns were chosen by.
+    "1": Workload(1, 32),
+    "3": Workload(3, 96),
+    "7": Workload(7, 192),
+    "14": Workload(14, 0),
+    "15": Workload(15, 32),
+    "16": Workload(16, 224),
 }
 RELATIVE_ERROR = 0.01  # sums in another order make some e4m3 values round to the other side
 
@@ -85,6 +92,10 @@ GEMM1: dict[str, Tile] = {
     "s8 n128 +64": Tile(128, 8, tiers("32:5 64:4 128:3"), 4),
     "j8 n128": Tile(128, 8, tiers("128:3"), 4, joined=True),
     "j8 n128 +64": Tile(128, 8, tiers("32:5 64:4 128:3"), 4, joined=True),
+    "s4 16:4": Tile(64, 4, tiers("16:4")),
+    "j4 n32 6": Tile(32, 4, tiers("16:6"), joined=True),
+    "j4 n32 4x2": Tile(32, 4, tiers("16:4x2"), joined=True),
+    "j4 n32 3x4": Tile(32, 4, tiers("16:3x4"), joined=True),
 }
 GEMM2: dict[str, Tile] = {
     "j4 base": Tile(128, 4, tiers("16:3x2 64:4"), joined=True),
@@ -108,6 +119,8 @@ GEMM2: dict[str, Tile] = {
     "j8 +128 p1": Tile(128, 8, tiers("16:6x2 32:10 64:8 128:6"), 1, joined=True),
     "s8 n256": Tile(256, 8, tiers("128:3"), 4),
     "s8 n256 +64": Tile(256, 8, tiers("32:5 64:4 128:3"), 4),
+    "j4 n64 3x2": Tile(64, 4, tiers("16:3x2"), joined=True),
+    "j4 n64 8": Tile(64, 4, tiers("16:8"), joined=True),
 }
 VARIANTS = {"gemm1": GEMM1, "gemm2": GEMM2}
 

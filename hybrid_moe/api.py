@@ -240,12 +240,7 @@ class HybridMoE:
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
         routed = self._routing_bias is None
-        decider: DecisionTable | Choice
-        if backend is None:
-            decider = decision_table(self.problem, self.device, policy, routed=routed, stacklevel=4)
-        else:
-            decider = backend
-        dispatch = Dispatch(self.problem, self.device, decider, self._counters, policy, routed)
+        dispatch = _new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=5)
         if self._workspaces is not None:
             self._workspaces.grow(self._planned_bytes(dispatch))
         return dispatch
@@ -525,16 +520,30 @@ class _Identity:
         return self.value is other.value or (not isinstance(self.value, Policy) and self.value == other.value)
 
 
+def _new_dispatch(
+    problem: MoEProblem,
+    device: DeviceKey,
+    backend: Choice | None,
+    policy: Policy | str | Path | None,
+    routed: bool,
+    counters: Counters,
+    *,
+    stacklevel: int,
+) -> Dispatch:
+    """By the backend that is named, else by the policy."""
+    decider: DecisionTable | Choice
+    if backend is None:
+        decider = decision_table(problem, device, policy, routed=routed, stacklevel=stacklevel)
+    else:
+        decider = backend
+    return Dispatch(problem, device, decider, counters, policy, routed)
+
+
 @functools.lru_cache(maxsize=256)
 def _cached_dispatch(
     problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity, routed: bool
 ) -> Dispatch:
-    decider: DecisionTable | Choice
-    if backend is None:
-        decider = decision_table(problem, device, policy.value, routed=routed, stacklevel=5)
-    else:
-        decider = backend
-    return Dispatch(problem, device, decider, _function_counters(), policy.value, routed)
+    return _new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
 
 
 @functools.cache

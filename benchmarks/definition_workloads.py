@@ -84,13 +84,14 @@ def main() -> None:
         parser.error("an NVIDIA GPU is wanted; torch finds none")
 
     problem = MODELS[options.model]
-    definitions = DEFINITION_WORKLOADS if problem == DEEPSEEK_V3 else ()
+    if problem == DEEPSEEK_V3:
+        definitions, between, peers = DEFINITION_WORKLOADS, BETWEEN if options.between else (), tuple(PEERS)
+    else:
+        definitions, between, peers = (), MODEL_TOKENS, ()
     workloads = [w for w in definitions if not options.tokens or w.num_tokens in options.tokens]
     known = {w.num_tokens for w in workloads}
-    between = BETWEEN if problem == DEEPSEEK_V3 else MODEL_TOKENS
-    extra = options.tokens or (between if options.between or problem != DEEPSEEK_V3 else ())
-    offset = 96 if problem == DEEPSEEK_V3 else middle_rank(problem)
-    workloads += [Workload(tokens, offset) for tokens in extra if tokens not in known]
+    offset = middle_rank(problem)
+    workloads += [Workload(tokens, offset) for tokens in options.tokens or between if tokens not in known]
     workloads = sorted((replace(w, routing=options.routing) for w in workloads), key=lambda w: w.num_tokens)
     if options.skewed:
         offsets = {w.num_tokens: w.local_expert_offset for w in definitions}
@@ -109,8 +110,7 @@ def main() -> None:
         supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(problem, device, c)]
         gemms = [c.config.get("gemm") for c in supported]
         candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
-        if problem == DEEPSEEK_V3:
-            candidates += [Choice(name) for name in PEERS if name.removeprefix("peer:") in gemms]
+        candidates += [Choice(name) for name in peers if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
     copies = [random_weights(problem, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"

@@ -79,7 +79,7 @@ def pieces(inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
     memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
     logits, hidden, scale = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
 
-    found: dict[str, Callable[[], object]] = {
+    return {
         "checks": lambda: PROBLEM.plain_num_tokens(hidden, logits, scale, output, device),
         "output": lambda: torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device=device),
         "reservation": lambda: torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device),
@@ -87,7 +87,6 @@ def pieces(inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
         "arguments": lambda: plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr()),
         "all launches": lambda: plan.addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr()),
     }
-    return found
 
 
 def launches(inputs, output: torch.Tensor, turns: int) -> dict[str, list[float]]:

@@ -2,10 +2,9 @@
 
 ``hybrid_moe::layer`` and ``hybrid_moe::fused_moe`` return a new tensor, ``hybrid_moe::layer_out`` and
 ``hybrid_moe::fused_moe_out`` write into one that is given; those that begin with ``routed_`` take experts that are
-chosen already. They take every tensor as an argument, weights too, so that
-functionalisation, freezing and lifting see them. What is no tensor and no number is found by ``handle``, which stands
-for a `Routine` for as long as that lives. Calls outside of compiled code don't go through here: an operator's own
-dispatch costs more than the choice.
+chosen already. They take every tensor as an argument, weights too, so that functionalisation, freezing and lifting see
+them. What is no tensor and no number is found by ``handle``, which stands for a `Routine` for as long as that lives.
+Calls outside of compiled code don't go through here: an operator's own dispatch costs more than the choice.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from ..launch import Constants, Kernel
 from ..pipeline import Launch, pow2, row_capacity
 from ..plan import Form
 from ..steps import Step, Tiles
+from . import hopper_kernels
 from .hopper_kernels import E4M3, hopper_gemm1_kernel, hopper_gemm2_kernel
 
 STAGES = 4
 # Of each thread: two consumers' and the producer's warp groups share 65,536.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 WARPS = 4  # of each group
-ROWS, COLUMNS = 128, 256  # of a tile
+ROWS, COLUMNS = hopper_kernels.ROWS.value, 2 * hopper_kernels.COLUMNS.value  # of a tile
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 

@@ -22,7 +22,7 @@ import triton
 from tune_tiles import REPEATS, compile_all, form_of, launch_of
 
 from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, tickets_of
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
 from hybrid_moe.kernels.pipeline import reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import by_name
 from hybrid_moe.kernels.steps import Step
@@ -145,6 +145,8 @@ class Situation:
         # What the variants write, of either GEMM.
         self.written = {"gemm1": memory_of(activation), "gemm2": memory_of(out)}
         self.results = {**activation.tensors(self.written["gemm1"]), **out.tensors(self.written["gemm2"])}
+        # GEMM2 alone waits for no expert.
+        self.all_finished = torch.full((PROBLEM.num_local_experts + 1,), 2**30, dtype=torch.int32, device="cuda")
         # By name, with the activations that GEMM2 starts from.
         self.ready = []
         for inputs in self.inputs:
@@ -181,14 +183,15 @@ class Situation:
         return gemm1(PROBLEM, self.launch, self.form, tile)
 
     def _step2(self, tile: Tile) -> Step:
-        return gemm2(PROBLEM, self.launch, self.form, tile, PROBLEM.hidden_size, 0)
+        signals = signals_of(PROBLEM, GEMM1["s4 base"])
+        return gemm2(PROBLEM, self.launch, self.form, tile, PROBLEM.hidden_size, 0, signals)
 
     def _gemm1(self, call: dict, step: Step) -> None:
         call["tickets"].zero_()  # for all variants, that none is favoured
         step.run(call | self.results, call["output"].device)
 
     def _gemm2(self, call: dict, step: Step) -> None:
-        step.run(call | {"rows": self.results["rows"]}, call["output"].device)
+        step.run(call | {"rows": self.results["rows"], "finished": self.all_finished}, call["output"].device)
 
 
 def memory_of(layout: Layout) -> torch.Tensor:

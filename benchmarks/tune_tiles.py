@@ -20,7 +20,7 @@ import torch
 import triton
 
 from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, tickets_of
+from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import AnyStep
@@ -113,8 +113,11 @@ class Bench:
             taken = [self.tensors(inputs, layout) for inputs in self.inputs]
         else:
             columns = self.firsts.step
-            steps = [gemm2(PROBLEM, self.launch, self.form, tile, columns, first) for first in self.firsts]
-            taken = self.ready
+            signals = signals_of(PROBLEM, tile)
+            steps = [gemm2(PROBLEM, self.launch, self.form, tile, columns, first, signals) for first in self.firsts]
+            # Alone it waits for no expert.
+            finished = torch.full((PROBLEM.num_local_experts + 1,), 2**30, dtype=torch.int32, device="cuda")
+            taken = [call | {"finished": finished} for call in self.ready]
 
         def result():
             self.run(taken[0], *steps)
@@ -158,7 +161,7 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
         if which == "gemm1":
             step = gemm1(PROBLEM, launch_of(), form, tile)
         else:
-            step = gemm2(PROBLEM, launch_of(), form, tile, call["rows"].shape[1], 0)
+            step = gemm2(PROBLEM, launch_of(), form, tile, call["rows"].shape[1], 0, signals_of(PROBLEM, tile))
         step.run(call, output.device)
     finally:
         jit.run = original

@@ -15,7 +15,7 @@ from hybrid_moe.workloads import MODELS
 
 TOKENS = (1, 2, 15, 16, 33, 80, 901, 2560, 14107)
 # Tensors that are parts of another one, or take its memory once its last reader is done.
-PARTS = {"counters": {"counts", "tickets"}, "shared": {"gathered", "gemm1", "rows"}}
+PARTS = {"counters": {"counts", "finished", "tickets"}, "shared": {"gathered", "gemm1", "rows"}}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -38,15 +38,16 @@ def test_no_two_tensors_overlap(gemm, model):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_counts_and_tickets_are_cleared_together(tokens):
+def test_all_that_is_counted_with_is_cleared_together(tokens):
     problem = MODELS["deepseek-v3"]
     gemm = TritonGroupedGemm((9, 0))
     places = pipeline.Pipeline(problem, gemm).layout(tokens).places
     assert places["tickets"].shape == (gemm.num_tickets(problem, tokens),)
     assert (places["counts"].offset, places["counts"].shape) == (places["counters"].offset, (32,))
+    assert (places["finished"].offset, places["finished"].shape) == (places["counts"].offset + 32 * 4, (33,))
     if places["tickets"].bytes:
-        assert places["tickets"].offset == places["counts"].offset + places["counts"].bytes
-        assert places["counters"].bytes == places["counts"].bytes + places["tickets"].bytes
+        assert places["tickets"].offset == places["finished"].offset + 36 * 4
+        assert places["counters"].bytes == (32 + 36) * 4 + places["tickets"].bytes
 
 
 def test_workspace_bytes():

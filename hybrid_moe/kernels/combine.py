@@ -19,35 +19,50 @@ def combine_kernel(
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
     BRANCH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T, any number of programs that share the columns). An expert's rows start at a multiple of ALIGN.
+    """Grid: (T, programs that share the columns, BLOCKS blocks of BLOCK_N each).
 
-    Sums in float32 over the choices in their order: same input, same bits.
+    An expert's rows start at a multiple of ALIGN. Sums in float32 over the choices in their order: same input, same
+    bits.
     """
+    tl.static_assert(COLUMNS % BLOCK_N == 0)  # a mask inside of a block would break up the wide loads
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, E_POW2)
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
+    if BRANCH:
+        # All choices before the first branch: behind it, each would be waited for.
+        choice = tl.arange(0, TOP_K_POW2)
+        pairs = tl.load(pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
+        weights = tl.load(pair_weight_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=0.0)
 
-    tl.static_assert(COLUMNS % BLOCK_N == 0)  # a mask by column would break up the wide loads
-    for block in range(tl.program_id(1), COLUMNS // BLOCK_N, tl.num_programs(1)):
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        for k in tl.static_range(TOP_K):
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    real = block < COLUMNS // BLOCK_N
+    total = tl.zeros((BLOCKS, BLOCK_N), tl.float32)
+    for k in tl.static_range(TOP_K):
+        if BRANCH:
+            pair = tl.sum(tl.where(choice == k, pairs, 0), axis=0)
+        else:
             pair = tl.load(pair_ptr + token * TOP_K + k)
-            # Without a branch the loads of all choices are in flight together, those of other ranks masked off.
-            if not BRANCH or pair >= 0:
+        # Without a branch the loads of all choices are in flight together, those of other ranks masked off.
+        if not BRANCH or pair >= 0:
+            if BRANCH:
+                weight = tl.sum(tl.where(choice == k, weights, 0.0), axis=0)
+            else:
                 weight = tl.load(pair_weight_ptr + token * TOP_K + k)
-                row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
-                wanted = pair + tl.zeros((BLOCK_N,), tl.int32) >= 0
-                value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
-                total += value.to(tl.float32) * weight
-        tl.store(output_ptr + token * HIDDEN + first_block * 128 + column, total.to(tl.bfloat16))
+            row = (tl.sum(tl.where(expert < pair % E, extent, 0), axis=0) + pair // E).to(tl.int64)
+            wanted = real & (pair + tl.zeros((BLOCKS, 1), tl.int32) >= 0)
+            value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
+            total += value.to(tl.float32) * weight
+    tl.store(output_ptr + token * HIDDEN + first_block * 128 + column, total.to(tl.bfloat16), mask=real)

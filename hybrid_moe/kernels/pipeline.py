@@ -23,6 +23,8 @@ from .steps import AnyStep, Operand, Step
 MAX_ROWS_BYTES = 2**31
 # Programs of the combine that a multiprocessor runs at once; more of them share a token's columns only up to this.
 COMBINE_PROGRAMS = 16
+# Of a token's column blocks that one program adds up at once: as many loads are in flight together.
+COMBINE_BLOCKS = 8
 # From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.
 COMBINE_BRANCH_TOKENS = 512
 
@@ -116,15 +118,17 @@ SCATTER = Kernel(scatter_kernel)
 def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_tickets: int = 0) -> None:
     """Add the result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`.
 
-    ``counters`` are ``counts`` ``[E]`` with ``tickets`` behind, zeros for the grouped GEMM to count with, which start
-    at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``, ``pair`` and ``pair_weight`` ``[T, top_k]``.
+    ``counters`` are ``counts`` ``[E]`` with ``finished`` ``[E + 1]`` and ``tickets`` behind, zeros for the grouped GEMM to
+    count with; each starts at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``, ``pair`` and ``pair_weight``
+    ``[T, top_k]``.
     """
     e = problem.num_local_experts
-    counts_length = (e + 3) // 4 * 4
+    finished, tickets = ((length + 3) // 4 * 4 for length in (e, (e + 3) // 4 * 4 + e + 1))
     start = layout.bytes
-    layout.reserve("counters", (counts_length + num_tickets,), torch.int32)
+    layout.reserve("counters", (tickets + num_tickets,), torch.int32)
     layout.overlay("counts", start, (e,), torch.int32)
-    layout.overlay("tickets", start + 4 * (counts_length if num_tickets else 0), (num_tickets,), torch.int32)
+    layout.overlay("finished", start + 4 * finished, (e + 1,), torch.int32)
+    layout.overlay("tickets", start + 4 * tickets if num_tickets else start, (num_tickets,), torch.int32)
     layout.reserve("slot_token", (e, num_tokens), torch.int32)
     layout.reserve("pair", (num_tokens, problem.top_k), torch.int32)
     layout.reserve("pair_weight", (num_tokens, problem.top_k), torch.float32)
@@ -204,25 +208,29 @@ def combine(problem: MoEProblem, launch: Launch, form: Form, columns: int, first
     # The largest power of two that divides the columns, up to what spreads few tokens over the device.
     block_n = min(512 if tokens < launch.multiprocessors else 1024, columns & -columns)
     blocks = columns // block_n
-    grid = (tokens, max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens)))
+    programs = max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens))
+    blocks_each = min(pow2(-(-blocks // programs)), COMBINE_BLOCKS)
+    grid = (tokens, -(-blocks // blocks_each))
     branch = tokens >= COMBINE_BRANCH_TOKENS
-    constants = _combine_constants(problem, launch, columns, block_n, form.row_alignment, branch)
+    constants = _combine_constants(problem, launch, columns, block_n, blocks_each, form.row_alignment, branch)
     operands = ("rows", "counts", "pair", "pair_weight", "output", first_column // problem.block)
     return Step(COMBINE, grid, operands, constants, form.output_aligned)
 
 
 @functools.lru_cache(maxsize=256)
 def _combine_constants(
-    problem: MoEProblem, launch: Launch, columns: int, block_n: int, align: int, branch: bool
+    problem: MoEProblem, launch: Launch, columns: int, block_n: int, blocks: int, align: int, branch: bool
 ) -> Constants:
     arguments = {
         "E": problem.num_local_experts,
         "E_POW2": pow2(problem.num_local_experts),
         "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
         "HIDDEN": problem.hidden_size,
         "COLUMNS": columns,
         "ALIGN": align,
         "BRANCH": branch,
+        "BLOCKS": blocks,
         "BLOCK_N": block_n,
         "PDL": launch.pdl,
     }

@@ -13,6 +13,7 @@ from ..pipeline import Launch, pow2, row_capacity
 from ..plan import Form
 from ..steps import Step, Tiles
 from . import hopper_kernels
+from .finished import Signals
 from .hopper_kernels import E4M3, hopper_gemm1_kernel, hopper_gemm2_kernel
 
 STAGES = 4
@@ -66,6 +67,7 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form) -> Step:
         "slot_token",
         "activated",
         "activated_scale",
+        "finished",
         "tickets",
         0,
         form.stride_scale_k,
@@ -77,8 +79,16 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form) -> Step:
     return Step(GEMM1, (launch.multiprocessors,), operands, constants, True)
 
 
-def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_column: int) -> Step:
-    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
+def signals(problem: MoEProblem) -> Signals:
+    """Of `gemm1`: both consumers' for each row tile and 128 block of the activation."""
+    return Signals(ROWS, 2 * problem.intermediate_size // problem.block)
+
+
+def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_column: int, first: Signals) -> Step:
+    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
+
+    ``first`` are the signals of the step that computed the activation.
+    """
     e, inner, capacity = problem.num_local_experts, problem.intermediate_size, row_capacity(problem, form.num_tokens)
     operands = (
         SwizzledTiles("activated", 1, capacity, inner, 1, ROWS),
@@ -86,13 +96,15 @@ def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_c
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, 128),
         "gemm2_weights_scale",
         "counts",
+        "finished",
         "rows",
         "tickets",
         1 + first_column // columns,
         first_column,
         capacity,
     )
-    return Step(GEMM2, (launch.multiprocessors,), operands, _gemm2_constants(problem, launch, columns), True)
+    constants = _gemm2_constants(problem, launch, columns, first)
+    return Step(GEMM2, (launch.multiprocessors,), operands, constants, True)
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,11 +120,13 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, stride_hidden: int) ->
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int) -> Constants:
+def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int, first: Signals) -> Constants:
     arguments = {
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "COLUMNS": columns,
+        "FIRST_M": first.block_m,
+        "SIGNALS": first.per_row_tile,
         **_shared_constants(problem, launch),
     }
     return Constants(arguments, {**launch.options, "num_warps": WARPS})

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import FP8_MAX, MIN_AMAX, swiglu_of
+from .finished import await_signals, let_async_copies_see, signal, signals_seen
 
 # Renamed between the Triton releases 3.6 and 3.9.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -42,13 +43,18 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def locate(tile, counts_ptr, TILES_N: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr):
-    """Expert, its rows, rows of all experts before it, row tile and column tile of a tile's number; E: no such tile."""
+def load_by_expert(ptr, CACHE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr):
+    """The experts' numbers and their values, int32; zeros from E on."""
     # Every warp has the whole vector, so that no sum leaves the warp.
     PER_THREAD: gl.constexpr = E_POW2 // 32 if E_POW2 > 32 else 1
     layout: gl.constexpr = gl.BlockedLayout([PER_THREAD], [32], [4], [0])
     expert = gl.arange(0, E_POW2, layout=layout)
-    count = gl.load(counts_ptr + expert, mask=expert < E, other=0)
+    return expert, gl.load(ptr + expert, mask=expert < E, other=0, cache_modifier=CACHE)
+
+
+@gluon.jit
+def locate(tile, expert, count, TILES_N: gl.constexpr, E: gl.constexpr):
+    """Expert, its rows, rows of all experts before it, row tile and column tile of a tile's number; E: no such tile."""
     row_tiles = (count + (ROWS - 1)) // ROWS
     ends = gl.associative_scan(row_tiles, 0, _add) * TILES_N
     at = gl.sum((ends <= tile).to(gl.int32), axis=0)
@@ -64,6 +70,23 @@ def locate(tile, counts_ptr, TILES_N: gl.constexpr, E: gl.constexpr, E_POW2: gl.
 @gluon.jit
 def _add(a, b):
     return a + b
+
+
+@gluon.jit
+def locate_next(
+    tile,
+    counts_ptr,
+    expert,
+    count,
+    TILES_N: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    E: gl.constexpr,
+    E_POW2: gl.constexpr,
+):
+    """`locate` of a later tile than the first."""
+    if SWIGLU:  # kept from the first on, the counts would cost GEMM1 a register more than there are
+        expert, count = load_by_expert(counts_ptr, "", E, E_POW2)
+    return locate(tile, expert, count, TILES_N, E)
 
 
 @gluon.jit
@@ -93,6 +116,7 @@ def producer(
     x_scale_ptr,
     weight,
     counts_ptr,
+    finished_ptr,
     slot_token_ptr,
     tickets_ptr,
     first_column,
@@ -110,12 +134,22 @@ def producer(
     GATE: gl.constexpr,
     E: gl.constexpr,
     E_POW2: gl.constexpr,
+    FIRST_M: gl.constexpr,
+    SIGNALS: gl.constexpr,
     STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Load rows, their scales and the weights of all tiles of this program, one 128 block of the sum a stage."""
     x_stages, scale_stages, weight_stages, full, empty = ring
+    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
+    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
+    if not SWIGLU:
+        wanted = gl.sum((count + (FIRST_M - 1)) // FIRST_M, axis=0) * SIGNALS
+        all_finished = signals_seen(finished_ptr, E) >= wanted
+        if all_finished:
+            wait_for_previous_kernel(PDL)
     tile = gl.program_id(0)
-    at, rows, rows_before, tile_m, tile_n = locate(tile, counts_ptr, TILES_N, E, E_POW2)
+    at, rows, rows_before, tile_m, tile_n = locate(tile, expert, count, TILES_N, E)
     step = 0
     turn = 0
     while at < E:
@@ -134,6 +168,9 @@ def producer(
         else:
             row = rows_before + slot
             weight_row = at * N + first_column + tile_n * (2 * COLUMNS)
+            if not all_finished:
+                await_signals(finished_ptr, at, (rows + (FIRST_M - 1)) // FIRST_M * SIGNALS)
+                let_async_copies_see(PDL)
         scale_at = x_scale_ptr + row.to(gl.int64) * stride_scale_t
         for block in range(K // 128):
             stage = step % STAGES
@@ -159,7 +196,7 @@ def producer(
         tile = gl.num_programs(0) + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         announce(agenda, turn, tile)
         turn += 1
-        at, rows, rows_before, tile_m, tile_n = locate(tile, counts_ptr, TILES_N, E, E_POW2)
+        at, rows, rows_before, tile_m, tile_n = locate_next(tile, counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2)
 
 
 @gluon.jit
@@ -263,6 +300,7 @@ def weight_scales(
 def consumer(
     weight_scale_ptr,
     counts_ptr,
+    finished_ptr,
     out_ptr,
     out_scale_ptr,
     first_column,
@@ -284,7 +322,10 @@ def consumer(
 ):
     """Multiply, promote and store the columns of one consumer: the left half of each tile's (ME 0) or the right."""
     K_BLOCKS: gl.constexpr = K // 128
-    at, rows, rows_before, tile_m, tile_n = locate(gl.program_id(0), counts_ptr, TILES_N, E, E_POW2)
+    # GEMM2 has not waited for a kernel yet: the first-level cache may hold older counts.
+    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
+    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
+    at, rows, rows_before, tile_m, tile_n = locate(gl.program_id(0), expert, count, TILES_N, E)
     step = 0
     turn = 0
     never = capacity < 0
@@ -302,9 +343,11 @@ def consumer(
                 ring, left_at, right_at, left, right, step, never, K_BLOCKS, SWIGLU, STAGES, ME, 1
             )
         first_row = rows_before + tile_m * ROWS
-        column_tile = tile_n
+        column_tile, stored = tile_n, at
         # The next tile's first scales are on their way while this one is stored.
-        at, rows, rows_before, tile_m, tile_n = locate(announced(agenda, turn), counts_ptr, TILES_N, E, E_POW2)
+        at, rows, rows_before, tile_m, tile_n = locate_next(
+            announced(agenda, turn), counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2
+        )
         left_at, right_at = weight_scales(
             weight_scale_ptr, at, tile_n, first_column, K_BLOCKS, N, SWIGLU, UP, GATE, E, ME
         )
@@ -332,6 +375,7 @@ def consumer(
                     value_below, amax_below, out_ptr, out_scale_ptr, first_row + CHUNK, here - CHUNK, column_tile,
                     capacity, OUT_COLUMNS, ME,
                 )  # fmt: skip
+            signal(finished_ptr, stored, E)
         else:
             column = column_tile * (2 * COLUMNS) + ME * COLUMNS
             store_rows(total, out_ptr, first_row, here, column, OUT_COLUMNS)
@@ -380,11 +424,11 @@ def store_rows(total, out_ptr, first_row, rows, first_column, OUT_COLUMNS: gl.co
 
 @gluon.jit
 def run_partitions(
-    x, x_scale_ptr, weight, weight_scale_ptr, counts_ptr, slot_token_ptr, out_ptr, out_scale_ptr, tickets_ptr,
-    first_column, stride_scale_k, stride_scale_t, num_tokens, capacity,
+    x, x_scale_ptr, weight, weight_scale_ptr, counts_ptr, finished_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
+    tickets_ptr, first_column, stride_scale_k, stride_scale_t, num_tokens, capacity,
     X_STRIDE: gl.constexpr, K: gl.constexpr, N: gl.constexpr, OUT_COLUMNS: gl.constexpr, TILES_N: gl.constexpr,
     SWIGLU: gl.constexpr, UP: gl.constexpr, GATE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    FIRST_M: gl.constexpr, SIGNALS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Both GEMMs: set up the ring and start the three warp groups."""
     x_stages = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], E4M3)
@@ -402,7 +446,8 @@ def run_partitions(
     for number in gl.static_range(4):
         mbarrier.init(barriers.index(number), count=1)
         mbarrier.init(said.index(number), count=1)
-    wait_for_previous_kernel(PDL)
+    if SWIGLU:
+        wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     ring = (x_stages, scale_stages, weight_stages, full, empty)
     agenda = (numbers, said)
@@ -411,21 +456,25 @@ def run_partitions(
     gl.warp_specialize(
         [
             (consumer, (
-                weight_scale_ptr, counts_ptr, out_ptr, out_scale_ptr, first_column, capacity, ring, agenda, exchange,
-                K, N, OUT_COLUMNS, TILES_N, SWIGLU, UP, GATE, E, E_POW2, STAGES, 0,
+                weight_scale_ptr, counts_ptr, finished_ptr, out_ptr, out_scale_ptr, first_column, capacity, ring,
+                agenda, exchange, K, N, OUT_COLUMNS, TILES_N, SWIGLU, UP, GATE, E, E_POW2, STAGES, 0,
             )),
             (consumer, (
-                weight_scale_ptr, counts_ptr, out_ptr, out_scale_ptr, first_column, capacity, ring, agenda, exchange,
-                K, N, OUT_COLUMNS, TILES_N, SWIGLU, UP, GATE, E, E_POW2, STAGES, 1,
+                weight_scale_ptr, counts_ptr, finished_ptr, out_ptr, out_scale_ptr, first_column, capacity, ring,
+                agenda, exchange, K, N, OUT_COLUMNS, TILES_N, SWIGLU, UP, GATE, E, E_POW2, STAGES, 1,
             )),
             (producer, (
-                x, x_scale_ptr, weight, counts_ptr, slot_token_ptr, tickets_ptr, first_column, stride_scale_k,
-                stride_scale_t, num_tokens, ring, agenda, X_STRIDE, K, N, TILES_N, SWIGLU, UP, GATE, E, E_POW2, STAGES,
+                x, x_scale_ptr, weight, counts_ptr, finished_ptr, slot_token_ptr, tickets_ptr, first_column,
+                stride_scale_k, stride_scale_t, num_tokens, ring, agenda, X_STRIDE, K, N, TILES_N, SWIGLU, UP, GATE,
+                E, E_POW2, FIRST_M, SIGNALS, STAGES, PDL,
             )),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+    if not SWIGLU:
+        # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.
+        wait_for_previous_kernel(PDL)
 
 
 @gluon.jit(do_not_specialize=["ticket", "stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
@@ -438,6 +487,7 @@ def hopper_gemm1_kernel(
     slot_token_ptr,  # [E, T] int32
     out_ptr,  # [capacity, INTERMEDIATE] e4m3, out
     out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, out
+    finished_ptr,  # [E + 1] int32, zeros on entry: each consumer's signal for each row tile's 128 block of the activation
     tickets_ptr,  # int32, number ``ticket`` of them zero on entry
     ticket,
     stride_scale_k,
@@ -459,10 +509,10 @@ def hopper_gemm1_kernel(
     UP: gl.constexpr = INTERMEDIATE if GATE_FIRST else 0
     GATE: gl.constexpr = 0 if GATE_FIRST else INTERMEDIATE
     run_partitions(
-        hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, counts_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
-        tickets_ptr + ticket, 0, stride_scale_k, stride_scale_t, num_tokens, capacity,
+        hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, counts_ptr, finished_ptr, slot_token_ptr, out_ptr,
+        out_scale_ptr, tickets_ptr + ticket, 0, stride_scale_k, stride_scale_t, num_tokens, capacity,
         STRIDE_HIDDEN, HIDDEN, 2 * INTERMEDIATE, INTERMEDIATE, INTERMEDIATE // 128, True, UP, GATE, E, E_POW2,
-        STAGES, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PDL,
+        1, 1, STAGES, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PDL,
     )  # fmt: skip
 
 
@@ -473,6 +523,7 @@ def hopper_gemm2_kernel(
     weight,  # descriptor of [E * HIDDEN, INTERMEDIATE] e4m3, 128 rows by 128
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
+    finished_ptr,  # [E + 1] int32: GEMM1's signals, see `finished`
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
     tickets_ptr,  # int32, number ``ticket`` of them zero on entry
     ticket,
@@ -481,6 +532,8 @@ def hopper_gemm2_kernel(
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
     COLUMNS: gl.constexpr,
+    FIRST_M: gl.constexpr,
+    SIGNALS: gl.constexpr,
     E: gl.constexpr,
     E_POW2: gl.constexpr,
     STAGES: gl.constexpr,
@@ -488,11 +541,14 @@ def hopper_gemm2_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """GEMM2. Grid: any number of programs; they share the tiles."""
+    """GEMM2. Grid: any number of programs; they share the tiles.
+
+    GEMM1, with row tiles of FIRST_M and SIGNALS for each of them, may still run.
+    """
     gl.static_assert(COLUMNS % 256 == 0)
     run_partitions(
-        activated, activated_scale_ptr, weight, weight_scale_ptr, counts_ptr, counts_ptr, out_ptr, counts_ptr,
-        tickets_ptr + ticket, first_column, capacity, 1, 0, capacity,
+        activated, activated_scale_ptr, weight, weight_scale_ptr, counts_ptr, finished_ptr, counts_ptr, out_ptr,
+        counts_ptr, tickets_ptr + ticket, first_column, capacity, 1, 0, capacity,
         INTERMEDIATE, INTERMEDIATE, HIDDEN, COLUMNS, COLUMNS // 256, False, 0, 0, E, E_POW2,
-        STAGES, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PDL,
+        FIRST_M, SIGNALS, STAGES, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PDL,
     )  # fmt: skip

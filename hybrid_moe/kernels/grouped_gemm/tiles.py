@@ -54,7 +54,7 @@ class Tile:
     block_n: int
     num_warps: int
     tiers: tuple[Tier, ...]
-    programs_per_multiprocessor: int = 32
+    programs_per_multiprocessor: int = 7
     joined: bool = False
     max_registers: int | None = None
 

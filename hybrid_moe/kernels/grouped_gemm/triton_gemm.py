@@ -13,6 +13,7 @@ from ..pipeline import GroupedGemm, Launch, column_chunk, combine, pow2, row_cap
 from ..plan import Form
 from ..steps import AnyStep, Operand, Step, Tiles
 from . import hopper_gemm
+from .finished import Signals
 from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
 from .triton_kernels import gemm1_swiglu_kernel, gemm2_kernel
 
@@ -57,11 +58,12 @@ class TritonGroupedGemm(GroupedGemm):
         steps: list[AnyStep] = [
             hopper_gemm.gemm1(problem, launch, form) if first else gemm1(problem, launch, form, plan.gemm1)
         ]
+        signals = hopper_gemm.signals(problem) if first else signals_of(problem, plan.gemm1)
         for first_column in range(0, problem.hidden_size, columns):
             if second and columns % hopper_gemm.COLUMNS == 0:
-                steps.append(hopper_gemm.gemm2(problem, launch, form, columns, first_column))
+                steps.append(hopper_gemm.gemm2(problem, launch, form, columns, first_column, signals))
             else:
-                steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column))
+                steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column, signals))
             steps.append(combine(problem, launch, form, columns, first_column))
         return steps
 
@@ -71,6 +73,11 @@ def tickets_of(problem: MoEProblem, num_tokens: int, tile: Tile) -> int:
     if tile.block_n == problem.block:
         return 0
     return max_row_tiles(problem, num_tokens, tile.block_m) * (problem.intermediate_size // problem.block)
+
+
+def signals_of(problem: MoEProblem, tile: Tile) -> Signals:
+    """Of `gemm1`: one for each row tile and 128 block of the activation."""
+    return Signals(tile.block_m, problem.intermediate_size // problem.block)
 
 
 def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile) -> None:
@@ -100,6 +107,7 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form, tile: Tile) -> Step:
         "activated_scale",
         "unquantized" if narrow else "activated_scale",
         "tickets" if narrow else "counts",
+        "finished",
         form.stride_scale_k,
         form.stride_scale_t,
         tokens,
@@ -111,8 +119,13 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form, tile: Tile) -> Step:
     return Step(GEMM1, grid, operands, constants, form.aligned)
 
 
-def gemm2(problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: int, first_column: int) -> Step:
-    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
+def gemm2(
+    problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: int, first_column: int, signals: Signals
+) -> Step:
+    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
+
+    ``signals`` are those of the step that computed the activation.
+    """
     block_n = tile.block_n if columns % tile.block_n == 0 else problem.block
     tiles = max_row_tiles(problem, form.num_tokens, tile.block_m) * (columns // block_n)
     box_rows = block_n if tile.joined else block_n // 2
@@ -121,14 +134,16 @@ def gemm2(problem: MoEProblem, launch: Launch, form: Form, tile: Tile, columns: 
         "activated",
         "activated_scale",
         weights_operand("gemm2_weights", problem, form, shape, 1, 1, box_rows),
+        "gemm2_weights",
         "gemm2_weights_scale",
         "counts",
+        "finished",
         "rows",
         first_column,
         row_capacity(problem, form.num_tokens),
     )
     grid = (min(tiles, launch.multiprocessors * tile.programs_per_multiprocessor),)
-    constants = _gemm2_constants(problem, launch, tile, columns, block_n, form.aligned)
+    constants = _gemm2_constants(problem, launch, tile, columns, block_n, form.aligned, signals)
     return Step(GEMM2, grid, operands, constants, form.aligned)
 
 
@@ -166,7 +181,7 @@ def _gemm1_constants(problem: MoEProblem, launch: Launch, tile: Tile, stride_hid
 
 @functools.lru_cache(maxsize=256)
 def _gemm2_constants(
-    problem: MoEProblem, launch: Launch, tile: Tile, columns: int, block_n: int, tma: bool
+    problem: MoEProblem, launch: Launch, tile: Tile, columns: int, block_n: int, tma: bool, signals: Signals
 ) -> Constants:
     arguments = {
         "HIDDEN": problem.hidden_size,
@@ -178,6 +193,8 @@ def _gemm2_constants(
         "BLOCK_N": block_n,
         "JOINED": tile.joined,
         "TIERS": _tiers(tile),
+        "FIRST_M": signals.block_m,
+        "SIGNALS": signals.per_row_tile,
         "TMA": tma,
         "PDL": launch.pdl,
     }

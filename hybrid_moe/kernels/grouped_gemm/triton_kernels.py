@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
+from .finished import await_signals, signal, signals_seen
 
 
 @triton.jit
@@ -61,6 +62,21 @@ def load_weights(
         index = tl.arange(0, MATRICES * ROWS)
         height = (matrix + index // ROWS).to(tl.int64) * HEIGHT + row + index % ROWS
         return tl.load(weight + height[:, None] * INNER + block * 128 + tl.arange(0, 128)[None, :])
+
+
+@triton.jit
+def prefetch_rows(weight_ptr, first_row, ROWS: tl.constexpr, INNER: tl.constexpr, BYTES: tl.constexpr):
+    """Bring the first BYTES of so many rows of ``[rows, INNER]`` e4m3 weights into L2."""
+    row = first_row + tl.arange(0, ROWS)
+    at = (weight_ptr + row.to(tl.int64) * INNER).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [at, tl.full((ROWS,), BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -129,6 +145,7 @@ def gemm1_tile(
     out_scale_ptr,
     unquantized_ptr,
     tickets_ptr,
+    finished_ptr,
     stride_scale_k,
     stride_scale_t,
     num_tokens,
@@ -143,6 +160,7 @@ def gemm1_tile(
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     GATE_FIRST: tl.constexpr,
+    E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     JOINED: tl.constexpr,
@@ -157,7 +175,9 @@ def gemm1_tile(
     k = tl.arange(0, BLOCK_K)
     slot = first_slot + tl.arange(0, BLOCK_M)
     real = slot < rows
-    token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=real, other=0)
+    # One token's number is 0, and what is masked costs no time.
+    unknown = tl.where(num_tokens > 1, rows, 0)
+    token = tl.load(slot_token_ptr + at.to(tl.int64) * num_tokens + slot, mask=slot < unknown, other=0)
     hidden_at = hidden_ptr + token.to(tl.int64)[:, None] * STRIDE_HIDDEN + k[None, :]
     hidden_scale_at = hidden_scale_ptr + token.to(tl.int64) * stride_scale_t
     weight_row = tile_n * BLOCK_N
@@ -206,6 +226,7 @@ def gemm1_tile(
     row = (rows_before + slot).to(tl.int64)
     if BLOCK_N == 128:
         store_quantized(value, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE)
+        signal(finished_ptr, at, E)
     else:
         row_at = unquantized_ptr + row[:, None] * INTERMEDIATE
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -219,6 +240,7 @@ def gemm1_tile(
             whole_at = row_at + (block_n * 128 + tl.arange(0, 128))[None, :]
             whole = tl.load(whole_at, mask=real[:, None], other=0.0, cache_modifier=".cg")
             store_quantized(whole, out_ptr, out_scale_ptr, row, real, block_n, capacity, INTERMEDIATE)
+            signal(finished_ptr, at, E)
 
 
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "capacity"])
@@ -233,6 +255,7 @@ def gemm1_swiglu_kernel(
     out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, out
     unquantized_ptr,  # [capacity, INTERMEDIATE] float32, scratch; not touched if BLOCK_N is 128
     tickets_ptr,  # [row tiles, INTERMEDIATE/128] int32, zeros on entry; not touched if BLOCK_N is 128
+    finished_ptr,  # [E + 1] int32, zeros on entry: a signal for each row tile's 128 block of the activation
     stride_scale_k,
     stride_scale_t,
     num_tokens,
@@ -271,9 +294,9 @@ def gemm1_swiglu_kernel(
             if left > TIERS[tier][0] and left <= TIERS[tier][1]:
                 gemm1_tile(
                     hidden_ptr, hidden_scale_ptr, weight, weight_scale_ptr, slot_token_ptr, out_ptr, out_scale_ptr,
-                    unquantized_ptr, tickets_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
+                    unquantized_ptr, tickets_ptr, finished_ptr, stride_scale_k, stride_scale_t, num_tokens, capacity,
                     at, rows, rows_before, tiles_before + tile_m, first_slot, tile_n,
-                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, TIERS[tier][1], BLOCK_N, JOINED,
+                    STRIDE_HIDDEN, HIDDEN, INTERMEDIATE, GATE_FIRST, E, TIERS[tier][1], BLOCK_N, JOINED,
                     TIERS[tier][2], TIERS[tier][3], TMA,
                 )  # fmt: skip
 
@@ -353,8 +376,10 @@ def gemm2_kernel(
     activated_ptr,  # [capacity, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, capacity] float32
     weight,  # [E, HIDDEN, INTERMEDIATE] e4m3: a descriptor of its rows if TMA, else a pointer
+    weight_ptr,  # the same by pointer
     weight_scale_ptr,  # [E, HIDDEN/128, INTERMEDIATE/128] float32
     counts_ptr,  # [E] int32
+    finished_ptr,  # [E + 1] int32: GEMM1's signals, see `finished`
     out_ptr,  # [capacity, COLUMNS] bfloat16, out: columns first_column... of the result
     first_column,
     capacity,
@@ -367,6 +392,8 @@ def gemm2_kernel(
     BLOCK_N: tl.constexpr,
     JOINED: tl.constexpr,
     TIERS: tl.constexpr,
+    FIRST_M: tl.constexpr,
+    SIGNALS: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -374,20 +401,32 @@ def gemm2_kernel(
 
     JOINED computes the tile by one product, otherwise its left and right half by one each: of 256 columns each half has
     its own weight scale, and they share the rows, which saves a quarter of the traffic from L2. TIERS are as in
-    `gemm1_swiglu_kernel`.
+    `gemm1_swiglu_kernel`. GEMM1, with row tiles of FIRST_M and SIGNALS for each of them, may still run.
     """
     TILES_N: tl.constexpr = COLUMNS // BLOCK_N
     tl.static_assert(COLUMNS % BLOCK_N == 0)
-    wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
 
     expert = tl.arange(0, E_POW2)
-    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    # The routing is through, as GEMM1 has waited for it. Not from the first-level cache, which may hold older counts.
+    count = tl.load(counts_ptr + expert, mask=expert < E, other=0, cache_modifier=".cg")
+    all_finished = signals_seen(finished_ptr, E) >= tl.sum(tl.cdiv(count, FIRST_M), axis=0) * SIGNALS
+    if all_finished:
+        wait_for_previous_kernel(PDL)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         first_slot = tile_m * BLOCK_M
         left = tl.minimum(rows - first_slot, BLOCK_M)
+        if not all_finished:
+            if TMA:
+                # By when half of an expert is through, GEMM1 leaves some of the memory's time to this kernel.
+                await_signals(finished_ptr, at, SIGNALS // 2)
+                PREFETCHED: tl.constexpr = min(TIERS[0][2] * TIERS[0][3] * 128, INTERMEDIATE)
+                prefetch_rows(
+                    weight_ptr, at * HIDDEN + first_column + tile_n * BLOCK_N, BLOCK_N, INTERMEDIATE, PREFETCHED
+                )
+            await_signals(finished_ptr, at, tl.cdiv(rows, FIRST_M) * SIGNALS)
         for tier in tl.static_range(len(TIERS)):
             if left > TIERS[tier][0] and left <= TIERS[tier][1]:
                 gemm2_tile(
@@ -395,3 +434,5 @@ def gemm2_kernel(
                     at, rows, rows_before, first_slot, tile_n,
                     HIDDEN, INTERMEDIATE, COLUMNS, TIERS[tier][1], BLOCK_N, JOINED, TIERS[tier][2], TIERS[tier][3], TMA,
                 )  # fmt: skip
+    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.
+    wait_for_previous_kernel(PDL)

@@ -98,6 +98,14 @@ def row_capacity(problem: MoEProblem, num_tokens: int) -> int:
     return num_tokens * problem.max_local_rows_per_token
 
 
+def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:
+    """Most row tiles that any routing of ``num_tokens`` can need over the local experts."""
+    rows = num_tokens * problem.max_local_rows_per_token
+    active = min(problem.num_local_experts, rows)
+    # Each active expert rounds up once: at most active partly filled tiles beside the full ones.
+    return active + (rows - active) // block_m
+
+
 def column_chunk(problem: MoEProblem, rows: int) -> int:
     """Columns of the result computed at a time: a divisor of the hidden size, in 128 blocks.
 

@@ -32,6 +32,13 @@ class Signals(NamedTuple):
 
 
 @triton.jit
+def draw_ticket(ticket_ptr):
+    """How many have drawn before; what all their threads stored before they did can be loaded then."""
+    tl.debug_barrier()
+    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
 def signal(finished_ptr, expert, E: tl.constexpr):
     """Count what all threads of this program, or of this warp group, have stored: ``finished`` is ``[E + 1]`` int32."""
     tl.debug_barrier()

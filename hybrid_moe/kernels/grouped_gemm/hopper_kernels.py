@@ -53,18 +53,21 @@ def load_by_expert(ptr, CACHE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constex
 
 
 @gluon.jit
-def locate(tile, expert, count, TILES_N: gl.constexpr, E: gl.constexpr):
-    """Expert, its rows, rows of all experts before it, row tile and column tile of a tile's number; E: no such tile."""
-    row_tiles = (count + (ROWS - 1)) // ROWS
+def locate(tile, expert, count, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr, E: gl.constexpr):
+    """Where the tile of a number is; expert E: there is no such tile.
+
+    Returns expert, its rows, rows and row tiles of all experts before it, row tile, column tile.
+    """
+    row_tiles = (count + (BLOCK_M - 1)) // BLOCK_M
     ends = gl.associative_scan(row_tiles, 0, _add) * TILES_N
     at = gl.sum((ends <= tile).to(gl.int32), axis=0)
     rows = gl.sum(gl.where(expert == at, count, 0), axis=0)
     rows_before = gl.sum(gl.where(expert < at, count, 0), axis=0)
     tiles_before = gl.sum(gl.where(expert < at, row_tiles, 0), axis=0)
     inside = tile - tiles_before * TILES_N
-    my_tiles = gl.maximum((rows + (ROWS - 1)) // ROWS, 1)
+    my_tiles = gl.maximum((rows + (BLOCK_M - 1)) // BLOCK_M, 1)
     inside = gl.where(at < E, inside, 0)
-    return at, rows, rows_before, inside % my_tiles, inside // my_tiles
+    return at, rows, rows_before, tiles_before, inside % my_tiles, inside // my_tiles
 
 
 @gluon.jit
@@ -86,7 +89,7 @@ def locate_next(
     """`locate` of a later tile than the first."""
     if SWIGLU:  # kept from the first on, the counts would cost GEMM1 a register more than there are
         expert, count = load_by_expert(counts_ptr, "", E, E_POW2)
-    return locate(tile, expert, count, TILES_N, E)
+    return locate(tile, expert, count, ROWS, TILES_N, E)
 
 
 @gluon.jit
@@ -149,7 +152,7 @@ def producer(
         if all_finished:
             wait_for_previous_kernel(PDL)
     tile = gl.program_id(0)
-    at, rows, rows_before, tile_m, tile_n = locate(tile, expert, count, TILES_N, E)
+    at, rows, rows_before, _, tile_m, tile_n = locate(tile, expert, count, ROWS, TILES_N, E)
     step = 0
     turn = 0
     while at < E:
@@ -196,7 +199,7 @@ def producer(
         tile = gl.num_programs(0) + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         announce(agenda, turn, tile)
         turn += 1
-        at, rows, rows_before, tile_m, tile_n = locate_next(tile, counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2)
+        at, rows, rows_before, _, tile_m, tile_n = locate_next(tile, counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2)
 
 
 @gluon.jit
@@ -325,7 +328,7 @@ def consumer(
     # GEMM2 has not waited for a kernel yet: the first-level cache may hold older counts.
     CACHE: gl.constexpr = "" if SWIGLU else ".cg"
     expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
-    at, rows, rows_before, tile_m, tile_n = locate(gl.program_id(0), expert, count, TILES_N, E)
+    at, rows, rows_before, _, tile_m, tile_n = locate(gl.program_id(0), expert, count, ROWS, TILES_N, E)
     step = 0
     turn = 0
     never = capacity < 0
@@ -345,7 +348,7 @@ def consumer(
         first_row = rows_before + tile_m * ROWS
         column_tile, stored = tile_n, at
         # The next tile's first scales are on their way while this one is stored.
-        at, rows, rows_before, tile_m, tile_n = locate_next(
+        at, rows, rows_before, _, tile_m, tile_n = locate_next(
             announced(agenda, turn), counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2
         )
         left_at, right_at = weight_scales(

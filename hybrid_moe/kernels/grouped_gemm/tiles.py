@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
-from . import hopper_gemm
+from . import hopper_few_gemm, hopper_gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,13 @@ class Tile:
         return self.tiers[-1].block_m
 
 
+class Specialized(enum.Enum):
+    """Kernels of one architecture alone, by the rows that they are for."""
+
+    FEW = enum.auto()  # `hopper_few_kernels`
+    MANY = enum.auto()  # `hopper_kernels`
+
+
 @dataclass(frozen=True, slots=True)
 class TilePlan:
     """Tiles of both GEMMs.
@@ -78,13 +86,13 @@ class TilePlan:
     gemm1, gemm2
         Of the kernels in `triton_kernels`.
     specialized
-        Whether GEMM1 and GEMM2 are those of `hopper_kernels` instead. The tiles are then for inputs that don't start
-        at multiples of 16 bytes, which those kernels can't read.
+        What GEMM1 and GEMM2 are instead, if anything. The tiles are then for inputs that don't start at multiples of 16
+        bytes, which those kernels can't read.
     """
 
     gemm1: Tile
     gemm2: Tile
-    specialized: tuple[bool, bool] = (False, False)
+    specialized: tuple[Specialized | None, Specialized | None] = (None, None)
 
 
 _FEW = TilePlan(Tile(64, 4, (Tier(16, 4),)), Tile(128, 4, (Tier(16, 3, 2),), joined=True))
@@ -94,10 +102,22 @@ _GEMM2 = Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True)
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     # Few experts are active: narrow tiles, so that there is one for each multiprocessor.
-    (0.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2),), joined=True), Tile(64, 4, (Tier(16, 3, 2),), joined=True))),
-    (2.5, TilePlan(Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
+    (
+        0.5,
+        TilePlan(
+            Tile(32, 4, (Tier(16, 4, 2),), joined=True),
+            Tile(64, 4, (Tier(16, 3, 2),), joined=True),
+            (Specialized.FEW, Specialized.FEW),
+        ),
+    ),
+    (
+        2.5,
+        TilePlan(
+            Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2, (Specialized.FEW, Specialized.FEW)
+        ),
+    ),
     (8.0, TilePlan(Tile(64, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
-    (float("inf"), TilePlan(*_MANY, specialized=(True, True))),
+    (float("inf"), TilePlan(*_MANY, specialized=(Specialized.MANY, Specialized.MANY))),
 )
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
@@ -119,11 +139,15 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
     table = TILES_SM100 if capability is not None and capability[0] >= 10 else TILES_SM90
     plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
-    first, second = hopper_gemm.fits(problem) if capability == (9, 0) else (False, False)
+    fits = {Specialized.FEW: hopper_few_gemm.fits, Specialized.MANY: hopper_gemm.fits}
+    first, second = (
+        kernels if kernels is not None and capability == (9, 0) and fits[kernels](problem)[number] else None
+        for number, kernels in enumerate(plan.specialized)
+    )
     return TilePlan(
         _fitting(plan.gemm1, problem.hidden_size, problem.intermediate_size, problem.block),
         _fitting(plan.gemm2, problem.intermediate_size, problem.hidden_size, problem.block),
-        (plan.specialized[0] and first, plan.specialized[1] and second),
+        (first, second),
     )
 
 
@@ -135,11 +159,3 @@ def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
 
     tiers = tuple(replace(tier, k_unroll=unroll(tier.k_unroll)) for tier in tile.tiers)
     return replace(tile, block_n=tile.block_n if columns % tile.block_n == 0 else block, tiers=tiers)
-
-
-def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:
-    """Most row tiles that any routing of ``num_tokens`` can need over the local experts."""
-    rows = num_tokens * problem.max_local_rows_per_token
-    active = min(problem.num_local_experts, rows)
-    # Each active expert rounds up once: at most active partly filled tiles beside the full ones.
-    return active + (rows - active) // block_m

@@ -9,12 +9,12 @@ import torch
 from ...layout import Layout
 from ...problem import FP8, DeviceKey, MoEProblem
 from ..launch import Constants, Kernel
-from ..pipeline import GroupedGemm, Launch, column_chunk, combine, pow2, row_capacity
+from ..pipeline import GroupedGemm, Launch, column_chunk, combine, max_row_tiles, pow2, row_capacity
 from ..plan import Form
 from ..steps import AnyStep, Operand, Step, Tiles
-from . import hopper_gemm
+from . import hopper_few_gemm, hopper_gemm
 from .finished import Signals
-from .tiles import Tile, TilePlan, max_row_tiles, tile_plan
+from .tiles import Specialized, Tile, TilePlan, tile_plan
 from .triton_kernels import gemm1_swiglu_kernel, gemm2_kernel
 
 
@@ -37,31 +37,43 @@ class TritonGroupedGemm(GroupedGemm):
     def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
         rows = row_capacity(problem, num_tokens)
-        reserve_activation(layout, problem, rows, self.plan(problem, num_tokens).gemm1)
+        plan = self.plan(problem, num_tokens)
+        reserve_activation(layout, problem, rows, plan.gemm1, plan.specialized[0] is Specialized.FEW)
         layout.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
         """Those of the plan's GEMM1, or of the specialised ones."""
         plan = self.plan(problem, num_tokens)
-        tickets = tickets_of(problem, num_tokens, plan.gemm1)
-        if not any(plan.specialized):
-            return tickets
         columns = column_chunk(problem, row_capacity(problem, num_tokens))
-        return max(tickets, hopper_gemm.num_tickets(problem, columns))
+        tickets = [tickets_of(problem, num_tokens, plan.gemm1)]
+        if Specialized.MANY in plan.specialized:
+            tickets.append(hopper_gemm.num_tickets(problem, columns))
+        if Specialized.FEW in plan.specialized:
+            tickets.append(hopper_few_gemm.num_tickets(problem, num_tokens, columns))
+        return max(tickets)
 
     def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
         """GEMM1, then GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, form.num_tokens)
         columns = column_chunk(problem, row_capacity(problem, form.num_tokens))
-        first, second = plan.specialized if form.aligned else (False, False)
-        first = first and form.stride_hidden % 16 == 0  # each row is copied 16 bytes at a time
-        steps: list[AnyStep] = [
-            hopper_gemm.gemm1(problem, launch, form) if first else gemm1(problem, launch, form, plan.gemm1)
-        ]
-        signals = hopper_gemm.signals(problem) if first else signals_of(problem, plan.gemm1)
+        first, second = plan.specialized if form.aligned else (None, None)
+        if form.stride_hidden % 16:  # each row is copied 16 bytes at a time
+            first = None
+        steps: list[AnyStep] = []
+        if first is Specialized.MANY:
+            steps.append(hopper_gemm.gemm1(problem, launch, form))
+            signals = hopper_gemm.signals(problem)
+        elif first is Specialized.FEW:
+            steps.append(hopper_few_gemm.gemm1(problem, launch, form, columns))
+            signals = hopper_few_gemm.signals(problem)
+        else:
+            steps.append(gemm1(problem, launch, form, plan.gemm1))
+            signals = signals_of(problem, plan.gemm1)
         for first_column in range(0, problem.hidden_size, columns):
-            if second and columns % hopper_gemm.COLUMNS == 0:
+            if second is Specialized.MANY and columns % hopper_gemm.COLUMNS == 0:
                 steps.append(hopper_gemm.gemm2(problem, launch, form, columns, first_column, signals))
+            elif second is Specialized.FEW:
+                steps.append(hopper_few_gemm.gemm2(problem, launch, form, columns, first_column, signals))
             else:
                 steps.append(gemm2(problem, launch, form, plan.gemm2, columns, first_column, signals))
             steps.append(combine(problem, launch, form, columns, first_column))
@@ -80,12 +92,15 @@ def signals_of(problem: MoEProblem, tile: Tile) -> Signals:
     return Signals(tile.block_m, problem.intermediate_size // problem.block)
 
 
-def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile) -> None:
-    """Add the result of `gemm1`, and what it gathers in float32 where its tiles are narrower than a 128 block."""
+def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile, narrow: bool = False) -> None:
+    """Add the result of `gemm1`, and what it gathers in float32 where its tiles are narrower than a 128 block.
+
+    ``narrow``: other kernels' tiles are, that take its place.
+    """
     width = problem.intermediate_size
     layout.reserve("activated", (rows, width), FP8)
     layout.reserve("activated_scale", (width // problem.block, rows), torch.float32)
-    if tile.block_n < problem.block:
+    if narrow or tile.block_n < problem.block:
         layout.reserve("unquantized", (rows, width), torch.float32)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
-from .finished import await_signals, signal, signals_seen
+from .finished import await_signals, draw_ticket, signal, signals_seen
 
 
 @triton.jit
@@ -231,11 +231,7 @@ def gemm1_tile(
         row_at = unquantized_ptr + row[:, None] * INTERMEDIATE
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(row_at + column[None, :], value, mask=real[:, None])
-        # Every thread's stores come before the ticket, and the last ticket's loads after all the others' stores.
-        tl.debug_barrier()
-        ticket_at = tickets_ptr + row_tile * (INTERMEDIATE // 128) + block_n
-        ticket = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
-        if ticket == 128 // BLOCK_N - 1:
+        if draw_ticket(tickets_ptr + row_tile * (INTERMEDIATE // 128) + block_n) == 128 // BLOCK_N - 1:
             # Past the first-level cache, which other multiprocessors' stores don't reach.
             whole_at = row_at + (block_n * 128 + tl.arange(0, 128))[None, :]
             whole = tl.load(whole_at, mask=real[:, None], other=0.0, cache_modifier=".cg")

@@ -1,12 +1,13 @@
 """Run the Triton pipeline under NVIDIA's compute-sanitizer: memcheck and racecheck, at few and at many tokens.
 
-python benchmarks/sanitize.py                    # both tools, T = 15 and 901
+python benchmarks/sanitize.py                    # both tools, T = 15, 200 and 901: every kernel that Hopper gets
 python benchmarks/sanitize.py --tool memcheck --tokens 15
 
 Only this package's kernels are watched, one launch of each, on a layer of a seventh of DeepSeek-V3's width (the same
 tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. A tool
-that watches nothing finds nothing: first a planted error has to be found, in a kernel of the same list. The exit code
-is 1 if a tool finds something, or if the planted error isn't found.
+that watches nothing finds nothing: first memcheck has to find a planted error, in a kernel of the same list, and
+racecheck a planted race between two warp groups. The exit code is 1 if a tool finds something, or doesn't find what was
+planted for it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ import sys
 from pathlib import Path
 
 import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 # Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
 KERNELS = (
     "clear_kernel",
     "route_kernel",
     "gemm1_swiglu_kernel",
+    "hopper_few_gemm1_kernel",
     "hopper_gemm1_kernel",
     "gemm2_kernel",
     "combine_kernel",
+    "planted_race_kernel",
 )
 LAUNCHES = 5
-PLANTED = "planted"
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 def call(tokens: int, full_size: bool) -> None:
@@ -41,11 +47,32 @@ def call(tokens: int, full_size: bool) -> None:
     from hybrid_moe import fused_moe
     from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 
-    problem = DEEPSEEK_V3 if full_size else dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=512)
+    problem = DEEPSEEK_V3 if full_size else dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
     inputs = make_inputs(Workload(tokens, 96), problem, random_weights(problem, "cuda"))
     output = fused_moe(*inputs, backend="triton_fused[gemm=triton]")
     if not bool(output.isfinite().all()) or not bool(output.any()):
         sys.exit(f"T = {tokens}: the result isn't finite, or all zeros")
+
+
+@gluon.jit
+def write_and_read(shared, out_ptr, ME: gl.constexpr):
+    """What the other warp group does too, to the same memory and at the same time."""
+    index = gl.arange(0, 128, layout=LINE)
+    shared.store(index + ME)
+    gl.store(out_ptr + ME * 128 + index, shared.load(LINE))
+
+
+@gluon.jit
+def planted_race_kernel(out_ptr):
+    """Two warp groups that wait for nothing. Grid: (1,)."""
+    shared = gl.allocate_shared_memory(gl.int32, [128], SHARED)
+    gl.warp_specialize([(write_and_read, (shared, out_ptr, 0)), (write_and_read, (shared, out_ptr, 1))], [4], [24])
+
+
+def planted_race() -> None:
+    """Launch it."""
+    planted_race_kernel[(1,)](torch.empty(256, dtype=torch.int32, device="cuda"), num_warps=4)
+    torch.cuda.synchronize()
 
 
 def planted_error() -> None:
@@ -57,6 +84,13 @@ def planted_error() -> None:
     constants = Constants({"BLOCK": 1024, "PDL": False}, {"num_warps": 4})
     CLEAR.launch((1,), (counters, 2**24), constants, counters.device, True)
     torch.cuda.synchronize()
+
+
+# What a tool has to find: how it is brought about, the tool, and what its summary starts with then.
+PLANTED = {
+    "planted error": (planted_error, "memcheck", "ERROR SUMMARY: [1-9]"),
+    "planted race": (planted_race, "racecheck", "RACECHECK SUMMARY: [1-9]"),
+}
 
 
 def watch(sanitizer: str, tool: str, what: str, *arguments: str, seconds: float) -> tuple[int, str]:
@@ -84,13 +118,13 @@ def main() -> None:
     """Start the tool on a process of this script that makes one call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", action="append", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[15, 901])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[15, 200, 901])
     parser.add_argument("--time-limit", type=float, default=600, help="seconds for one tool at one T")
     parser.add_argument("--full-size", action="store_true", help="DeepSeek-V3's own width")
     parser.add_argument("--call", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.call == PLANTED:
-        planted_error()
+    if options.call in PLANTED:
+        PLANTED[options.call][0]()
         return
     if options.call:
         call(int(options.call), options.full_size)
@@ -98,13 +132,16 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
-    _, verdict = watch(sanitizer, "memcheck", PLANTED, seconds=options.time_limit)
-    if not re.match("ERROR SUMMARY: [1-9]", verdict):
-        sys.exit(f"memcheck didn't find a planted error, so it watches nothing: {verdict}")
-    print(f"memcheck found the planted error: {verdict}", flush=True)
     bad = False
     size = ["--full-size"] if options.full_size else []
-    for tool in options.tool or ("memcheck", "racecheck"):
+    tools = options.tool or ("memcheck", "racecheck")
+    for what, (_, tool, found) in PLANTED.items():
+        if tool in tools:
+            _, verdict = watch(sanitizer, tool, what, seconds=options.time_limit)
+            if not re.match(found, verdict):
+                sys.exit(f"{tool} didn't find the {what}, so it watches nothing: {verdict}")
+            print(f"{tool} found the {what}: {verdict}", flush=True)
+    for tool in tools:
         for tokens in options.tokens:
             code, verdict = watch(sanitizer, tool, str(tokens), *size, seconds=options.time_limit)
             bad |= code != 0

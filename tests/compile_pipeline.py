@@ -38,7 +38,7 @@ from hybrid_moe.workloads import MODELS
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 200, 400, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (80, 4096)  # tiles of several tiers, and the specialised kernels
+MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several tiers, and the specialised kernels
 
 
 class AbsentDriver:

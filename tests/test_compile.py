@@ -20,9 +20,9 @@ from hybrid_moe.workloads import MODELS
 TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.
 SHARED_MEMORY = 232448
-# Spilled registers go through memory: a tile that needs more is too large. On Hopper that of many rows for inputs that
-# TMA can't read, which computes addresses, keeps 48 bytes with Triton 3.6 and 64 with Triton 3.9.
-SPILL_BYTES = {90: 64, 100: 0}
+# Spilled registers go through memory: a tile that needs more is too large. On Hopper those of many rows for inputs that
+# TMA can't read, which compute addresses, keep up to 80 bytes.
+SPILL_BYTES = {90: 80, 100: 0}
 KERNELS = {
     "clear_kernel",
     "route_kernel",
@@ -37,7 +37,12 @@ KERNELS = {
     "renumber_kernel",
     "dequantize_kernel",
 }
-SPECIALIZED = {"hopper_gemm1_kernel", "hopper_gemm2_kernel"}
+SPECIALIZED = {
+    "hopper_few_gemm1_kernel",
+    "hopper_few_gemm2_kernel",
+    "hopper_gemm1_kernel",
+    "hopper_gemm2_kernel",
+}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
@@ -149,8 +154,13 @@ def test_the_layers_of_other_models():
         rows = rows_of(process)
         limit = SPILL_BYTES[capability]
         assert {describe(row) for row in rows if row["spill_bytes"] > limit or row["shared"] > SHARED_MEMORY} == set()
+        # With Triton 3.9 a register of GEMM1 for 48 experts.
+        assert {describe(row) for row in rows if row["kernel"] in SPECIALIZED and row["spill_bytes"] > 8} == set()
         sizes = {(MODELS[model].hidden_size, MODELS[model].intermediate_size) for model in models}
-        for kernel in ("gemm1_swiglu_kernel", *(["hopper_gemm1_kernel"] if capability == 90 else [])):
+        for kernel in (
+            "gemm1_swiglu_kernel",
+            *(["hopper_gemm1_kernel", "hopper_few_gemm1_kernel"] if capability == 90 else []),
+        ):
             gemms = [row["options"] for row in rows if row["kernel"] == kernel]
             assert {(options["HIDDEN"], options["INTERMEDIATE"]) for options in gemms} == sizes, kernel
         routes = [row["options"] for row in rows if row["kernel"] == "route_kernel"]

@@ -14,7 +14,7 @@ CHOICES = [lookup.as_choice(Choice("triton_fused", config)) for config in backen
 # Against the reference that quantises the activation too. The libraries round GEMM1's result to bfloat16 first, and so
 # some more of the activation to the other side.
 TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01), Tolerance(max_relative_l2=0.02)
-OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS}
+OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS} | {200: 32}
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def test_other_models(choice, model):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("tokens", [1, 15, 80, 901])
+@pytest.mark.parametrize("tokens", [1, 15, 80, 200, 901])
 def test_seeds(weights, choice, tokens, seed):
     inputs = make_inputs(Workload(tokens, OFFSETS[tokens], seed=seed), DEEPSEEK_V3, weights)
     output = run(inputs, choice)
@@ -98,7 +98,7 @@ def test_same_input_same_bits(weights, choice, tokens):
         assert torch.equal(run(inputs, choice), first)
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 80, 901])
+@pytest.mark.parametrize("tokens", [1, 15, 80, 200, 901])
 def test_a_graph_replays_with_changed_data(weights, choice, tokens):
     static = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
     layer = layer_of(static, choice)

@@ -460,13 +460,31 @@ def test_any_problem(case):
     assert_right(problem, inputs)
 
 
-# Routing alone
-
-
 def launch_of(problem):
     backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)  # repairs the interpreter
     device = torch.device(DEVICE)
     return pipeline.launch_on(torch.device("cuda", 0) if device.type == "cuda" else device)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "concentrated"])
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_gemm1_signals_what_gemm2_waits_for(tokens, routing):
+    launch, inputs = launch_of(SMALL), inputs_of(SMALL, tokens, 4, routing)
+    output = torch.empty((tokens, SMALL.hidden_size), dtype=torch.bfloat16, device=inputs.hidden_states.device)
+    flow = pipeline.Pipeline(SMALL, triton_gemm.TritonGroupedGemm(DeviceKey.of(DEVICE).capability))
+    with uninitialised_memory_filled():
+        memory = torch.empty(flow.layout(tokens).bytes, dtype=torch.uint8, device=DEVICE)
+    flow.run(inputs, output, memory)
+    form = Form.of(inputs, addresses_of(inputs), output, 1)
+    gemm2 = flow.plan(form, output.device, launch).steps[-2].constants.arguments
+    tensors = flow.layout(tokens).tensors(memory)
+    counts = tensors["counts"].cpu()
+    signals = -(-counts // gemm2["FIRST_M"]) * gemm2["SIGNALS"]
+    assert int(counts.max()) > 0
+    assert tensors["finished"].tolist() == [*signals.tolist(), int(signals.sum())]
+
+
+# Routing alone
 
 
 def routed(problem, inputs, *steps, rows=()):

@@ -11,6 +11,7 @@ from hybrid_moe.kernels.plan import Form
 from hybrid_moe.problem import MoEInputs
 from hybrid_moe.workloads import DEEPSEEK_V3, MODELS
 
+FEW = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
 TRITON = ["gemm1_swiglu_kernel", "gemm2_kernel"]
 
@@ -39,6 +40,14 @@ def gemms(num_tokens, capability=(9, 0), problem=DEEPSEEK_V3, **changes):
     return [name for name in names if "gemm" in name]
 
 
+def test_up_to_two_and_a_half_tokens_an_expert():
+    for num_tokens in (1, 16, 17, 80):
+        assert gemms(num_tokens) == FEW
+    assert gemms(81) == TRITON
+    qwen = MODELS["qwen3-235b"]
+    assert gemms(40, problem=qwen) == FEW and gemms(41, problem=qwen) == TRITON
+
+
 def test_from_more_than_eight_tokens_an_expert_on():
     assert gemms(256) == TRITON
     for num_tokens in (257, 901, 14107):
@@ -49,14 +58,15 @@ def test_from_more_than_eight_tokens_an_expert_on():
 
 @pytest.mark.parametrize("capability", [None, (10, 0), (10, 3)], ids=str)
 def test_on_hopper_alone(capability):
-    assert gemms(4096, capability) == TRITON
+    assert gemms(4096, capability) == gemms(16, capability) == TRITON
 
 
 def test_what_they_cannot_read_goes_to_the_others():
-    assert gemms(4096, aligned=False) == TRITON
+    assert gemms(4096, aligned=False) == gemms(16, aligned=False) == TRITON
     # Rows that start at odd places: their tokens alone are gathered by pieces of 16 bytes.
     assert gemms(4096, stride_hidden=7168 + 8) == [TRITON[0], HOPPER[1]]
     assert gemms(4096, stride_hidden=2 * 7168) == HOPPER
+    assert gemms(16, stride_hidden=7168 + 8) == [TRITON[0], FEW[1]]
 
 
 def test_sizes_they_are_not_made_for():
@@ -64,6 +74,10 @@ def test_sizes_they_are_not_made_for():
     assert gemms(4096, problem=small) == HOPPER
     assert gemms(4096, problem=dataclasses.replace(small, intermediate_size=384)) == TRITON
     assert gemms(4096, problem=dataclasses.replace(small, hidden_size=640)) == [HOPPER[0], TRITON[1]]
+    # Their ring of eight 128 blocks must not hold more than a tile.
+    wide = dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
+    assert gemms(16, problem=wide) == FEW
+    assert gemms(16, problem=dataclasses.replace(wide, intermediate_size=896)) == TRITON
 
 
 def test_a_ticket_for_each_launch():
@@ -76,3 +90,29 @@ def test_a_ticket_for_each_launch():
     assert tickets == [0, 1, 2]
     layout = Pipeline(DEEPSEEK_V3, gemm).layout(num_tokens)
     assert layout.places["tickets"].shape == (3,)
+
+
+def test_tickets_of_few_rows():
+    """Both launches draw tiles by one, and GEMM1 quantises by one for each row tile's 128 block, behind these."""
+    gemm = TritonGroupedGemm((9, 0))
+    for num_tokens, row_tiles in ((1, 8), (4, 32), (80, 32 + (640 - 32) // 32)):
+        first, second, _ = gemm.steps(DEEPSEEK_V3, Launch(132, pdl=True), form_of(num_tokens))
+        at = first.operands.index("tickets")
+        assert first.operands[at + 1 : at + 3] == (0, 2)
+        assert second.operands[second.operands.index("tickets") + 1] == 1
+        layout = Pipeline(DEEPSEEK_V3, gemm).layout(num_tokens)
+        assert layout.places["tickets"].shape[0] >= 2 + row_tiles * 16
+        assert layout.places["unquantized"].shape == (8 * num_tokens, 2048)
+
+
+@pytest.mark.parametrize("num_tokens", [16, 80, 200, 901])
+def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
+    """Rows of a tile, and what a tile's 128 block signals: each consumer of `hopper_kernels` does for its half."""
+    for changes in ({}, {"stride_hidden": 7168 + 8}, {"aligned": False}):
+        form = form_of(num_tokens, **changes)
+        first, second, _ = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, Launch(132, pdl=True), form)
+        name, constants = first.kernel.function.__name__, first.constants.arguments
+        rows = {FEW[0]: 32, HOPPER[0]: 128}.get(name) or constants["BLOCK_M"]
+        blocks = DEEPSEEK_V3.intermediate_size // 128
+        wanted = second.constants.arguments
+        assert (wanted["FIRST_M"], wanted["SIGNALS"]) == (rows, 2 * blocks if name == HOPPER[0] else blocks)

@@ -126,8 +126,8 @@ SCATTER = Kernel(scatter_kernel)
 def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_tickets: int = 0) -> None:
     """Add the result of `route`: for each local expert its tokens, for each token its pairs. See `kernels.routing`.
 
-    ``counters`` are ``counts`` ``[E]`` with ``finished`` ``[E + 1]`` and ``tickets`` behind, zeros for the grouped GEMM to
-    count with; each starts at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``, ``pair`` and ``pair_weight``
+    ``counters`` are ``counts`` ``[E]`` with ``finished`` ``[E + 1]`` and ``tickets`` behind, zeros for the grouped GEMM
+    to count with; each starts at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``, ``pair`` and ``pair_weight``
     ``[T, top_k]``.
     """
     e = problem.num_local_experts
@@ -214,7 +214,7 @@ def combine(problem: MoEProblem, launch: Launch, form: Form, columns: int, first
     """The weighted sum for the columns that ``rows`` holds, ``[capacity, columns]`` bfloat16."""
     tokens = form.num_tokens
     # The largest power of two that divides the columns, up to what spreads few tokens over the device.
-    block_n = min(512 if tokens < launch.multiprocessors else 1024, columns & -columns)
+    block_n = min(512 if tokens < launch.multiprocessors // 4 else 1024, columns & -columns)
     blocks = columns // block_n
     programs = max(1, min(blocks, launch.multiprocessors * COMBINE_PROGRAMS // tokens))
     blocks_each = min(pow2(-(-blocks // programs)), COMBINE_BLOCKS)

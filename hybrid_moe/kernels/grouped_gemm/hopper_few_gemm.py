@@ -6,18 +6,18 @@ import functools
 
 from ...problem import MoEProblem
 from ..launch import Constants, Kernel
-from ..pipeline import Launch, max_row_tiles, pow2, row_capacity
+from ..pipeline import Launch, max_row_tiles, row_capacity
 from ..plan import Form
 from ..steps import Step
 from . import hopper_few_kernels
 from .finished import Signals
 from .hopper_few_kernels import hopper_few_gemm1_kernel, hopper_few_gemm2_kernel
-from .hopper_gemm import SwizzledTiles
+from .hopper_gemm import SwizzledTiles, whole_warps
 
 STAGES = 8
 PROGRAMS = 2  # that fit on a multiprocessor at once
-REGISTERS = 80  # of each thread at first: 65,536 for two programs of twelve warps
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 96, 48
+REGISTERS = 72  # of each thread at first: two programs of twelve warps share 65,536
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 80, 48
 ROWS, WIDTH = hopper_few_kernels.MOST.value, hopper_few_kernels.WIDTH.value
 
 GEMM1, GEMM2 = Kernel(hopper_few_gemm1_kernel), Kernel(hopper_few_gemm2_kernel)
@@ -129,7 +129,7 @@ def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int, first: S
 def _shared_constants(problem: MoEProblem, launch: Launch) -> dict[str, int | bool]:
     return {
         "E": problem.num_local_experts,
-        "E_POW2": pow2(problem.num_local_experts),
+        "E_POW2": whole_warps(problem.num_local_experts),
         "STAGES": STAGES,
         "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,

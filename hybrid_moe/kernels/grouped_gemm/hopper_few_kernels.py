@@ -27,6 +27,7 @@ from ..quantize import FP8_MAX, MIN_AMAX, swiglu_of
 from .finished import await_signals, draw_ticket, signal, signals_seen
 from .hopper_kernels import COPY, E4M3, LINE, PLAIN, announce, announced, load_by_expert, load_rows, load_tile, locate
 
+GROUP = gl.constexpr(2)  # 128 blocks of the sum that are loaded together
 MOST = gl.constexpr(32)  # rows of a tile
 FEW = gl.constexpr(16)  # what is computed where an expert has no more
 WIDTH = gl.constexpr(64)  # weight rows of a tile
@@ -41,19 +42,42 @@ SHARED_SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.jit
 def load_weights(
-    weight, weight_row, block, stage, weight_stages, full, empty, turn, SWIGLU: gl.constexpr, UP: gl.constexpr,
-    GATE: gl.constexpr,
+    weight, weight_row, block, step, weight_stages, full, empty, BLOCKS: gl.constexpr, SWIGLU: gl.constexpr,
+    UP: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start loading the weights of a 128 block into a stage, once that is empty."""
-    mbarrier.wait(empty.index(stage), (turn & 1) ^ 1)
-    bar = full.index(stage)
-    mbarrier.expect(bar, 64 * 128)
-    w = weight_stages.index(stage)
-    if SWIGLU:
-        load_tile(weight, [weight_row + UP, block * 128], bar, w.slice(0, 32, dim=0))
-        load_tile(weight, [weight_row + GATE, block * 128], bar, w.slice(32, 32, dim=0))
-    else:
-        load_tile(weight, [weight_row, block * 128], bar, w)
+    """Start loading the weights of neighbouring 128 blocks into the stages from ``step`` on, once these are empty.
+
+    Memory serves them better together: each adds 128 bytes to the same weight rows.
+    """
+    for number in gl.static_range(BLOCKS):
+        stage = (step + number) % STAGES
+        mbarrier.wait(empty.index(stage), (((step + number) // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), WIDTH * 128)
+    for part in gl.static_range(2 if SWIGLU else 1):
+        for number in gl.static_range(BLOCKS):
+            stage = (step + number) % STAGES
+            bar, w, column = full.index(stage), weight_stages.index(stage), (block + number) * 128
+            if SWIGLU:
+                row = weight_row + (GATE if part else UP)
+                load_tile(weight, [row, column], bar, w.slice(part * (WIDTH // 2), WIDTH // 2, dim=0))
+            else:
+                load_tile(weight, [weight_row, column], bar, w)
+
+
+@gluon.jit
+def load_blocks(
+    ring, weight, weight_row, x_at, x_mask, scale_at, real, stride_scale_k, block, step, ready,
+    BLOCKS: gl.constexpr, SWIGLU: gl.constexpr, UP: gl.constexpr, GATE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start loading all of neighbouring 128 blocks, but for the weights of the first ``ready`` of the tile."""
+    x_stages, scale_stages, weight_stages, full, empty = ring
+    if block >= ready:
+        load_weights(weight, weight_row, block, step, weight_stages, full, empty, BLOCKS, SWIGLU, UP, GATE, STAGES)
+    for number in gl.static_range(BLOCKS):
+        stage = (step + number) % STAGES
+        load_rows(x_stages.index(stage), x_at + (block + number) * 128, mask=x_mask)
+        load_rows(scale_stages.index(stage), scale_at + number * stride_scale_k, mask=real)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -88,8 +112,6 @@ def producer(
     """Load rows, their scales and the weights of all tiles of this program, one 128 block of the sum a stage."""
     x_stages, scale_stages, weight_stages, full, empty = ring
     K_BLOCKS: gl.constexpr = K // 128
-    # Weights that are loaded before the activation is there: as many blocks as there are stages.
-    AHEAD: gl.constexpr = STAGES if STAGES < K_BLOCKS else K_BLOCKS
     CACHE: gl.constexpr = "" if SWIGLU else ".cg"
     expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
     all_finished = True
@@ -114,14 +136,13 @@ def producer(
         ready = 0
         if not SWIGLU:
             if not all_finished:
-                for block in range(AHEAD):
-                    now = step + block
+                for group in range(STAGES // GROUP):
                     load_weights(
-                        weight, weight_row, block, now % STAGES, weight_stages, full, empty, now // STAGES,
-                        SWIGLU, UP, GATE,
+                        weight, weight_row, group * GROUP, step + group * GROUP, weight_stages, full, empty,
+                        GROUP, SWIGLU, UP, GATE, STAGES,
                     )  # fmt: skip
                 await_signals(finished_ptr, at, (rows + (FIRST_M - 1)) // FIRST_M * SIGNALS)
-                ready = AHEAD
+                ready = STAGES
         if SWIGLU:  # rows are gathered by their tokens
             tokens_at = slot_token_ptr + at.to(gl.int64) * num_tokens
             # One token's number is 0, and what is masked costs no time.
@@ -135,17 +156,19 @@ def producer(
         x_at = x_ptr + (x_row.to(gl.int64) * X_STRIDE)[:, None] + column[None, :]
         x_mask = x_real[:, None] & (column[None, :] >= 0)
         scale_at = x_scale_ptr + row.to(gl.int64) * stride_scale_t
-        for block in range(K_BLOCKS):
-            stage = step % STAGES
-            if block >= ready:
-                load_weights(
-                    weight, weight_row, block, stage, weight_stages, full, empty, step // STAGES, SWIGLU, UP, GATE
-                )
-            load_rows(x_stages.index(stage), x_at + block * 128, mask=x_mask)
-            load_rows(scale_stages.index(stage), scale_at, mask=real)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            scale_at += stride_scale_k
-            step += 1
+        for group in range(K_BLOCKS // GROUP):
+            load_blocks(
+                ring, weight, weight_row, x_at, x_mask, scale_at, real, stride_scale_k, group * GROUP,
+                step + group * GROUP, ready, GROUP, SWIGLU, UP, GATE, STAGES,
+            )  # fmt: skip
+            scale_at += GROUP * stride_scale_k
+        if K_BLOCKS % GROUP > 0:
+            block = K_BLOCKS // GROUP * GROUP
+            load_blocks(
+                ring, weight, weight_row, x_at, x_mask, scale_at, real, stride_scale_k, block,
+                step + block, ready, K_BLOCKS % GROUP, SWIGLU, UP, GATE, STAGES,
+            )  # fmt: skip
+        step += K_BLOCKS
         tile = gl.num_programs(0) + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
         announce(agenda, turn, tile)
         turn += 1
@@ -264,9 +287,7 @@ def consumer(
     """Half of the blocks of each tile's sum; consumer 0 adds the other's to its own, and stores the result."""
     CACHE: gl.constexpr = "" if SWIGLU else ".cg"
     expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
-    at, rows, rows_before, tiles_before, tile_m, tile_n = locate(
-        gl.program_id(0), expert, count, MOST, TILES_N, E
-    )
+    at, rows, rows_before, tiles_before, tile_m, tile_n = locate(gl.program_id(0), expert, count, MOST, TILES_N, E)
     step = 0
     turn = 0
     while at < E:

@@ -43,6 +43,11 @@ class SwizzledTiles(Tiles):
         return TensorDescriptor(base, list(self.shape), list(self.strides), [self.box_rows, 128], E4M3.value)
 
 
+def whole_warps(experts: int) -> int:
+    """The length of a vector with a value for each expert, so that no lane of a warp is without (else it spills)."""
+    return max(32, pow2(experts))
+
+
 def fits(problem: MoEProblem) -> tuple[bool, bool]:
     """Whether GEMM1 and GEMM2 of this problem have the sizes that the kernels want."""
     # The ring must not hold more than a tile, and GEMM2's tile has 256 columns.
@@ -135,7 +140,7 @@ def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int, first: S
 def _shared_constants(problem: MoEProblem, launch: Launch) -> dict[str, int | bool]:
     return {
         "E": problem.num_local_experts,
-        "E_POW2": pow2(problem.num_local_experts),
+        "E_POW2": whole_warps(problem.num_local_experts),
         "STAGES": STAGES,
         "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,

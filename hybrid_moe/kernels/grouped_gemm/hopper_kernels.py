@@ -199,7 +199,9 @@ def producer(
         tile = gl.num_programs(0) + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
         announce(agenda, turn, tile)
         turn += 1
-        at, rows, rows_before, _, tile_m, tile_n = locate_next(tile, counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2)
+        at, rows, rows_before, _, tile_m, tile_n = locate_next(
+            tile, counts_ptr, expert, count, TILES_N, SWIGLU, E, E_POW2
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -431,7 +433,8 @@ def run_partitions(
     tickets_ptr, first_column, stride_scale_k, stride_scale_t, num_tokens, capacity,
     X_STRIDE: gl.constexpr, K: gl.constexpr, N: gl.constexpr, OUT_COLUMNS: gl.constexpr, TILES_N: gl.constexpr,
     SWIGLU: gl.constexpr, UP: gl.constexpr, GATE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr,
-    FIRST_M: gl.constexpr, SIGNALS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    FIRST_M: gl.constexpr, SIGNALS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Both GEMMs: set up the ring and start the three warp groups."""
     x_stages = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], E4M3)
@@ -490,7 +493,7 @@ def hopper_gemm1_kernel(
     slot_token_ptr,  # [E, T] int32
     out_ptr,  # [capacity, INTERMEDIATE] e4m3, out
     out_scale_ptr,  # [INTERMEDIATE/128, capacity] float32, out
-    finished_ptr,  # [E + 1] int32, zeros on entry: each consumer's signal for each row tile's 128 block of the activation
+    finished_ptr,  # [E + 1] int32, zeros on entry: two signals for each row tile's 128 block of the activation
     tickets_ptr,  # int32, number ``ticket`` of them zero on entry
     ticket,
     stride_scale_k,

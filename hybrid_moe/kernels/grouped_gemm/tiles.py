@@ -112,9 +112,7 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     ),
     (
         2.5,
-        TilePlan(
-            Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2, (Specialized.FEW, Specialized.FEW)
-        ),
+        TilePlan(Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2, (Specialized.FEW, Specialized.FEW)),
     ),
     (8.0, TilePlan(Tile(64, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
     (float("inf"), TilePlan(*_MANY, specialized=(Specialized.MANY, Specialized.MANY))),

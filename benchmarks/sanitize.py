@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -132,6 +133,11 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout.split(
+        "Version "
+    )
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, compute-sanitizer {version[-1].strip()}")
     bad = False
     size = ["--full-size"] if options.full_size else []
     tools = options.tool or ("memcheck", "racecheck")

@@ -161,7 +161,9 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
     assert found.policy.workloads == 13 and found.not_judged == ()
     # One workload a T: the best by T alone is the oracle.
     assert found.bound.worst == 0
-    assert 0 < found.policy.mean < 0.02 and found.policy.worst < worst
+    # On the H100 one candidate is the fastest at every T.
+    assert (found.policy.mean > 0) == (device == "nvidia_h200")
+    assert found.policy.mean < 0.02 and found.policy.worst < worst
     assert 0 < found.noise < 0.01
     gains = {str(single.choice): single.policy_gain for single in found.singles}
     assert len(gains) == 4 and gains.pop("triton_fused[gemm=triton]") >= 0

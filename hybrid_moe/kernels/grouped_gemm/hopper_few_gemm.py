@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 from ...problem import MoEProblem
-from ..launch import Constants, Kernel
+from ..launch import Kernel
 from ..pipeline import Launch, max_row_tiles, row_capacity
 from ..plan import Form
 from ..steps import Step
 from . import hopper_few_kernels
 from .finished import Signals
 from .hopper_few_kernels import hopper_few_gemm1_kernel, hopper_few_gemm2_kernel
-from .hopper_gemm import SwizzledTiles, whole_warps
+from .hopper_gemm import Ring, SwizzledTiles, gemm1_constants, gemm2_constants
 
-STAGES = 8
 PROGRAMS = 2  # that fit on a multiprocessor at once
-REGISTERS = 72  # of each thread at first: two programs of twelve warps share 65,536
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 80, 48
+RING = Ring(8, 80, 48, 72)
 ROWS, WIDTH = hopper_few_kernels.MOST.value, hopper_few_kernels.WIDTH.value
 
 GEMM1, GEMM2 = Kernel(hopper_few_gemm1_kernel), Kernel(hopper_few_gemm2_kernel)
@@ -26,7 +22,7 @@ GEMM1, GEMM2 = Kernel(hopper_few_gemm1_kernel), Kernel(hopper_few_gemm2_kernel)
 def fits(problem: MoEProblem) -> tuple[bool, bool]:
     """Whether GEMM1 and GEMM2 of this problem have the sizes that the kernels want."""
     # The ring must not hold more than a tile.
-    long = min(problem.hidden_size, problem.intermediate_size) >= STAGES * 128
+    long = min(problem.hidden_size, problem.intermediate_size) >= RING.stages * 128
     return long, long
 
 
@@ -70,7 +66,7 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form, columns: int) -> Step
     )
     tiles = max_row_tiles(problem, form.num_tokens, ROWS) * (width // (WIDTH // 2))
     grid = (min(tiles, PROGRAMS * launch.multiprocessors),)
-    return Step(GEMM1, grid, operands, _gemm1_constants(problem, launch, form.stride_hidden), True)
+    return Step(GEMM1, grid, operands, gemm1_constants(problem, launch, RING, form.stride_hidden), True)
 
 
 def gemm2(
@@ -98,40 +94,4 @@ def gemm2(
     )
     tiles = max_row_tiles(problem, form.num_tokens, ROWS) * (columns // WIDTH)
     grid = (min(tiles, PROGRAMS * launch.multiprocessors),)
-    return Step(GEMM2, grid, operands, _gemm2_constants(problem, launch, columns, first), True)
-
-
-@functools.lru_cache(maxsize=256)
-def _gemm1_constants(problem: MoEProblem, launch: Launch, stride_hidden: int) -> Constants:
-    arguments = {
-        "STRIDE_HIDDEN": stride_hidden,
-        "HIDDEN": problem.hidden_size,
-        "INTERMEDIATE": problem.intermediate_size,
-        "GATE_FIRST": problem.gate_first,
-        **_shared_constants(problem, launch),
-    }
-    return Constants(arguments, {**launch.options, "num_warps": 4, "maxnreg": REGISTERS})
-
-
-@functools.lru_cache(maxsize=256)
-def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int, first: Signals) -> Constants:
-    arguments = {
-        "HIDDEN": problem.hidden_size,
-        "INTERMEDIATE": problem.intermediate_size,
-        "COLUMNS": columns,
-        "FIRST_M": first.block_m,
-        "SIGNALS": first.per_row_tile,
-        **_shared_constants(problem, launch),
-    }
-    return Constants(arguments, {**launch.options, "num_warps": 4, "maxnreg": REGISTERS})
-
-
-def _shared_constants(problem: MoEProblem, launch: Launch) -> dict[str, int | bool]:
-    return {
-        "E": problem.num_local_experts,
-        "E_POW2": whole_warps(problem.num_local_experts),
-        "STAGES": STAGES,
-        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
-        "PDL": launch.pdl,
-    }
+    return Step(GEMM2, grid, operands, gemm2_constants(problem, launch, RING, columns, first), True)

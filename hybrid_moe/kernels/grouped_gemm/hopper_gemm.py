@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -16,10 +16,32 @@ from . import hopper_kernels
 from .finished import Signals
 from .hopper_kernels import E4M3, hopper_gemm1_kernel, hopper_gemm2_kernel
 
-STAGES = 4
-# Of each thread: two consumers' and the producer's warp groups share 65,536.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
-WARPS = 4  # of each group
+
+class Ring(NamedTuple):
+    """Resources of a program: a producer and two consumers, four warps each.
+
+    Parameters
+    ----------
+    stages
+        128 blocks of the sum in shared memory at once.
+    consumer_registers, producer_registers
+        Of each thread, once the groups have shared what the program started with.
+    registers
+        Of each thread at the start; None for a program that has all 65,536 of a multiprocessor.
+    """
+
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {"num_warps": 4} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
+RING = Ring(4, 232, 40)
 ROWS, COLUMNS = hopper_kernels.ROWS.value, 2 * hopper_kernels.COLUMNS.value  # of a tile
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
@@ -43,15 +65,10 @@ class SwizzledTiles(Tiles):
         return TensorDescriptor(base, list(self.shape), list(self.strides), [self.box_rows, 128], E4M3.value)
 
 
-def whole_warps(experts: int) -> int:
-    """The length of a vector with a value for each expert, so that no lane of a warp is without (else it spills)."""
-    return max(32, pow2(experts))
-
-
 def fits(problem: MoEProblem) -> tuple[bool, bool]:
     """Whether GEMM1 and GEMM2 of this problem have the sizes that the kernels want."""
     # The ring must not hold more than a tile, and GEMM2's tile has 256 columns.
-    long = min(problem.hidden_size, problem.intermediate_size) >= STAGES * 128
+    long = min(problem.hidden_size, problem.intermediate_size) >= RING.stages * 128
     return long, long and problem.hidden_size % COLUMNS == 0
 
 
@@ -80,7 +97,7 @@ def gemm1(problem: MoEProblem, launch: Launch, form: Form) -> Step:
         form.num_tokens,
         row_capacity(problem, form.num_tokens),
     )
-    constants = _gemm1_constants(problem, launch, form.stride_hidden)
+    constants = gemm1_constants(problem, launch, RING, form.stride_hidden)
     return Step(GEMM1, (launch.multiprocessors,), operands, constants, True)
 
 
@@ -108,41 +125,44 @@ def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_c
         first_column,
         capacity,
     )
-    constants = _gemm2_constants(problem, launch, columns, first)
+    constants = gemm2_constants(problem, launch, RING, columns, first)
     return Step(GEMM2, (launch.multiprocessors,), operands, constants, True)
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm1_constants(problem: MoEProblem, launch: Launch, stride_hidden: int) -> Constants:
+def gemm1_constants(problem: MoEProblem, launch: Launch, ring: Ring, stride_hidden: int) -> Constants:
+    """What the kernels for few and for many rows are compiled for."""
     arguments = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "GATE_FIRST": problem.gate_first,
-        **_shared_constants(problem, launch),
+        **_shared_arguments(problem, launch, ring),
     }
-    return Constants(arguments, {**launch.options, "num_warps": WARPS})
+    return Constants(arguments, {**launch.options, **ring.options})
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm2_constants(problem: MoEProblem, launch: Launch, columns: int, first: Signals) -> Constants:
+def gemm2_constants(problem: MoEProblem, launch: Launch, ring: Ring, columns: int, first: Signals) -> Constants:
+    """The same for the second GEMM; ``first`` are the signals of the step that computed the activation."""
     arguments = {
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "COLUMNS": columns,
         "FIRST_M": first.block_m,
         "SIGNALS": first.per_row_tile,
-        **_shared_constants(problem, launch),
+        **_shared_arguments(problem, launch, ring),
     }
-    return Constants(arguments, {**launch.options, "num_warps": WARPS})
+    return Constants(arguments, {**launch.options, **ring.options})
 
 
-def _shared_constants(problem: MoEProblem, launch: Launch) -> dict[str, int | bool]:
+def _shared_arguments(problem: MoEProblem, launch: Launch, ring: Ring) -> dict[str, int | bool]:
     return {
         "E": problem.num_local_experts,
-        "E_POW2": whole_warps(problem.num_local_experts),
-        "STAGES": STAGES,
-        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        # A lane of a warp without a value would cost it registers.
+        "E_POW2": max(32, pow2(problem.num_local_experts)),
+        "STAGES": ring.stages,
+        "CONSUMER_REGISTERS": ring.consumer_registers,
+        "PRODUCER_REGISTERS": ring.producer_registers,
         "PDL": launch.pdl,
     }

@@ -5,6 +5,7 @@ import torch
 
 from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe, lookup
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
+from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, moe_reference
 from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, Workload, make_inputs, random_weights
 
@@ -130,6 +131,18 @@ def test_a_graph_replays_with_changed_data(weights, choice, tokens):
         assert bool(torch.isfinite(output).all())
         if bool(has_local_work(fresh, DEEPSEEK_V3).any()):
             assert_right(fresh, output)
+
+
+@pytest.mark.parametrize("tokens", [16, 901])
+def test_rows_that_start_at_odd_places(weights, tokens):
+    """The specialised kernels copy rows by pieces of 16 bytes: these go to the others."""
+    inputs = make_inputs(Workload(tokens, OFFSETS[tokens]), DEEPSEEK_V3, weights)
+    wide = torch.empty((tokens, 7168 + 8), dtype=torch.uint8, device="cuda")
+    wide[:, :7168] = inputs.hidden_states.view(torch.uint8)
+    strided = inputs._replace(hidden_states=wide.view(FP8)[:, :7168])
+    assert strided.hidden_states.stride() == (7176, 1)
+    for _ in range(20):
+        assert_right(inputs, run(strided, Choice("triton_fused", {"gemm": "triton"})))
 
 
 def test_two_streams_at_once(weights, choice):

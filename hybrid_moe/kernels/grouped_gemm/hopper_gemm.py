@@ -25,7 +25,7 @@ class Ring(NamedTuple):
     stages
         128 blocks of the sum in shared memory at once.
     consumer_registers, producer_registers
-        Of each thread, once the groups have shared what the program started with.
+        Of each thread, once the groups have shared what the program started with. The first consumer has what is left.
     registers
         Of each thread at the start; None for a program that has all 65,536 of a multiprocessor.
     """

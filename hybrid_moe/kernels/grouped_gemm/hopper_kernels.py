@@ -54,7 +54,7 @@ def load_by_expert(ptr, CACHE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constex
 
 @gluon.jit
 def locate(tile, expert, count, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr, E: gl.constexpr):
-    """Where the tile of a number is; expert E: there is no such tile.
+    """Where the tile of a number is; expert E or more: there is no such tile.
 
     Returns expert, its rows, rows and row tiles of all experts before it, row tile, column tile.
     """
@@ -96,7 +96,7 @@ def locate_next(
 def announce(agenda, turn, tile):
     """Tell the consumers which tile comes after their tile number ``turn``.
 
-    Nobody has to say that it was read: the producer is fewer blocks of the sum ahead than a tile has.
+    Nobody has to say that it was read: the producer is no more blocks of the sum ahead than a tile has.
     """
     numbers, said = agenda
     place = turn % 4

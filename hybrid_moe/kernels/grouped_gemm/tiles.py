@@ -86,8 +86,8 @@ class TilePlan:
     gemm1, gemm2
         Of the kernels in `triton_kernels`.
     specialized
-        What GEMM1 and GEMM2 are instead, if anything. The tiles are then for inputs that don't start at multiples of 16
-        bytes, which those kernels can't read.
+        What GEMM1 and GEMM2 are instead, if anything. The tiles are then for what those kernels can't read, as inputs
+        that don't start at multiples of 16 bytes.
     """
 
     gemm1: Tile

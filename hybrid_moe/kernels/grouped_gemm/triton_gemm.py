@@ -59,6 +59,8 @@ class TritonGroupedGemm(GroupedGemm):
         first, second = plan.specialized if form.aligned else (None, None)
         if form.stride_hidden % 16:  # each row is copied 16 bytes at a time
             first = None
+            if second is Specialized.FEW:  # it draws its tiles by a ticket that `gemm1` quantises by
+                second = None
         steps: list[AnyStep] = []
         if first is Specialized.MANY:
             steps.append(hopper_gemm.gemm1(problem, launch, form))

@@ -416,7 +416,7 @@ def gemm2_kernel(
         left = tl.minimum(rows - first_slot, BLOCK_M)
         if not all_finished:
             if TMA:
-                # By when half of an expert is through, GEMM1 leaves some of the memory's time to this kernel.
+                # By when half of a row tile is through, GEMM1 leaves some of the memory's time to this kernel.
                 await_signals(finished_ptr, at, SIGNALS // 2)
                 PREFETCHED: tl.constexpr = min(TIERS[0][2] * TIERS[0][3] * 128, INTERMEDIATE)
                 prefetch_rows(

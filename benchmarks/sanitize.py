@@ -1,6 +1,6 @@
 """Run the Triton pipeline under NVIDIA's compute-sanitizer: memcheck and racecheck, at few and at many tokens.
 
-python benchmarks/sanitize.py                    # both tools; T = 15, 200 and 901: each GEMM in every form that Hopper gets
+python benchmarks/sanitize.py                    # both tools; T = 15, 200 and 901: every form of both GEMMs
 python benchmarks/sanitize.py --tool memcheck --tokens 15
 
 Only this package's kernels are watched, one launch of each, on a layer of a seventh of DeepSeek-V3's width (the same

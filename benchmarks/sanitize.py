@@ -26,6 +26,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hybrid_moe.kernels.grouped_gemm.hopper_kernels import LINE, PLAIN
+
 # Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
 KERNELS = (
     "clear_kernel",
@@ -38,8 +40,6 @@ KERNELS = (
     "planted_race_kernel",
 )
 LAUNCHES = 5
-LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 def call(tokens: int, full_size: bool) -> None:
@@ -66,7 +66,7 @@ def write_and_read(shared, out_ptr, ME: gl.constexpr):
 @gluon.jit
 def planted_race_kernel(out_ptr):
     """Two warp groups that wait for nothing. Grid: (1,)."""
-    shared = gl.allocate_shared_memory(gl.int32, [1], SHARED)
+    shared = gl.allocate_shared_memory(gl.int32, [1], PLAIN)
     gl.warp_specialize([(write_and_read, (shared, out_ptr, 0)), (write_and_read, (shared, out_ptr, 1))], [4], [24])
 
 
@@ -133,11 +133,10 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
-    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout.split(
-        "Version "
-    )
+    said = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout
+    version = said.partition("Version ")[2].strip()
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, compute-sanitizer {version[-1].strip()}")
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, compute-sanitizer {version}")
     bad = False
     size = ["--full-size"] if options.full_size else []
     tools = options.tool or ("memcheck", "racecheck")

@@ -100,7 +100,7 @@ def row_capacity(problem: MoEProblem, num_tokens: int) -> int:
 
 def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:
     """Most row tiles that any routing of ``num_tokens`` can need over the local experts."""
-    rows = num_tokens * problem.max_local_rows_per_token
+    rows = row_capacity(problem, num_tokens)
     active = min(problem.num_local_experts, rows)
     # Each active expert rounds up once: at most active partly filled tiles beside the full ones.
     return active + (rows - active) // block_m
@@ -131,7 +131,8 @@ def reserve_routing(layout: Layout, problem: MoEProblem, num_tokens: int, num_ti
     ``[T, top_k]``.
     """
     e = problem.num_local_experts
-    finished, tickets = ((length + 3) // 4 * 4 for length in (e, (e + 3) // 4 * 4 + e + 1))
+    finished = (e + 3) // 4 * 4
+    tickets = finished + (e + 1 + 3) // 4 * 4
     start = layout.bytes
     layout.reserve("counters", (tickets + num_tickets,), torch.int32)
     layout.overlay("counts", start, (e,), torch.int32)

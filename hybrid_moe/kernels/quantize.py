@@ -16,8 +16,14 @@ def swiglu_of(gate, up):
 
 
 @triton.jit
-def quantize_block(value):
-    """e4m3 values and scales of ``[rows, 128]`` float32, one scale for each row."""
-    scale = tl.maximum(tl.max(tl.abs(value), axis=1), MIN_AMAX) / FP8_MAX
+def quantize(value, amax):
+    """e4m3 values and scales of float32 rows, whose largest absolute values are ``amax``."""
+    scale = tl.maximum(amax, MIN_AMAX) / FP8_MAX
     scaled = tl.minimum(tl.maximum(value / scale[:, None], -FP8_MAX), FP8_MAX)
     return scaled.to(tl.float8e4nv), scale
+
+
+@triton.jit
+def quantize_block(value):
+    """`quantize` of ``[rows, 128]``: one scale for each row."""
+    return quantize(value, tl.max(tl.abs(value), axis=1))

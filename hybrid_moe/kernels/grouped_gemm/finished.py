@@ -53,6 +53,18 @@ def signals_seen(finished_ptr, at):
 
 
 @triton.jit
+def all_finished(finished_ptr, count, FIRST_M: tl.constexpr, SIGNALS: tl.constexpr, E: tl.constexpr):
+    """Whether GEMM1 is through with all experts, who have ``count`` rows; see `Signals` for the two numbers."""
+    return signals_seen(finished_ptr, E) >= tl.sum((count + (FIRST_M - 1)) // FIRST_M, axis=0) * SIGNALS
+
+
+@triton.jit
+def await_expert(finished_ptr, expert, rows, FIRST_M: tl.constexpr, SIGNALS: tl.constexpr):
+    """Wait until GEMM1 is through with an expert, who has so many rows."""
+    await_signals(finished_ptr, expert, (rows + (FIRST_M - 1)) // FIRST_M * SIGNALS)
+
+
+@triton.jit
 def await_signals(finished_ptr, at, wanted):
     """Wait until so many are seen."""
     while signals_seen(finished_ptr, at) < wanted:

@@ -77,7 +77,10 @@ def gemm2(
     first_column: int,
     first: Signals,
 ) -> Step:
-    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16."""
+    """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
+
+    ``first`` are the signals of the step that computed the activation.
+    """
     e, inner, capacity = problem.num_local_experts, problem.intermediate_size, row_capacity(problem, form.num_tokens)
     operands = (
         "activated",

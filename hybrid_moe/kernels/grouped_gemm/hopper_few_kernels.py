@@ -23,16 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
-from ..quantize import FP8_MAX, MIN_AMAX, swiglu_of
-from .finished import await_signals, draw_ticket, signal, signals_seen
-from .hopper_kernels import COPY, E4M3, LINE, PLAIN, announce, announced, load_by_expert, load_rows, load_tile, locate
+from ..quantize import quantize_block, swiglu_of
+from .finished import all_finished, await_expert, draw_ticket, signal
+from .hopper_kernels import COPY, E4M3, LINE, PLAIN, announce, announced, load_counts, load_rows, load_tile, locate
 
 GROUP = gl.constexpr(2)  # 128 blocks of the sum that are loaded together
 MOST = gl.constexpr(32)  # rows of a tile
 FEW = gl.constexpr(16)  # what is computed where an expert has no more
 WIDTH = gl.constexpr(64)  # weight rows of a tile
-SUM_MOST = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 32]))
-SUM_FEW = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 32]))
 # Neighbouring columns of the result are one thread's: of 32 float32, of 64 bfloat16.
 HALF_COLUMNS = gl.constexpr(gl.BlockedLayout([4, 1], [8, 4], [1, 4], [0, 1]))
 COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
@@ -112,13 +110,10 @@ def producer(
     """Load rows, their scales and the weights of all tiles of this program, one 128 block of the sum a stage."""
     x_stages, scale_stages, weight_stages, full, empty = ring
     K_BLOCKS: gl.constexpr = K // 128
-    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
-    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
-    all_finished = True
+    expert, count = load_counts(counts_ptr, SWIGLU, E, E_POW2)
     if not SWIGLU:
-        wanted = gl.sum((count + (FIRST_M - 1)) // FIRST_M, axis=0) * SIGNALS
-        all_finished = signals_seen(finished_ptr, E) >= wanted
-        if all_finished:
+        through = all_finished(finished_ptr, count, FIRST_M, SIGNALS, E)
+        if through:
             wait_for_previous_kernel(PDL)
     tile = gl.program_id(0)
     at, rows, rows_before, tiles_before, tile_m, tile_n = locate(tile, expert, count, MOST, TILES_N, E)
@@ -135,13 +130,13 @@ def producer(
             weight_row = at * N + first_column + tile_n * WIDTH
         ready = 0
         if not SWIGLU:
-            if not all_finished:
+            if not through:
                 for group in range(STAGES // GROUP):
                     load_weights(
                         weight, weight_row, group * GROUP, step + group * GROUP, weight_stages, full, empty,
                         GROUP, SWIGLU, UP, GATE, STAGES,
                     )  # fmt: skip
-                await_signals(finished_ptr, at, (rows + (FIRST_M - 1)) // FIRST_M * SIGNALS)
+                await_expert(finished_ptr, at, rows, FIRST_M, SIGNALS)
                 ready = STAGES
         if SWIGLU:  # rows are gathered by their tokens
             tokens_at = slot_token_ptr + at.to(gl.int64) * num_tokens
@@ -173,8 +168,8 @@ def producer(
         announce(agenda, turn, tile)
         turn += 1
         if not SWIGLU:
-            if not all_finished:
-                all_finished = signals_seen(finished_ptr, E) >= wanted
+            if not through:
+                through = all_finished(finished_ptr, count, FIRST_M, SIGNALS, E)
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate(tile, expert, count, MOST, TILES_N, E)
 
 
@@ -202,7 +197,7 @@ def half_sum(
     STAGES: gl.constexpr,
     ME: gl.constexpr,
 ):
-    """The sum over every second block, those whose step has this consumer's parity; the step of the next tile."""
+    """The sum over every second block, those whose step has this consumer's parity."""
     x_stages, scale_stages, weight_stages, full, empty = ring
     total = gl.zeros([WIDTH, ROWS], gl.float32, layout=SUM)
     product = gl.zeros([WIDTH, ROWS], gl.float32, layout=SUM)
@@ -224,7 +219,7 @@ def half_sum(
         product = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(empty.index(stage), count=1)
         total = total + product * (factor[:, None] * row_scale[None, :])
-    return total, step + K_BLOCKS
+    return total
 
 
 @gluon.jit
@@ -251,9 +246,8 @@ def store_activation(
         mask = real[:, None] & (whole_column >= 0)[None, :]
         # Past the first-level cache, which other multiprocessors' stores don't reach.
         whole = gl.load(unquantized_ptr + wide_at, mask=mask, other=0.0, cache_modifier=".cg")
-        scale = gl.maximum(gl.max(gl.abs(whole), axis=1), MIN_AMAX) / FP8_MAX
-        scaled = gl.minimum(gl.maximum(whole / scale[:, None], -FP8_MAX), FP8_MAX)
-        gl.store(out_ptr + wide_at, scaled.to(gl.float8e4nv), mask=mask)
+        quantized, scale = quantize_block(whole)
+        gl.store(out_ptr + wide_at, quantized, mask=mask)
         gl.store(out_scale_ptr + block.to(gl.int64) * capacity + row, scale, mask=real)
         signal(finished_ptr, expert, E)
 
@@ -285,25 +279,25 @@ def consumer(
     ME: gl.constexpr,
 ):
     """Half of the blocks of each tile's sum; consumer 0 adds the other's to its own, and stores the result."""
-    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
-    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
+    expert, count = load_counts(counts_ptr, SWIGLU, E, E_POW2)
     at, rows, rows_before, tiles_before, tile_m, tile_n = locate(gl.program_id(0), expert, count, MOST, TILES_N, E)
     step = 0
     turn = 0
     while at < E:
         here = rows - tile_m * MOST
         if here > FEW:
-            step = consume_tile(
+            consume_tile(
                 weight_scale_ptr, finished_ptr, out_ptr, out_scale_ptr, unquantized_ptr, tickets_ptr, first_column,
                 capacity, ring, exchange, at, here, rows_before + tile_m * MOST, tiles_before + tile_m, tile_n, step,
-                turn, K, N, OUT_COLUMNS, SWIGLU, UP, GATE, E, STAGES, ME, MOST, SUM_MOST,
+                turn, K, N, OUT_COLUMNS, SWIGLU, UP, GATE, E, STAGES, ME, MOST,
             )  # fmt: skip
         else:
-            step = consume_tile(
+            consume_tile(
                 weight_scale_ptr, finished_ptr, out_ptr, out_scale_ptr, unquantized_ptr, tickets_ptr, first_column,
                 capacity, ring, exchange, at, here, rows_before + tile_m * MOST, tiles_before + tile_m, tile_n, step,
-                turn, K, N, OUT_COLUMNS, SWIGLU, UP, GATE, E, STAGES, ME, FEW, SUM_FEW,
+                turn, K, N, OUT_COLUMNS, SWIGLU, UP, GATE, E, STAGES, ME, FEW,
             )  # fmt: skip
+        step += K // 128
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate(
             announced(agenda, turn), expert, count, MOST, TILES_N, E
         )
@@ -315,17 +309,18 @@ def consume_tile(
     weight_scale_ptr, finished_ptr, out_ptr, out_scale_ptr, unquantized_ptr, tickets_ptr, first_column, capacity, ring,
     exchange, at, here, first_row, row_tile, tile_n, step, turn,
     K: gl.constexpr, N: gl.constexpr, OUT_COLUMNS: gl.constexpr, SWIGLU: gl.constexpr, UP: gl.constexpr,
-    GATE: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr, ROWS: gl.constexpr, SUM: gl.constexpr,
+    GATE: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of `consumer`; returns the step of the next."""
+    """One tile of `consumer`."""
     K_BLOCKS: gl.constexpr = K // 128
+    SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
     if SWIGLU:
         scales_at = weight_scale_ptr + (at * (N // 128) + tile_n // 4) * K_BLOCKS
         up_at, gate_at = scales_at + UP // 128 * K_BLOCKS, scales_at + GATE // 128 * K_BLOCKS
     else:
         up_at = weight_scale_ptr + (at * (N // 128) + first_column // 128 + tile_n // 2) * K_BLOCKS
         gate_at = up_at
-    total, step = half_sum(ring, up_at, gate_at, step, K_BLOCKS, ROWS, SUM, SWIGLU, STAGES, ME)
+    total = half_sum(ring, up_at, gate_at, step, K_BLOCKS, ROWS, SUM, SWIGLU, STAGES, ME)
     shared_sums, given, taken = exchange
     sums = shared_sums.slice(0, ROWS, dim=1)
     if ME == 1:
@@ -347,7 +342,6 @@ def consume_tile(
             row_at = out_ptr + (first_row + slot).to(gl.int64) * OUT_COLUMNS
             gl.store(row_at[None, :] + column[:, None], value, mask=(slot < here)[None, :] & (column >= 0)[:, None])
         mbarrier.arrive(taken.index(0), count=1)
-    return step
 
 
 @gluon.jit

@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
-from ..quantize import FP8_MAX, MIN_AMAX, swiglu_of
-from .finished import await_signals, let_async_copies_see, signal, signals_seen
+from ..quantize import quantize, swiglu_of
+from .finished import all_finished, await_expert, let_async_copies_see, signal
 
 # Renamed between the Triton releases 3.6 and 3.9.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -43,13 +43,15 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def load_by_expert(ptr, CACHE: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr):
-    """The experts' numbers and their values, int32; zeros from E on."""
+def load_counts(counts_ptr, SWIGLU: gl.constexpr, E: gl.constexpr, E_POW2: gl.constexpr):
+    """The experts' numbers and the counts of their rows, int32; zeros from E on."""
     # Every warp has the whole vector, so that no sum leaves the warp.
     PER_THREAD: gl.constexpr = E_POW2 // 32 if E_POW2 > 32 else 1
     layout: gl.constexpr = gl.BlockedLayout([PER_THREAD], [32], [4], [0])
     expert = gl.arange(0, E_POW2, layout=layout)
-    return expert, gl.load(ptr + expert, mask=expert < E, other=0, cache_modifier=CACHE)
+    # GEMM2 has not waited for a kernel yet: the first-level cache may hold older counts.
+    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
+    return expert, gl.load(counts_ptr + expert, mask=expert < E, other=0, cache_modifier=CACHE)
 
 
 @gluon.jit
@@ -88,7 +90,7 @@ def locate_next(
 ):
     """`locate` of a later tile than the first."""
     if SWIGLU:  # kept from the first on, the counts would cost GEMM1 a register more than there are
-        expert, count = load_by_expert(counts_ptr, "", E, E_POW2)
+        expert, count = load_counts(counts_ptr, SWIGLU, E, E_POW2)
     return locate(tile, expert, count, ROWS, TILES_N, E)
 
 
@@ -144,12 +146,10 @@ def producer(
 ):
     """Load rows, their scales and the weights of all tiles of this program, one 128 block of the sum a stage."""
     x_stages, scale_stages, weight_stages, full, empty = ring
-    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
-    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
+    expert, count = load_counts(counts_ptr, SWIGLU, E, E_POW2)
     if not SWIGLU:
-        wanted = gl.sum((count + (FIRST_M - 1)) // FIRST_M, axis=0) * SIGNALS
-        all_finished = signals_seen(finished_ptr, E) >= wanted
-        if all_finished:
+        through = all_finished(finished_ptr, count, FIRST_M, SIGNALS, E)
+        if through:
             wait_for_previous_kernel(PDL)
     tile = gl.program_id(0)
     at, rows, rows_before, _, tile_m, tile_n = locate(tile, expert, count, ROWS, TILES_N, E)
@@ -171,8 +171,8 @@ def producer(
         else:
             row = rows_before + slot
             weight_row = at * N + first_column + tile_n * (2 * COLUMNS)
-            if not all_finished:
-                await_signals(finished_ptr, at, (rows + (FIRST_M - 1)) // FIRST_M * SIGNALS)
+            if not through:
+                await_expert(finished_ptr, at, rows, FIRST_M, SIGNALS)
                 let_async_copies_see(PDL)
         scale_at = x_scale_ptr + row.to(gl.int64) * stride_scale_t
         for block in range(K // 128):
@@ -327,9 +327,7 @@ def consumer(
 ):
     """Multiply, promote and store the columns of one consumer: the left half of each tile's (ME 0) or the right."""
     K_BLOCKS: gl.constexpr = K // 128
-    # GEMM2 has not waited for a kernel yet: the first-level cache may hold older counts.
-    CACHE: gl.constexpr = "" if SWIGLU else ".cg"
-    expert, count = load_by_expert(counts_ptr, CACHE, E, E_POW2)
+    expert, count = load_counts(counts_ptr, SWIGLU, E, E_POW2)
     at, rows, rows_before, _, tile_m, tile_n = locate(gl.program_id(0), expert, count, ROWS, TILES_N, E)
     step = 0
     turn = 0
@@ -403,10 +401,9 @@ def store_quantized(
     value, amax, out_ptr, out_scale_ptr, first_row, rows, block_n, capacity, OUT_COLUMNS: gl.constexpr, ME: gl.constexpr
 ):
     """Store 64 of a 128 block's columns in e4m3, and its scales."""
-    scale = gl.maximum(amax, MIN_AMAX) / FP8_MAX
-    scaled = gl.minimum(gl.maximum(value / scale[:, None], -FP8_MAX), FP8_MAX)
+    quantized, scale = quantize(value, amax)
     wide: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    quantized = gl.convert_layout(scaled.to(gl.float8e4nv), wide)
+    quantized = gl.convert_layout(quantized, wide)
     slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, wide))
     column = block_n * 128 + ME * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, wide))
     at = out_ptr + (first_row + slot).to(gl.int64)[:, None] * OUT_COLUMNS + column[None, :]

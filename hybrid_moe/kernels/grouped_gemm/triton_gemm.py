@@ -37,8 +37,8 @@ class TritonGroupedGemm(GroupedGemm):
     def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
         rows = row_capacity(problem, num_tokens)
-        plan = self.plan(problem, num_tokens)
-        reserve_activation(layout, problem, rows, plan.gemm1, plan.specialized[0] is Specialized.FEW)
+        # Kernels for few rows take the place of narrow tiles alone, and want what these do.
+        reserve_activation(layout, problem, rows, self.plan(problem, num_tokens).gemm1)
         layout.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
 
     def num_tickets(self, problem: MoEProblem, num_tokens: int) -> int:
@@ -94,15 +94,12 @@ def signals_of(problem: MoEProblem, tile: Tile) -> Signals:
     return Signals(tile.block_m, problem.intermediate_size // problem.block)
 
 
-def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile, narrow: bool = False) -> None:
-    """Add the result of `gemm1`, and what it gathers in float32 where its tiles are narrower than a 128 block.
-
-    ``narrow``: other kernels' tiles are, that take its place.
-    """
+def reserve_activation(layout: Layout, problem: MoEProblem, rows: int, tile: Tile) -> None:
+    """Add the result of `gemm1`, and what it gathers in float32 where its tiles are narrower than a 128 block."""
     width = problem.intermediate_size
     layout.reserve("activated", (rows, width), FP8)
     layout.reserve("activated_scale", (width // problem.block, rows), torch.float32)
-    if narrow or tile.block_n < problem.block:
+    if tile.block_n < problem.block:
         layout.reserve("unquantized", (rows, width), torch.float32)
 
 

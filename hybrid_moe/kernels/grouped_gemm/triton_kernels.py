@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..launch import let_next_kernel_start, wait_for_previous_kernel
 from ..quantize import quantize_block, swiglu_of
-from .finished import await_signals, draw_ticket, signal, signals_seen
+from .finished import all_finished, await_expert, await_signals, draw_ticket, signal
 
 
 @triton.jit
@@ -406,15 +406,15 @@ def gemm2_kernel(
     expert = tl.arange(0, E_POW2)
     # The routing is through, as GEMM1 has waited for it. Not from the first-level cache, which may hold older counts.
     count = tl.load(counts_ptr + expert, mask=expert < E, other=0, cache_modifier=".cg")
-    all_finished = signals_seen(finished_ptr, E) >= tl.sum(tl.cdiv(count, FIRST_M), axis=0) * SIGNALS
-    if all_finished:
+    through = all_finished(finished_ptr, count, FIRST_M, SIGNALS, E)
+    if through:
         wait_for_previous_kernel(PDL)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         at, rows, rows_before, tiles_before, tile_m, tile_n = locate_tile(tile, count, expert, TILES_N, BLOCK_M)
         first_slot = tile_m * BLOCK_M
         left = tl.minimum(rows - first_slot, BLOCK_M)
-        if not all_finished:
+        if not through:
             if TMA:
                 # By when half of a row tile is through, GEMM1 leaves some of the memory's time to this kernel.
                 await_signals(finished_ptr, at, SIGNALS // 2)
@@ -422,7 +422,7 @@ def gemm2_kernel(
                 prefetch_rows(
                     weight_ptr, at * HIDDEN + first_column + tile_n * BLOCK_N, BLOCK_N, INTERMEDIATE, PREFETCHED
                 )
-            await_signals(finished_ptr, at, tl.cdiv(rows, FIRST_M) * SIGNALS)
+            await_expert(finished_ptr, at, rows, FIRST_M, SIGNALS)
         for tier in tl.static_range(len(TIERS)):
             if left > TIERS[tier][0] and left <= TIERS[tier][1]:
                 gemm2_tile(

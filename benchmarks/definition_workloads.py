@@ -17,13 +17,20 @@ from pathlib import Path
 import torch
 
 from hybrid_moe import backends
-from hybrid_moe.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
-from hybrid_moe.choice import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.measure.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
+from hybrid_moe.measure.records import BenchRecord, append_record
+from hybrid_moe.measure.sweep.plan import middle_rank
+from hybrid_moe.measure.timing import measure_ceilings
+from hybrid_moe.measure.workloads import (
+    DEEPSEEK_V3,
+    DEFINITION_WORKLOADS,
+    MODELS,
+    ROUTING_LOADS,
+    Workload,
+    random_weights,
+)
 from hybrid_moe.problem import DeviceKey, MoEInputs
-from hybrid_moe.records import BenchRecord, append_record
-from hybrid_moe.sweep.plan import middle_rank
-from hybrid_moe.timing import measure_ceilings
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, ROUTING_LOADS, Workload, random_weights
 
 # Of other models' layers, which the definition's workloads are not for.
 MODEL_TOKENS = (1, 16, 80, 901, 4096)

@@ -24,14 +24,15 @@ from collections.abc import Callable, Mapping
 import torch
 import triton
 
-from hybrid_moe import DeviceKey, HybridMoE, backends, lookup
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+from hybrid_moe import DeviceKey, HybridMoE, backends
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.pipeline import Pipeline, launch_on
 from hybrid_moe.kernels.plan import Form, Plan, addresses_of
-from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.policy import resolve
 
-CHOICE = lookup.as_choice("triton_fused[gemm=triton]")
+CHOICE = resolve.as_choice("triton_fused[gemm=triton]")
 
 
 def median(times: list[float]) -> str:

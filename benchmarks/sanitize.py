@@ -26,7 +26,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hybrid_moe.kernels.grouped_gemm.hopper_kernels import LINE, PLAIN
+from hybrid_moe.kernels.grouped_gemm.sm90.many_rows_kernels import LINE, PLAIN
 
 # Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
 KERNELS = (
@@ -46,7 +46,7 @@ def call(tokens: int, full_size: bool) -> None:
     """One call at a T, whose result is looked at: a kernel that isn't launched has no errors."""
 
     from hybrid_moe import fused_moe
-    from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
+    from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 
     problem = DEEPSEEK_V3 if full_size else dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
     inputs = make_inputs(Workload(tokens, 96), problem, random_weights(problem, "cuda"))

@@ -12,7 +12,7 @@ import argparse
 import math
 from pathlib import Path
 
-from hybrid_moe.records import BenchRecord, read_records
+from hybrid_moe.measure.records import BenchRecord, read_records
 
 
 def table(records: list[BenchRecord]) -> str:

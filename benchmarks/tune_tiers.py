@@ -21,16 +21,16 @@ import torch
 import triton
 from tune_tiles import REPEATS, compile_all, form_of, launch_of
 
+from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
 from hybrid_moe.kernels.pipeline import reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import by_name
 from hybrid_moe.kernels.steps import Step
-from hybrid_moe.layout import Layout
+from hybrid_moe.measure.timing import Ceilings, measure_ceilings, time_graph
+from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
+from hybrid_moe.measure.workloads import LayerWeights, Workload, make_inputs, random_weights
 from hybrid_moe.reference import local_rows_per_expert_and_token
-from hybrid_moe.timing import Ceilings, measure_ceilings, time_graph
-from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
-from hybrid_moe.workloads import LayerWeights, Workload, make_inputs, random_weights
 
 # Those weighed most come first: what the time doesn't suffice for is left out from the end.
 SITUATIONS: dict[str, Workload] = {

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 import triton
 
+from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
 from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import AnyStep
-from hybrid_moe.layout import Layout
+from hybrid_moe.measure.timing import Work, measure_ceilings, time_graph
+from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.problem import FP8, MoEInputs
-from hybrid_moe.timing import Work, measure_ceilings, time_graph
-from hybrid_moe.workloads import DEEPSEEK_V3 as PROBLEM
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 REPEATS = 4  # of the weight copies in one graph
 SHARED_LIMIT = 225_000

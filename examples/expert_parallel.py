@@ -33,10 +33,10 @@ import torch
 import torch.distributed as dist
 
 from hybrid_moe import HybridMoE, MoEInputs, MoEProblem
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, LayerWeights, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Correctness, Tolerance, check
 from hybrid_moe.problem import DeviceKey
 from hybrid_moe.reference import has_local_work
-from hybrid_moe.workloads import DEEPSEEK_V3, LayerWeights, Workload, make_inputs, random_weights
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128

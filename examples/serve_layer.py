@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hybrid_moe import HybridMoE, MoEProblem
-from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128

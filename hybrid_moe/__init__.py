@@ -5,13 +5,13 @@ Importing this package imports no kernel library; backends load theirs when they
 
 from __future__ import annotations
 
-from . import metrics
 from .api import HybridMoE, fused_moe
-from .choice import BackendUnsupportedError, Choice
-from .policy import Policy, PolicyError, load_policy, save_policy
+from .candidate import BackendUnsupportedError, Choice
+from .policy.schema import Policy, PolicyError, load_policy, save_policy
+from .policy.select import Decision, NoBackendError
+from .policy.versions import PolicyMismatchWarning
 from .problem import DeviceKey, MoEInputs, MoEProblem, RoutedInputs
-from .select import Decision, NoBackendError
-from .versions import PolicyMismatchWarning
+from .serving import metrics
 
 __version__ = "0.1.0"
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from . import activations, op, warm_up
 from .backends.base import Runner
-from .choice import Choice
-from .dispatch import Dispatch
-from .lookup import as_choice, decision_table
-from .metrics import Counters, Sample
-from .policy import Policy
+from .candidate import Choice
+from .policy.resolve import as_choice, decision_table
+from .policy.schema import Policy
+from .policy.select import Decision, DecisionTable
 from .problem import DeviceKey, Inputs, MoEInputs, MoEProblem, RoutedInputs, RoutingMethod, check_ranks
-from .select import Decision, DecisionTable
-from .warm_up import WarmedUp
-from .workspace import Piece, Workspaces
+from .serving import custom_ops, quantize_input, warmup
+from .serving.dispatch import Dispatch
+from .serving.metrics import Counters, Sample
+from .serving.warmup import WarmedUp
+from .serving.workspace import Piece, Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
 
@@ -125,9 +125,9 @@ def fused_moe(
         inputs = RoutedInputs(topk_ids, topk_weights, *rest)  # type: ignore[arg-type]
     options = (top_k, n_group, topk_group, gate_first, routing_method, num_experts)
     if is_compiling():
-        from .traced import handle_of  # loads the compiler, which is there by now
+        from .serving.traced import handle_of  # loads the compiler, which is there by now
 
-        return op.call_fused_moe(inputs, output, handle_of(backend, policy), *options)
+        return custom_ops.call_fused_moe(inputs, output, handle_of(backend, policy), *options)
     return _Call(backend, policy).run(inputs, output, *options)
 
 
@@ -188,7 +188,7 @@ class HybridMoE:
         max_num_tokens: int | None = None,
     ) -> None:
         if max_num_tokens is not None:
-            warm_up.check_count("max_num_tokens", max_num_tokens)
+            warmup.check_count("max_num_tokens", max_num_tokens)
         tensors = {
             "gemm1_weights": gemm1_weights,
             "gemm1_weights_scale": gemm1_weights_scale,
@@ -236,7 +236,7 @@ class HybridMoE:
         self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
         self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
-        self._handle = op.register(self)
+        self._handle = custom_ops.register(self)
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
         routed = self._routing_bias is None
@@ -249,7 +249,7 @@ class HybridMoE:
         if self.max_num_tokens is None:
             return 0
         # Behind what a runner takes, hidden states that come in bfloat16 are quantised.
-        return dispatch.reserved_bytes(self.max_num_tokens) + activations.bytes_of(self.problem, self.max_num_tokens)
+        return dispatch.reserved_bytes(self.max_num_tokens) + quantize_input.bytes_of(self.problem, self.max_num_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
@@ -325,7 +325,7 @@ class HybridMoE:
             MoEInputs, (routing_logits, self._routing_bias, hidden_states, hidden_states_scale, *self._held)
         )
         if is_compiling():
-            return op.call_layer(inputs, output, self._handle)
+            return custom_ops.call_layer(inputs, output, self._handle)
         return self.run(inputs, output)
 
     def _call_routed(
@@ -349,7 +349,7 @@ class HybridMoE:
             )
         inputs = RoutedInputs(topk_ids, topk_weights, hidden_states, hidden_states_scale, *self._held)  # type: ignore[arg-type]
         if is_compiling():
-            return op.call_layer(inputs, output, self._handle)
+            return custom_ops.call_layer(inputs, output, self._handle)
         return self.run(inputs, output)
 
     def run(self, inputs: Inputs, output: torch.Tensor | None = None) -> torch.Tensor:
@@ -372,7 +372,7 @@ class HybridMoE:
     def _run(self, inputs: Inputs, output: torch.Tensor | None, memory: torch.Tensor | None) -> torch.Tensor:
         problem = self.problem
         if inputs[3] is None:  # hidden_states_scale
-            inputs = activations.quantize(inputs, memory)
+            inputs = quantize_input.quantize(inputs, memory)
         logits, _, hidden, scale, *_ = inputs
         tokens = None
         if type(inputs) is MoEInputs:
@@ -440,17 +440,17 @@ class HybridMoE:
         """
         dispatch = self._dispatch
         if token_counts is None:
-            counts = warm_up.token_counts(dispatch.starts, max_num_tokens)
+            counts = warmup.token_counts(dispatch.starts, max_num_tokens)
         else:
-            counts = warm_up.checked(token_counts)
+            counts = warmup.checked(token_counts)
         done = []
-        for inputs in warm_up.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
+        for inputs in warmup.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
             tokens = inputs.num_tokens
             output = _new_output(self.problem, inputs)
-            warm_up.synchronize(self._device)
+            warmup.synchronize(self._device)
             begin = time.perf_counter()
             self._warm_up(dispatch.runner(tokens), inputs, output)
-            warm_up.synchronize(self._device)
+            warmup.synchronize(self._device)
             done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
             if progress is not None:
                 progress(done[-1])
@@ -572,7 +572,7 @@ class _Call:
         num_experts: int | None,
     ) -> torch.Tensor:
         if inputs.hidden_states_scale is None:
-            inputs = activations.quantize(inputs)
+            inputs = quantize_input.quantize(inputs)
         problem = MoEProblem.from_tensors(
             inputs,
             top_k=top_k,
@@ -605,7 +605,7 @@ def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) 
 def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, _Call]:
     # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
     call = _Call(backend, policy.value)
-    return op.register(call), call
+    return custom_ops.register(call), call
 
 
 def _new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:

@@ -28,12 +28,12 @@ from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import Step
+from hybrid_moe.measure.workloads import MODELS
 from hybrid_moe.problem import FP8, MoEInputs, MoEProblem, RoutedInputs
-from hybrid_moe.workloads import MODELS
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid_moe.workloads import LayerWeights
+from hybrid_moe.measure.workloads import LayerWeights
 
 LAYERS, SRT = "vllm.model_executor.layers", "sglang.srt"
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybrid_moe.bench import record_fields
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
 from hybrid_moe.cli.demo import SMALL
+from hybrid_moe.measure.bench import record_fields
+from hybrid_moe.measure.records import BenchRecord, RecordCorrectness
+from hybrid_moe.measure.sweep.process import Identity
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.records import BenchRecord, RecordCorrectness
-from hybrid_moe.sweep.process import Identity
 
 # Microseconds a + b * T: from T = 50 on B is faster than A, from T = 1889 on C faster than B.
 A, B, C = (Choice(name) for name in ("fake_a", "fake_b", "fake_c"))

@@ -40,9 +40,9 @@ def main(folder: Path) -> None:
 
     from hybrid_moe import MoEProblem
     from hybrid_moe.kernels import direct, pipeline
-    from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+    from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
     from hybrid_moe.kernels.plan import Form, addresses_of, by_name
-    from hybrid_moe.workloads import Workload, make_inputs, random_weights
+    from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 
     class Driver(nvidia.CudaDriver):
         """Without what asks torch for a GPU."""

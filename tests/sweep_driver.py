@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fake_bench import SMALL, A, B, C, FakeBench
 
-from hybrid_moe.choice import Choice
-from hybrid_moe.sweep import journal
-from hybrid_moe.sweep.plan import Plan
-from hybrid_moe.sweep.process import Worker
-from hybrid_moe.sweep.run import sweep
+from hybrid_moe.candidate import Choice
+from hybrid_moe.measure.sweep import journal
+from hybrid_moe.measure.sweep.plan import Plan
+from hybrid_moe.measure.sweep.process import Worker
+from hybrid_moe.measure.sweep.run import sweep
 
 REFUSED, CRASHING = Choice("refused"), Choice("crashing")
 PLAN = Plan.make(SMALL, [A, REFUSED, B, CRASHING, C], quick=True, loads=("uniform", "zipf"), max_tokens=128)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from test_api import PROBLEM, REFERENCE, ROUTING, inputs_of, layer_of
 
-from hybrid_moe import fused_moe, op
+from hybrid_moe import fused_moe
 from hybrid_moe.kernels import activations, interpreter
+from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.reference import dequantize_rows, moe_reference, quantize_rows
-from hybrid_moe.workloads import random_weights
+from hybrid_moe.serving import custom_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -109,7 +110,7 @@ def test_the_calls_take_bfloat16(weights, tokens):
     output = torch.full_like(wanted, torch.nan)
     assert layer(inputs.routing_logits, hidden, None, output=output) is output
     assert torch.equal(output, wanted)
-    assert torch.equal(op.layer(*unquantized, layer._handle), wanted)
+    assert torch.equal(custom_ops.layer(*unquantized, layer._handle), wanted)
     run = torch.compile(lambda logits, hidden: layer(logits, hidden), backend="aot_eager", fullgraph=True)
     assert torch.equal(run(inputs.routing_logits, hidden), wanted)
 

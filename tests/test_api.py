@@ -26,15 +26,15 @@ from hybrid_moe import (
     api,
     backends,
     fused_moe,
-    lookup,
     save_policy,
 )
 from hybrid_moe.backends import Backend, Runner
 from hybrid_moe.kernels import interpreter
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy import LearnerOptions, Regime, RegretSummary, policy_path, user_policy_dir
+from hybrid_moe.policy import resolve
+from hybrid_moe.policy.schema import LearnerOptions, Regime, RegretSummary, policy_path, user_policy_dir
 from hybrid_moe.reference import moe_reference
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = MoEProblem(
@@ -165,8 +165,8 @@ def test_importing_it_loads_no_kernel_library():
     loaded = in_a_fresh_process(
         """
         import json, sys
-        import hybrid_moe, hybrid_moe.api, hybrid_moe.backends, hybrid_moe.workloads
-        wanted = ("hybrid_moe.kernels", "flashinfer", "sgl_kernel", "deep_gemm", "triton", "torch._dynamo")
+        import hybrid_moe, hybrid_moe.api, hybrid_moe.backends, hybrid_moe.measure.workloads
+        wanted = ("hybrid_moe.kernels.pipeline", "flashinfer", "sgl_kernel", "deep_gemm", "triton", "torch._dynamo")
         print(json.dumps([m for m in sys.modules if m.startswith(wanted)]))
         """
     )
@@ -177,10 +177,11 @@ def test_a_process_without_the_interpreter():
     found = in_a_fresh_process(
         """
         import json, sys
-        from hybrid_moe import BackendUnsupportedError, DeviceKey, MoEProblem, backends, lookup
-        table = lookup.decision_table(MoEProblem(), DeviceKey("cpu"))
+        from hybrid_moe import BackendUnsupportedError, DeviceKey, MoEProblem, backends
+        from hybrid_moe.policy import resolve
+        table = resolve.decision_table(MoEProblem(), DeviceKey("cpu"))
         try:
-            backends.prepare(MoEProblem(), DeviceKey("cpu"), lookup.as_choice("triton_fused"))
+            backends.prepare(MoEProblem(), DeviceKey("cpu"), resolve.as_choice("triton_fused"))
         except BackendUnsupportedError as error:
             reasons = error.reasons
         print(json.dumps([str(table.choice(16)), reasons, "hybrid_moe.kernels.pipeline" in sys.modules]))
@@ -218,10 +219,10 @@ def test_a_gpu_without_a_policy_says_how_to_get_one():
     with pytest.warns(
         UserWarning, match="no policy for device nvidia_x .*`hybrid-moe regenerate --num-experts 16 .*` makes one"
     ) as caught:
-        table = lookup.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
+        table = resolve.decision_table(PROBLEM, DeviceKey("nvidia_x", (9, 0)))
     assert len(caught) == 1
     assert table.choice(1).backend == "triton_fused"
-    for choice in lookup.DEFAULT_ORDER:
+    for choice in resolve.DEFAULT_ORDER:
         assert str(choice) in str(caught[0].message)
 
 
@@ -232,7 +233,7 @@ def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, 
     for run in (lambda: fused_moe(*inputs, **ROUTING, backend=backend), lambda: layer_of(inputs, backend=backend)):
         with pytest.raises(BackendUnsupportedError) as caught:
             run()
-        assert caught.value.choice == lookup.as_choice(backend)
+        assert caught.value.choice == resolve.as_choice(backend)
         assert caught.value.reasons
         assert any("10.0" in reason for reason in caught.value.reasons)
         for reason in [backend.split("[")[0], "cpu", *caught.value.reasons]:
@@ -576,13 +577,13 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
     stub = backends.BACKENDS["flashinfer_trtllm"]
     monkeypatch.setattr(type(stub), "not_supported_reasons", lambda *_: [])
     monkeypatch.setattr(type(stub), "prepare", refuse)
-    monkeypatch.setattr(lookup, "CPU_ORDER", (Choice("flashinfer_trtllm"), lookup.as_choice("torch_reference")))
+    monkeypatch.setattr(resolve, "CPU_ORDER", (Choice("flashinfer_trtllm"), resolve.as_choice("torch_reference")))
     backends.not_supported_reasons.cache_clear()
     try:
         decision = layer_of(inputs).explain(7)
     finally:
         backends.not_supported_reasons.cache_clear()
-    assert decision.choice == lookup.as_choice("torch_reference")
+    assert decision.choice == resolve.as_choice("torch_reference")
     assert any("its library doesn't load" in reason for reason in decision.reasons)
 
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_moe import api, backends, lookup
+from hybrid_moe import api, backends
 from hybrid_moe.backends.base import Backend, Runner
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json
 from hybrid_moe.cli.demo import SMALL
-from hybrid_moe.policy import load_policy, save_policy, user_policy_dir
+from hybrid_moe.measure.records import BenchRecord, append_record
+from hybrid_moe.measure.workloads import KIMI_K2, QWEN3_235B
+from hybrid_moe.policy import resolve
+from hybrid_moe.policy.schema import load_policy, save_policy, user_policy_dir
+from hybrid_moe.policy.select import Decision
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import BenchRecord, append_record
-from hybrid_moe.select import Decision
-from hybrid_moe.workloads import KIMI_K2, QWEN3_235B
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
@@ -445,7 +446,7 @@ def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
     monkeypatch.setattr(api, "_cached_dispatch", api._cached_dispatch.__wrapped__)
     cpu = torch.device("cpu")
     for first in ("torch_reference", _Broken.name):
-        monkeypatch.setattr(lookup, "CPU_ORDER", (Choice(first), Choice("flashinfer_trtllm")))
+        monkeypatch.setattr(resolve, "CPU_ORDER", (Choice(first), Choice("flashinfer_trtllm")))
         failures = demo._run_all(SMALL, demo.SMALL_WORKLOADS, [None], DeviceKey.of(cpu), cpu)
         shown = capsys.readouterr().out
         assert shown.count(first) == len(demo.SMALL_WORKLOADS)

@@ -8,11 +8,11 @@ from test_cli import cli, cli_json, fails
 from test_learn import record
 from test_traces import trace, written
 
-from hybrid_moe.policy import load_policy, policy_path, save_policy, user_policy_dir
+from hybrid_moe.measure.records import append_record
+from hybrid_moe.measure.workloads import DEEPSEEK_V3
+from hybrid_moe.policy.schema import load_policy, policy_path, save_policy, user_policy_dir
+from hybrid_moe.policy.versions import installed_version
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import append_record
-from hybrid_moe.versions import installed_version
-from hybrid_moe.workloads import DEEPSEEK_V3
 
 ROOT = Path(__file__).parents[1]
 DEFINITION = MoEProblem().definition

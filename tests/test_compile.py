@@ -14,8 +14,8 @@ import pytest
 from compile_pipeline import TOKEN_COUNTS
 
 from hybrid_moe.kernels.grouped_gemm.tiles import tile_plan
+from hybrid_moe.measure.workloads import MODELS
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.workloads import MODELS
 
 TESTS = Path(__file__).parent
 # What a block can have on sm_90 and sm_100: 227 KiB.

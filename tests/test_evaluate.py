@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from test_learn import PROBLEM, learned, measurements, record, table
 
-from hybrid_moe.choice import Choice
-from hybrid_moe.evaluate import evaluate
-from hybrid_moe.learn import learn
-from hybrid_moe.policy import LearnerOptions
-from hybrid_moe.records import read_records
+from hybrid_moe.candidate import Choice
+from hybrid_moe.learn.evaluate import evaluate
+from hybrid_moe.learn.learner import learn
+from hybrid_moe.measure.records import read_records
+from hybrid_moe.policy.schema import LearnerOptions
 
 ROOT = Path(__file__).parents[1]
 A, B, C = Choice("a"), Choice("b"), Choice("c")

@@ -15,10 +15,10 @@ import dropin_standins as standins
 import pytest
 import torch
 
+from hybrid_moe.measure.workloads import LayerWeights, random_weights
 from hybrid_moe.numerics import check
 from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import dequantize_blocks
-from hybrid_moe.workloads import LayerWeights, random_weights
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORDED = json.loads((Path(__file__).parent / "data" / "dropin_interfaces.json").read_text())

@@ -19,11 +19,11 @@ from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_p
 
 from hybrid_moe.backends import flashinfer_package, flashinfer_trtllm
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm, contract_reasons, layer_arguments
-from hybrid_moe.choice import BackendUnsupportedError
+from hybrid_moe.candidate import BackendUnsupportedError
+from hybrid_moe.measure.workloads import GLM_4_5_AIR, KIMI_K2
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference
-from hybrid_moe.workloads import GLM_4_5_AIR, KIMI_K2
 
 B200 = DeviceKey("nvidia_b200", (10, 0))
 H100 = DeviceKey("nvidia_h100_80gb_hbm3", (9, 0))

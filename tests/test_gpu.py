@@ -3,15 +3,23 @@
 import pytest
 import torch
 
-from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe, lookup
+from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe
+from hybrid_moe.measure.workloads import (
+    DEEPSEEK_V3,
+    DEFINITION_WORKLOADS,
+    MODELS,
+    Workload,
+    make_inputs,
+    random_weights,
+)
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
+from hybrid_moe.policy import resolve
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, moe_reference
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, MODELS, Workload, make_inputs, random_weights
 
 pytestmark = pytest.mark.gpu
 
-CHOICES = [lookup.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
+CHOICES = [resolve.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
 # Against the reference that quantises the activation too. The libraries round GEMM1's result to bfloat16 first, and so
 # some more of the activation to the other side.
 TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01), Tolerance(max_relative_l2=0.02)

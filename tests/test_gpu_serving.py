@@ -6,19 +6,20 @@ import pytest
 import torch
 from given_routing import random_choice
 
-from hybrid_moe import DeviceKey, HybridMoE, MoEProblem, RoutedInputs, backends, fused_moe, lookup
-from hybrid_moe.activations import quantize
+from hybrid_moe import DeviceKey, HybridMoE, MoEProblem, RoutedInputs, backends, fused_moe
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance, check
+from hybrid_moe.policy import resolve
 from hybrid_moe.reference import has_local_work, moe_reference
 from hybrid_moe.reference import quantize_rows as reference_quantize_rows
-from hybrid_moe.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
+from hybrid_moe.serving.quantize_input import quantize
 
 pytestmark = pytest.mark.gpu
 
-TRITON = lookup.as_choice("triton_fused")
+TRITON = resolve.as_choice("triton_fused")
 GRAPHS = (1, 16, 80, 901)
 REPLAYS = 1000
 
@@ -335,7 +336,7 @@ def test_nothing_compiles_after_warming_up(monkeypatch):
 
 def test_a_policy_is_taken_between_replays(weights):
     """A captured graph keeps what it was captured with, and new calls take the new policy."""
-    table = lookup.decision_table(DEEPSEEK_V3, HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3).device)
+    table = resolve.decision_table(DEEPSEEK_V3, HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3).device)
     layer = HybridMoE.from_inputs(inputs_of(weights, 1), DEEPSEEK_V3)
     graph = Replay(layer, 16, bfloat16=False)
     graph.graph.replay()
@@ -359,7 +360,7 @@ def choice_of(inputs):
 @pytest.fixture(scope="module", params=["policy", *map(str, backends.candidates())])
 def routed_layer(request, weights):
     """By this GPU's policy, and by each backend that can run here and takes chosen experts."""
-    backend = None if request.param == "policy" else lookup.as_choice(request.param)
+    backend = None if request.param == "policy" else resolve.as_choice(request.param)
     if backend is not None:
         if backend.backend == "torch_reference":
             pytest.skip("not for CUDA graphs")

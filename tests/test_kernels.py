@@ -13,19 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe, lookup
+from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe
 from hybrid_moe.api import _cached_dispatch
 from hybrid_moe.kernels import pipeline
-from hybrid_moe.kernels.grouped_gemm import tiles, triton_gemm
+from hybrid_moe.kernels.arena import Layout
+from hybrid_moe.kernels.grouped_gemm import tiles
+from hybrid_moe.kernels.grouped_gemm.triton import gemm as triton_gemm
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
-from hybrid_moe.layout import Layout
+from hybrid_moe.measure.workloads import MODELS, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
+from hybrid_moe.policy import resolve
 from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
-from hybrid_moe.workloads import MODELS, Workload, make_inputs, random_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHOICE = lookup.as_choice("triton_fused")
+CHOICE = resolve.as_choice("triton_fused")
 REFUSALS = backends.not_supported_reasons(MoEProblem(), DeviceKey.of(DEVICE), CHOICE)
 pytestmark = [
     pytest.mark.skipif(bool(REFUSALS), reason=f"triton_fused can't run here: {'; '.join(REFUSALS)}"),

@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 
-from hybrid_moe import DeviceKey, backends, lookup
+from hybrid_moe import DeviceKey, backends
 from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.arena import ALIGNMENT, Layout
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
-from hybrid_moe.layout import ALIGNMENT, Layout
-from hybrid_moe.workloads import MODELS
+from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
+from hybrid_moe.measure.workloads import MODELS
+from hybrid_moe.policy import resolve
 
 TOKENS = (1, 2, 15, 16, 33, 80, 901, 2560, 14107)
 # Tensors that are parts of another one, or take its memory once its last reader is done.
@@ -52,7 +53,7 @@ def test_all_that_is_counted_with_is_cleared_together(tokens):
 
 def test_workspace_bytes():
     problem = MODELS["deepseek-v3"]
-    runner = backends.prepare(problem, DeviceKey("gpu_x", (9, 0)), lookup.as_choice("triton_fused"))
+    runner = backends.prepare(problem, DeviceKey("gpu_x", (9, 0)), resolve.as_choice("triton_fused"))
     for tokens in TOKENS:
         assert (
             runner.workspace_bytes(tokens) == pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).layout(tokens).bytes

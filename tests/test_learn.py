@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.choice import Choice
-from hybrid_moe.learn import _Learner, _points, _right_everywhere, learn, learn_from_files, parse_regimes
+from hybrid_moe.candidate import Choice
+from hybrid_moe.learn.learner import _Learner, _points, _right_everywhere, learn, learn_from_files, parse_regimes
+from hybrid_moe.measure.records import BenchRecord, append_record, read_seed_table
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy import LearnerOptions, dumps_policy
+from hybrid_moe.policy.schema import LearnerOptions, dumps_policy
+from hybrid_moe.policy.select import choose, resolve
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import BenchRecord, append_record, read_seed_table
-from hybrid_moe.select import choose, resolve
 
 SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 PROBLEM = MoEProblem()

@@ -14,12 +14,13 @@ from given_routing import random_choice
 
 from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
 from hybrid_moe.kernels import interpreter, pipeline
+from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm import libraries
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_capacity
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows
-from hybrid_moe.kernels.grouped_gemm.sgl_gemm import FEW_ROWS, SglGroupedGemm, _shown_rows
+from hybrid_moe.kernels.grouped_gemm.sgl import FEW_ROWS, SglGroupedGemm, _shown_rows
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
-from hybrid_moe.layout import Layout
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
 from hybrid_moe.problem import FP8, DeviceKey, MoEProblem, RoutedInputs
 from hybrid_moe.reference import (
@@ -30,7 +31,6 @@ from hybrid_moe.reference import (
     moe_reference,
     quantize_rows,
 )
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 
@@ -371,7 +371,7 @@ def test_sgl_kernel_sees_few_rows_where_few_are_expected(sgl_library, monkeypatc
     shown = {tokens: _shown_rows(full, tokens, rows) for tokens, rows in capacity.items()}
     assert shown == {1: 8, 256: FEW_ROWS, 512: FEW_ROWS, 513: capacity[513], 14107: capacity[14107]}
     # Fewer rows shown than there are: the result is the same.
-    from hybrid_moe.kernels.grouped_gemm import sgl_gemm
+    from hybrid_moe.kernels.grouped_gemm import sgl as sgl_gemm
 
     monkeypatch.setattr(sgl_gemm, "FEW_ROWS", 4)
     run_and_check(SglGroupedGemm(), 40, "zipf", False)

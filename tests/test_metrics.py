@@ -9,9 +9,10 @@ import threading
 import pytest
 from test_api import PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, api, dispatch, fused_moe, metrics
-from hybrid_moe.metrics import Counter, Counters, Label
-from hybrid_moe.workloads import random_weights
+from hybrid_moe import Choice, api, fused_moe
+from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.serving import dispatch, metrics
+from hybrid_moe.serving.metrics import Counter, Counters, Label
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_api import PROBLEM, REFERENCE, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, lookup, save_policy
-from hybrid_moe.nearest import distance, nearest, scaled
-from hybrid_moe.policy import dumps_policy, load_policy, policy_path, shipped_policy_dir, user_policy_dir
-from hybrid_moe.select import resolve
-from hybrid_moe.workloads import random_weights
+from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, save_policy
+from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.policy import resolve as lookup
+from hybrid_moe.policy.nearest import distance, nearest, scaled
+from hybrid_moe.policy.schema import dumps_policy, load_policy, policy_path, shipped_policy_dir, user_policy_dir
+from hybrid_moe.policy.select import resolve
 
 CPU = DeviceKey("cpu")
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from hybrid_moe import policy as policy_module
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy import (
+from hybrid_moe.policy import schema as policy_module
+from hybrid_moe.policy.schema import (
     Evidence,
     LearnerOptions,
     Policy,

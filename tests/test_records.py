@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hybrid_moe.choice import Choice
-from hybrid_moe.problem import MoEProblem
-from hybrid_moe.records import (
+from hybrid_moe.candidate import Choice
+from hybrid_moe.measure.records import (
     BenchRecord,
     append_record,
     problem_of_definition,
@@ -22,7 +21,8 @@ from hybrid_moe.records import (
     read_seed_table,
     read_with_digest,
 )
-from hybrid_moe.workloads import QWEN3_235B
+from hybrid_moe.measure.workloads import QWEN3_235B
+from hybrid_moe.problem import MoEProblem
 
 SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 FIELDS = dict(

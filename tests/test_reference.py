@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.problem import FP8, MoEProblem
 from hybrid_moe.reference import (
     dequantize_blocks,
@@ -18,7 +19,6 @@ from hybrid_moe.reference import (
     quantize_rows,
     route,
 )
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128

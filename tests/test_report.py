@@ -15,14 +15,14 @@ import matplotlib
 import pytest
 from typer.testing import CliRunner
 
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app, view
-from hybrid_moe.learn import learn, learn_from_files
-from hybrid_moe.policy import InputDigest, LearnerOptions, load_policy, save_policy
+from hybrid_moe.learn.learner import learn, learn_from_files
+from hybrid_moe.learn.report import data, draw, page
+from hybrid_moe.measure.records import BenchRecord, append_record, read_any, read_records
+from hybrid_moe.policy.schema import InputDigest, LearnerOptions, load_policy, save_policy
+from hybrid_moe.policy.select import resolve
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import BenchRecord, append_record, read_any, read_records
-from hybrid_moe.report import data, draw, page
-from hybrid_moe.select import resolve
 
 ROOT = Path(__file__).parents[1]
 B200 = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"

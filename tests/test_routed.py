@@ -30,13 +30,13 @@ from hybrid_moe import (
     RoutedInputs,
     backends,
     fused_moe,
-    lookup,
 )
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.external import external_inputs
+from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.numerics import check
+from hybrid_moe.policy import resolve
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference
-from hybrid_moe.workloads import random_weights
 
 pytestmark = needs_kernels
 
@@ -297,11 +297,11 @@ def test_what_chooses_by_itself_is_an_error_where_it_is_named(spies, monkeypatch
 def test_flashinfer_trtllm_chooses_by_itself():
     device = DeviceKey("nvidia_x", (10, 0))
     with pytest.warns(UserWarning):
-        table = lookup.decision_table(MoEProblem(), device, routed=True)
+        table = resolve.decision_table(MoEProblem(), device, routed=True)
     reasons = table.decision(1).reasons
     assert table.choice(1).backend != "flashinfer_trtllm"
     assert any("flashinfer_trtllm" in r and "topk_ids and topk_weights aren't taken" in r for r in reasons)
-    for choice in lookup.DEFAULT_ORDER:
+    for choice in resolve.DEFAULT_ORDER:
         assert bool(backends.routed_reasons(MoEProblem(), choice)) == (choice.backend == "flashinfer_trtllm")
 
 

@@ -12,11 +12,11 @@ from flashinfer_bench.compile import BuilderRegistry
 from flashinfer_bench.data import EvaluationStatus, Solution, Trace, load_jsonl_file
 from test_kernels import SMALL
 
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
+from hybrid_moe.flashinfer_bench.solution import candidate_solution
+from hybrid_moe.measure.records import read_any
+from hybrid_moe.measure.workloads import Workload
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.records import read_any
-from hybrid_moe.solution import candidate_solution
-from hybrid_moe.workloads import Workload
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run_solutions.py"
 WORKLOADS = [Workload(6, 4, uuid="late"), Workload(1, 4)]

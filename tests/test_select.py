@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.choice import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Choice
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy import Evidence, LearnerOptions, Policy, Regime, RegretSummary
+from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, Regime, RegretSummary
+from hybrid_moe.policy.select import NoBackendError, choose, explicit, resolve
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.select import NoBackendError, choose, explicit, resolve
 
 A, B, C = Choice("a"), Choice("b", {"x": 1}), Choice("c")
 PROBLEM, DEVICE = MoEProblem(), DeviceKey("gpu_x", (9, 0))

@@ -20,14 +20,13 @@ from hybrid_moe import (
     api,
     backends,
     fused_moe,
-    metrics,
     save_policy,
-    warm_up,
 )
-from hybrid_moe.policy import policy_path, user_policy_dir
+from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.policy.schema import policy_path, user_policy_dir
+from hybrid_moe.policy.select import resolve
 from hybrid_moe.reference import quantize_rows
-from hybrid_moe.select import resolve
-from hybrid_moe.workloads import random_weights
+from hybrid_moe.serving import metrics, warmup
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +89,9 @@ def test_what_warms_up_is_what_a_call_gives(weights, spies):  # noqa: F811
 def test_warming_up_goes_through_the_quantisation(weights, monkeypatch):
     """So that its kernel is compiled too, for hidden states in bfloat16."""
     layer, seen = layer_of(inputs_of(weights, 1), backend=REFERENCE), []
-    monkeypatch.setattr("hybrid_moe.activations.quantize_rows", lambda h: (seen.append(h.dtype), quantize_rows(h))[1])
+    monkeypatch.setattr(
+        "hybrid_moe.serving.quantize_input.quantize_rows", lambda h: (seen.append(h.dtype), quantize_rows(h))[1]
+    )
     layer.warm_up([3])
     assert seen == [torch.bfloat16]
 
@@ -128,7 +129,7 @@ def test_an_error_while_warming_up_is_the_callers(weights, spies, monkeypatch): 
     ],
 )
 def test_the_t_to_warm_up(starts, bound, wanted):
-    assert warm_up.token_counts(starts, bound) == wanted
+    assert warmup.token_counts(starts, bound) == wanted
 
 
 # Another policy

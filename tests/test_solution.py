@@ -23,20 +23,20 @@ from test_traces import trace, trace_of, written
 from hybrid_moe import fused_moe
 from hybrid_moe.backends import BACKENDS
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm
-from hybrid_moe.baked import BakedLayer
-from hybrid_moe.bundle import NETWORK, BundleError, bundle, check_sources, third_party_imports
-from hybrid_moe.choice import BackendUnsupportedError, Choice
-from hybrid_moe.definition import definition_of
+from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.flashinfer_bench.bundle import NETWORK, BundleError, bundle, check_sources, third_party_imports
+from hybrid_moe.flashinfer_bench.definition import definition_of
+from hybrid_moe.flashinfer_bench.runtime import BakedLayer
+from hybrid_moe.flashinfer_bench.solution import candidate_solution, dumps_solution, policy_solution, policy_table
+from hybrid_moe.flashinfer_bench.traces import candidate_of
 from hybrid_moe.kernels.grouped_gemm import libraries
-from hybrid_moe.learn import learn_from_files
-from hybrid_moe.policy import load_policy
+from hybrid_moe.learn.learner import learn_from_files
+from hybrid_moe.measure.records import read_records
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.policy.schema import load_policy
+from hybrid_moe.policy.select import choose
 from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
-from hybrid_moe.records import read_records
 from hybrid_moe.reference import moe_reference
-from hybrid_moe.select import choose
-from hybrid_moe.solution import candidate_solution, dumps_solution, policy_solution, policy_table
-from hybrid_moe.traces import candidate_of
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 ROOT = Path(__file__).parents[1]
 DEVICES = ("nvidia_b200", "nvidia_h100_80gb_hbm3", "nvidia_h200")
@@ -225,8 +225,8 @@ def test_it_imports_what_it_declares_and_holds_no_path(device):
 
 def test_what_is_not_chosen_is_left_out():
     sources = sources_of(candidate_solution(TRITON, MoEProblem()))
-    assert not any("libraries" in path or "flashinfer" in path for path in sources)
-    assert "Left out" in sources["hybrid_moe/kernels/grouped_gemm/sgl_gemm.py"]
+    assert not any("libraries" in path or "backends/flashinfer" in path for path in sources)
+    assert "Left out" in sources["hybrid_moe/kernels/grouped_gemm/sgl.py"]
     assert "def problem_of_definition" not in sources["hybrid_moe/problem.py"]  # nothing there names it
     assert (
         "Sgl" not in sources_of(candidate_solution(DEEP, MoEProblem()))["hybrid_moe/kernels/grouped_gemm/libraries.py"]
@@ -255,12 +255,14 @@ def test_check_sources(text, message):
 
 
 def test_bundle_keeps_what_is_named():
-    sources = bundle({"choice": ["BackendUnsupportedError"]})
-    assert list(sources) == ["choice.py"]
-    names = {n.name for n in ast.parse(sources["choice.py"]).body if hasattr(n, "name")}
+    sources = bundle({"candidate": ["BackendUnsupportedError"]})
+    assert list(sources) == ["candidate.py"]
+    names = {n.name for n in ast.parse(sources["candidate.py"]).body if hasattr(n, "name")}
     assert names == {"Choice", "BackendUnsupportedError"}  # the error's annotation names Choice
-    assert "PEER_PREFIX" not in sources["choice.py"] and "# Of the backends of records" not in sources["choice.py"]
-    assert third_party_imports("choice.py", sources["choice.py"]) == set()
+    assert (
+        "PEER_PREFIX" not in sources["candidate.py"] and "# Of the backends of records" not in sources["candidate.py"]
+    )
+    assert third_party_imports("candidate.py", sources["candidate.py"]) == set()
     with pytest.raises(BundleError, match="imports .* from an __init__"):
         bundle({"api": ["fused_moe"]})
 

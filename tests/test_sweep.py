@@ -22,22 +22,23 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_cli import SMALL_OPTIONS, cli, fails
 
-from hybrid_moe import backends, bench
-from hybrid_moe.bench import record_fields
-from hybrid_moe.choice import Choice
+from hybrid_moe import backends
+from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import watch
 from hybrid_moe.cli.regenerate import Regeneration, candidates_of, loads_of, print_result
-from hybrid_moe.learn import learn
-from hybrid_moe.policy import LearnerOptions, load_policy, policy_path, user_policy_dir
+from hybrid_moe.learn.learner import learn
+from hybrid_moe.measure import bench
+from hybrid_moe.measure.bench import record_fields
+from hybrid_moe.measure.records import BenchRecord, Latency, append_record, read_records
+from hybrid_moe.measure.sweep import gpu, journal
+from hybrid_moe.measure.sweep.plan import TIMINGS, Plan, Results, next_job
+from hybrid_moe.measure.sweep.process import Identity, SweepError, Worker
+from hybrid_moe.measure.sweep.run import sweep
+from hybrid_moe.measure.timing import Ceilings
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, random_weights
+from hybrid_moe.policy.schema import LearnerOptions, load_policy, policy_path, user_policy_dir
+from hybrid_moe.policy.select import NoBackendError, resolve
 from hybrid_moe.problem import DeviceKey, MoEProblem
-from hybrid_moe.records import BenchRecord, Latency, append_record, read_records
-from hybrid_moe.select import NoBackendError, resolve
-from hybrid_moe.sweep import gpu, journal
-from hybrid_moe.sweep.plan import TIMINGS, Plan, Results, next_job
-from hybrid_moe.sweep.process import Identity, SweepError, Worker
-from hybrid_moe.sweep.run import sweep
-from hybrid_moe.timing import Ceilings
-from hybrid_moe.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, random_weights
 
 DRIVER = Path(__file__).with_name("sweep_driver.py")
 CANDIDATES = (A, B, C)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from hybrid_moe import timing
-from hybrid_moe.bench import poisoned_output, tolerance_of
-from hybrid_moe.choice import Choice
+from hybrid_moe.candidate import Choice
+from hybrid_moe.measure import timing
+from hybrid_moe.measure.bench import poisoned_output, tolerance_of
+from hybrid_moe.measure.timing import Ceilings, Work, summarize
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.timing import Ceilings, Work, summarize
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
 
 PROBLEM = MoEProblem(32, 8, 4, 4, 2, 256, 128)
 

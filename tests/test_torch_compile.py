@@ -10,8 +10,9 @@ import torch
 from given_routing import routed_of
 from test_api import ACTIVATIONS, PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, HybridMoE, api, fused_moe, op, save_policy
-from hybrid_moe.workloads import random_weights
+from hybrid_moe import Choice, HybridMoE, api, fused_moe, save_policy
+from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.serving import custom_ops
 
 BACKENDS = ["eager", "aot_eager"]
 
@@ -133,7 +134,7 @@ def test_the_inductor(weights):
 def test_outside_of_compiled_code_no_operator_is_called(weights, monkeypatch):
     inputs = inputs_of(weights, 5)
     for name in ("call_layer", "call_fused_moe"):
-        monkeypatch.setattr(op, name, lambda *arguments: pytest.fail("called the operator"))
+        monkeypatch.setattr(custom_ops, name, lambda *arguments: pytest.fail("called the operator"))
     call(layer_of(inputs, backend=REFERENCE), inputs)
     fused_moe(*inputs, **ROUTING, backend=REFERENCE)
 
@@ -152,7 +153,7 @@ def test_torchs_own_checks_of_the_operators(weights, tokens, name, routed):
         options = [api.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3", 16 if routed else None]
     if name.endswith("_out"):
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
-    operator, before = getattr(op, name), copy.deepcopy(inputs)
+    operator, before = getattr(custom_ops, name), copy.deepcopy(inputs)
     # test_schema compares what isn't mutated, which torch can't in float8: below.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (*inputs, *options), test_utils=checks)
@@ -272,11 +273,11 @@ def test_a_layer_that_is_gone_is_named(weights):
     inputs = inputs_of(weights, 5)
     layer = layer_of(inputs, backend=REFERENCE)
     handle = layer._handle
-    assert torch.equal(op.layer(*inputs, handle), call(layer, inputs))
+    assert torch.equal(custom_ops.layer(*inputs, handle), call(layer, inputs))
     del layer
     gc.collect()
     with pytest.raises(RuntimeError, match=f"handle is {handle}; that of a living layer is wanted: keep"):
-        op.layer(*inputs, handle)
+        custom_ops.layer(*inputs, handle)
 
 
 @pytest.mark.usefixtures("spies")
@@ -307,7 +308,7 @@ def test_threads_register_and_call_layers_at_once(weights):
         for _ in range(20):
             layer = layer_of(inputs, backend=REFERENCE)
             handles.append(layer._handle)
-            if not torch.equal(op.layer(*inputs, layer._handle), wanted):
+            if not torch.equal(custom_ops.layer(*inputs, layer._handle), wanted):
                 wrong.append(layer._handle)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

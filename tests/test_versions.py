@@ -7,13 +7,13 @@ import pytest
 from test_learn import PROBLEM, learned, record
 from test_policy import make_policy, make_regime
 
-from hybrid_moe import backends, lookup, versions
-from hybrid_moe.choice import Choice
-from hybrid_moe.learn import learn, learn_from_files
-from hybrid_moe.policy import LearnerOptions, dumps_policy
-from hybrid_moe.problem import DeviceKey
-from hybrid_moe.records import append_record
-from hybrid_moe.versions import (
+from hybrid_moe import backends
+from hybrid_moe.candidate import Choice
+from hybrid_moe.learn.learner import learn, learn_from_files
+from hybrid_moe.measure.records import append_record
+from hybrid_moe.policy import resolve, versions
+from hybrid_moe.policy.schema import LearnerOptions, dumps_policy
+from hybrid_moe.policy.versions import (
     PolicyMismatchWarning,
     check_one_version,
     installed_versions,
@@ -22,6 +22,7 @@ from hybrid_moe.versions import (
     packages_of,
     release,
 )
+from hybrid_moe.problem import DeviceKey
 
 TRITON = Choice("triton_fused", {"gemm": "triton"})
 SGL = Choice("triton_fused", {"gemm": "sgl_kernel"})
@@ -195,10 +196,10 @@ def test_it_is_said_once_a_policy(monkeypatch):
         regimes=[make_regime(1, 2, missing)],
         environment={"torch": "1.0.0"},
     )
-    lookup._warn_once.cache_clear()
+    resolve._warn_once.cache_clear()
     with pytest.warns(PolicyMismatchWarning) as caught:
         for _ in range(3):
-            assert lookup.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference
+            assert resolve.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference
     hard, soft = (str(warning.message) for warning in caught)
     assert "flashinfer_trtllm (T = 1-2): " in hard and "torch" not in hard
     assert f"torch 1.0.0, here {versions.installed_version('torch')}" in soft
@@ -207,7 +208,7 @@ def test_it_is_said_once_a_policy(monkeypatch):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lookup.decision_table(problem, DeviceKey("cpu"), measured_here)
+        resolve.decision_table(problem, DeviceKey("cpu"), measured_here)
 
 
 def test_records_of_this_machine_give_a_policy_that_fits_it():

@@ -5,10 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
-from hybrid_moe.problem import FP8, MoEProblem
-from hybrid_moe.reference import has_local_work, moe_reference, route
-from hybrid_moe.workloads import (
+from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
     GLM_4_5_AIR,
@@ -20,6 +17,9 @@ from hybrid_moe.workloads import (
     make_routing,
     random_weights,
 )
+from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
+from hybrid_moe.problem import FP8, MoEProblem
+from hybrid_moe.reference import has_local_work, moe_reference, route
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128

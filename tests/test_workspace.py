@@ -9,8 +9,8 @@ import torch
 
 from hybrid_moe import HybridMoE, MoEProblem, backends
 from hybrid_moe.backends.base import Backend, Runner
-from hybrid_moe.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.workspace import Workspaces
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.serving.workspace import Workspaces
 
 PROBLEM = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=256

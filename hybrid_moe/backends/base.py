@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ..choice import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Choice, ConfigValue
 from ..problem import DeviceKey, Inputs, MoEProblem
 
 

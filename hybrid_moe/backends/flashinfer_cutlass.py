@@ -53,7 +53,7 @@ from typing import Any
 
 import torch
 
-from ..choice import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Choice, ConfigValue
 from ..problem import DeviceKey, Inputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner

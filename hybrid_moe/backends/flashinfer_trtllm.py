@@ -62,7 +62,7 @@ from typing import Any
 
 import torch
 
-from ..choice import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Choice, ConfigValue
 from ..problem import DeviceKey, Inputs, MoEInputs, MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner

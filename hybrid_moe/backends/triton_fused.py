@@ -73,11 +73,11 @@ def _text(capability: tuple[int, int] | None) -> str:
 def _gemm(name: str, device: DeviceKey) -> GroupedGemm:
     # Imported where used: `import hybrid_moe` imports no kernel library.
     if name == "triton":
-        from ..kernels.grouped_gemm.triton_gemm import TritonGroupedGemm
+        from ..kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 
         return TritonGroupedGemm(device.capability)
     if name == "sgl_kernel":
-        from ..kernels.grouped_gemm.sgl_gemm import SglGroupedGemm
+        from ..kernels.grouped_gemm.sgl import SglGroupedGemm
 
         return SglGroupedGemm()
     from ..kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm

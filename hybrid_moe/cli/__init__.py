@@ -10,9 +10,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..choice import BackendUnsupportedError
-from ..select import NoBackendError
-from ..sweep.process import SweepError
+from ..candidate import BackendUnsupportedError
+from ..measure.sweep.process import SweepError
+from ..policy.select import NoBackendError
 from . import demo, doctor, evaluate, explain, learn, regenerate, report, run, solution, verify
 from .common import err
 

@@ -19,16 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .. import lookup
-from ..policy import (
-    Policy,
-    find_policy,
-    how_to_make_one,
-    known_policies,
-    load_policy,
-)
+from ..measure.workloads import MODELS, ModelName
+from ..policy import resolve
+from ..policy.schema import Policy, find_policy, how_to_make_one, known_policies, load_policy
 from ..problem import DeviceKey, MoEProblem, RoutingMethod
-from ..workloads import MODELS, ModelName
 
 # A pipe has no width: 80 columns would fold the tables.
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -127,7 +121,7 @@ def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) ->
 def policy_or_nearest(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str, str | None]:
     """As `wanted_policy`, but a problem without a policy has the one that serving takes, and a note that says so."""
     device = _wanted_device(device, path)
-    policy, where, note = lookup.policy_or_nearest(problem, device, path)
+    policy, where, note = resolve.policy_or_nearest(problem, device, path)
     if policy is None:
         raise _no_policy(device, problem)
     return policy, where, note

@@ -13,16 +13,16 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..bench import poisoned_output
-from ..choice import Choice
-from ..learn import learn_from_files
-from ..lookup import decision_table, policy_or_nearest
-from ..policy import LearnerOptions, Policy, dumps_policy, load_policy, policy_path, shipped_policy_dir
+from ..candidate import Choice
+from ..learn.learner import learn_from_files
+from ..measure.bench import poisoned_output
+from ..measure.timing import Work
+from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, LayerWeights, Workload, make_inputs, random_weights
+from ..policy.resolve import decision_table, policy_or_nearest
+from ..policy.schema import LearnerOptions, Policy, dumps_policy, load_policy, policy_path, shipped_policy_dir
+from ..policy.select import resolve
 from ..problem import DeviceKey, MoEProblem
 from ..reference import moe_reference
-from ..select import resolve
-from ..timing import Work
-from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, LayerWeights, Workload, make_inputs, random_weights
 from . import view
 from .common import out, progress, warnings_shown
 from .execute import call_fused_moe, checked, simple_time

@@ -10,12 +10,12 @@ import torch
 from rich.markup import escape
 
 from .. import __version__, backends
-from ..choice import Choice
-from ..lookup import policy_or_nearest
-from ..policy import PolicyError, policies_in, shipped_policy_dir, user_policy_dir
+from ..candidate import Choice
+from ..measure.workloads import DEEPSEEK_V3
+from ..policy.resolve import policy_or_nearest
+from ..policy.schema import PolicyError, policies_in, shipped_policy_dir, user_policy_dir
+from ..policy.versions import Mismatch, installed_version, installed_versions, mismatch
 from ..problem import DeviceKey
-from ..versions import Mismatch, installed_version, installed_versions, mismatch
-from ..workloads import DEEPSEEK_V3
 from . import view
 from .common import Json, out, print_json, this_device
 

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..evaluate import Evaluation, Score
-from ..evaluate import evaluate as judge
-from ..learn import WorkloadKey, check_solutions
-from ..policy import Policy, Timing, load_policy
-from ..records import BenchRecord, read_with_digest
+from ..learn.evaluate import Evaluation, Score
+from ..learn.evaluate import evaluate as judge
+from ..learn.learner import WorkloadKey, check_solutions
+from ..measure.records import BenchRecord, read_with_digest
+from ..policy.schema import Policy, Timing, load_policy
 from . import view
 from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from
 

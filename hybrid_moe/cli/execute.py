@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ..api import fused_moe
-from ..bench import tolerance_of
-from ..choice import Choice
+from ..candidate import Choice
+from ..measure.bench import tolerance_of
+from ..measure.timing import event_us
 from ..numerics import Correctness, check
 from ..problem import MoEInputs, MoEProblem
 from ..reference import has_local_work, moe_reference
-from ..timing import event_us
 
 # Enough for a simple time; a call that takes longer than this by itself is timed once.
 _BUDGET_S = 0.5

@@ -9,14 +9,14 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..choice import Choice
-from ..lookup import DEFAULT_ORDER
-from ..policy import Policy
+from ..candidate import Choice
+from ..learn.report.data import candidate_letters
+from ..measure.workloads import DEEPSEEK_V3
+from ..policy.resolve import DEFAULT_ORDER
+from ..policy.schema import Policy
+from ..policy.select import Decision, DecisionTable, Refusals, resolve
+from ..policy.versions import installed_versions, mismatch
 from ..problem import DeviceKey, MoEProblem
-from ..report.data import candidate_letters
-from ..select import Decision, DecisionTable, Refusals, resolve
-from ..versions import installed_versions, mismatch
-from ..workloads import DEEPSEEK_V3
 from . import view
 from .common import (
     GateFirst,

@@ -9,9 +9,9 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from ..learn import learn_from_files
-from ..policy import LearnerOptions, Policy, describe, policy_path, save_policy, user_policy_dir
-from ..records import problem_of_definition
+from ..learn.learner import learn_from_files
+from ..measure.records import problem_of_definition
+from ..policy.schema import LearnerOptions, Policy, describe, policy_path, save_policy, user_policy_dir
 from . import view
 from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from, warnings_shown
 

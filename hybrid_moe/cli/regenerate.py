@@ -15,9 +15,16 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from .. import backends
-from ..choice import Choice
-from ..learn import learn, preferred_among
-from ..policy import (
+from ..candidate import Choice
+from ..learn.learner import learn, preferred_among
+from ..measure.records import BenchRecord, read_with_digest
+from ..measure.sweep import journal
+from ..measure.sweep import run as sweeping
+from ..measure.sweep.gpu import GpuBench
+from ..measure.sweep.plan import LOADS, MAX_TOKENS, Plan, Results, middle_rank
+from ..measure.sweep.process import Bench, Identity, Worker
+from ..measure.workloads import DEEPSEEK_V3, ROUTING_LOADS, RoutingLoad, Workload, make_routing
+from ..policy.schema import (
     GraphOrEager,
     LearnerOptions,
     Policy,
@@ -28,15 +35,8 @@ from ..policy import (
     save_policy,
     user_policy_dir,
 )
+from ..policy.select import NoBackendError
 from ..problem import MoEProblem
-from ..records import BenchRecord, read_with_digest
-from ..select import NoBackendError
-from ..sweep import journal
-from ..sweep import run as sweeping
-from ..sweep.gpu import GpuBench
-from ..sweep.plan import LOADS, MAX_TOKENS, Plan, Results, middle_rank
-from ..sweep.process import Bench, Identity, Worker
-from ..workloads import DEEPSEEK_V3, ROUTING_LOADS, RoutingLoad, Workload, make_routing
 from .common import (
     GateFirst,
     HiddenSize,

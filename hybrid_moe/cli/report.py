@@ -13,12 +13,12 @@ import typer
 from rich.markup import escape
 
 from ..files import write_whole
-from ..learn import is_about
-from ..policy import InputDigest, Policy, find_policy
+from ..learn.learner import is_about
+from ..learn.report import data
+from ..measure.records import BenchRecord, problem_of_record, read_with_digest
+from ..measure.workloads import DEEPSEEK_V3
+from ..policy.schema import InputDigest, Policy, find_policy
 from ..problem import MoEProblem
-from ..records import BenchRecord, problem_of_record, read_with_digest
-from ..report import data
-from ..workloads import DEEPSEEK_V3
 from .common import Json, out, policy_in, print_json, wanted_policy
 
 Read = list[tuple[list[BenchRecord], InputDigest]]
@@ -62,7 +62,7 @@ def report(
     result = data.report(about, found, [digest for _, digest in read])
 
     # Both are made before either is written.
-    from ..report import draw, page
+    from ..learn.report import draw, page
 
     files: dict[Path, bytes] = {}
     if png is not None:

@@ -10,10 +10,10 @@ import typer
 from rich.markup import escape
 
 from ..api import HybridMoE
-from ..bench import poisoned_output
+from ..measure.bench import poisoned_output
+from ..measure.timing import Work
+from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
 from ..problem import MoEProblem
-from ..timing import Work
-from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
 from . import view
 from .common import (
     GateFirst,

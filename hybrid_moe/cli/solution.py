@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..choice import Choice
-from ..definition import definition_of
+from ..candidate import Choice
 from ..files import write_whole
-from ..solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
-from ..workloads import DEEPSEEK_V3
+from ..flashinfer_bench.definition import definition_of
+from ..flashinfer_bench.solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
+from ..measure.workloads import DEEPSEEK_V3
 from .common import (
     GateFirst,
     HiddenSize,

@@ -13,12 +13,12 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..bench import poisoned_output
-from ..choice import Choice
-from ..policy import Policy, dumps_policy, load_policy, save_policy
+from ..candidate import Choice
+from ..measure.bench import poisoned_output
+from ..measure.workloads import LayerWeights, Workload, make_inputs, random_weights
+from ..policy.schema import Policy, dumps_policy, load_policy, save_policy
+from ..policy.select import resolve
 from ..problem import DeviceKey
-from ..select import resolve
-from ..workloads import LayerWeights, Workload, make_inputs, random_weights
 from . import view
 from .common import Json, out, print_json, progress, this_device
 from .execute import call_fused_moe, checked

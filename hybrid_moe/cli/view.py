@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..choice import Choice
+from ..candidate import Choice
+from ..measure.timing import Work
 from ..numerics import Correctness
-from ..policy import Evidence, Policy, RegretSummary, label
-from ..select import Decision, Span
-from ..timing import Work
+from ..policy.schema import Evidence, Policy, RegretSummary, label
+from ..policy.select import Decision, Span
 from .execute import SimpleTime
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}

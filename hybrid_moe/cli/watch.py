@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from ..choice import Choice
-from ..records import BenchRecord
-from ..sweep.plan import Plan, Results
-from ..sweep.run import Progress
-from ..workloads import Workload
+from ..candidate import Choice
+from ..measure.records import BenchRecord
+from ..measure.sweep.plan import Plan, Results
+from ..measure.sweep.run import Progress
+from ..measure.workloads import Workload
 from .common import err
 
 

@@ -10,8 +10,8 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from ..layout import Layout
 from ..problem import DeviceKey, Inputs, MoEProblem, RoutedInputs
+from .arena import Layout
 from .combine import combine_kernel
 from .launch import Constants, Kernel
 from .plan import Form, Plan, addresses_of

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime import driver
 
-from ..layout import Layout
 from ..problem import Inputs, MoEInputs, RoutedInputs
 from . import direct
+from .arena import Layout
 from .steps import AnyStep, Step, Tiles
 
 

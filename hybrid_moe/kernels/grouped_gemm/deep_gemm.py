@@ -7,8 +7,8 @@ from typing import Any
 
 import triton
 
-from ...layout import Layout
 from ...problem import DeviceKey, MoEProblem
+from ..arena import Layout
 from ..pipeline import GroupedGemm, Launch, combine, row_capacity
 from ..plan import Form
 from ..steps import AnyStep, LibraryStep

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...layout import Layout
 from ...problem import FP8, MoEProblem
+from ..arena import Layout
 from ..gather import gather_kernel
 from ..launch import Constants, Kernel
 from ..pipeline import Launch, pow2

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
-from . import hopper_few_gemm, hopper_gemm
+from .sm90 import few_rows, many_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
     table = TILES_SM100 if capability is not None and capability[0] >= 10 else TILES_SM90
     plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
-    fits = {Specialized.FEW: hopper_few_gemm.fits, Specialized.MANY: hopper_gemm.fits}
+    fits = {Specialized.FEW: few_rows.fits, Specialized.MANY: many_rows.fits}
     first, second = (
         kernels if kernels is not None and capability == (9, 0) and fits[kernels](problem)[number] else None
         for number, kernels in enumerate(plan.specialized)

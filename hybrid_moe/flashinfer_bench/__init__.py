@@ -1,0 +1,1 @@
+"""The formats of flashinfer-bench: traces, definitions and Solutions."""

@@ -1,0 +1,114 @@
+"""Provider ``sgl_kernel``: the CUTLASS block-scale grouped GEMM of sgl-kernel (PyPI ``sglang-kernel``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ...problem import DeviceKey, MoEProblem
+from ..arena import Layout
+from ..pipeline import GroupedGemm, Launch, combine, row_capacity
+from ..plan import Form
+from ..steps import AnyStep, LibraryStep
+from . import libraries
+from .library_rows import Rows
+
+# What SGLang reserves for CUTLASS.
+WORKSPACE_BYTES = 90_000
+# Integers in which the library keeps the layout of one expert's scales.
+LAYOUT_INTS = 5
+# It finds the experts' addresses in one block with a thread for each.
+MAX_EXPERTS = 1024
+# The library takes its tiles for few rows, 128 weight rows by 32 tokens, if `a` has up to so many rows.
+FEW_ROWS = 2048
+# We choose those up to so many rows of an expert, if routing is even: `a` may show fewer rows than there are, since the
+# library reads addresses and sizes from the device.
+FEW_ROWS_PER_EXPERT = 16.0
+
+
+class SglGroupedGemm(GroupedGemm):
+    """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine: three launches of ours, and two for each GEMM.
+
+    The first of a GEMM's two writes the experts' addresses. Weights and scales go in as views, without a copy.
+
+    The library computes all columns of the result at once: it takes expert ``e``'s weights at ``e * N * K``, which a
+    slice of columns doesn't have. So the rows of both GEMMs are reserved in full width for the worst routing,
+    17.7 KB a row: 2.0 GB for DeepSeek-V3 at T = 14107 (112,856 rows), of which few are touched.
+    """
+
+    name = "sgl_kernel"
+    wants_alignment = True
+
+    def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
+        """The GPU, the library, and the experts that it can count."""
+        reasons = libraries.sgl_reasons(device)
+        if problem.num_local_experts > MAX_EXPERTS:
+            reasons.append(f"num_local_experts is {problem.num_local_experts}; at most {MAX_EXPERTS} is wanted")
+        return reasons
+
+    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+        """The rows of both GEMMs in full width for the worst routing, and the experts' tables."""
+        _rows(problem, num_tokens).reserve(layout)
+        layout.reserve("pointers", (5, problem.num_local_experts), torch.int64)
+        layout.reserve("layouts", (2, problem.num_local_experts, LAYOUT_INTS), torch.int32)
+        layout.reserve("workspace", (WORKSPACE_BYTES,), torch.uint8)
+
+    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+        """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine."""
+        grouped_mm = libraries.sgl_grouped_mm()
+        rows = _rows(problem, form.num_tokens)
+        shown = _shown_rows(problem, form.num_tokens, rows.capacity)
+
+        def gemm1(call: Mapping[str, Any]) -> None:
+            h, _, two_i = call["strides"].unbind()
+            _run(grouped_mm, call, "gemm1", ("gathered", "gathered_scale"), shown, (h, h, two_i), 0)
+
+        def gemm2(call: Mapping[str, Any]) -> None:
+            h, i, _ = call["strides"].unbind()
+            _run(grouped_mm, call, "rows", ("activated", "activated_scale"), shown, (i, i, h), 1)
+
+        return [
+            rows.gather(launch, form),
+            LibraryStep(gemm1),
+            rows.swiglu(launch),
+            LibraryStep(gemm2),
+            combine(problem, launch, form, problem.hidden_size, 0),
+        ]
+
+
+def _rows(problem: MoEProblem, num_tokens: int) -> Rows:
+    return Rows(problem, row_capacity(problem, num_tokens), align=1, row_major_scales=True, tables=True)
+
+
+def _run(
+    grouped_mm: Callable[..., Any],
+    call: Mapping[str, Any],
+    output: str,
+    activation: tuple[str, str],
+    shown: int,
+    strides: tuple[torch.Tensor, ...],
+    which: int,
+) -> None:
+    values, scale = activation
+    weights = f"gemm{which + 1}_weights"
+    grouped_mm(
+        call[output],
+        *call["pointers"].unbind(),
+        call[values][:shown],
+        call[weights].transpose(1, 2),
+        call[scale],
+        call[f"{weights}_scale"].transpose(1, 2),
+        *strides,
+        *call["layouts"].unbind(),
+        call["problem_sizes"][which],
+        call["start"][:-1],
+        call["workspace"],
+    )
+
+
+def _shown_rows(problem: MoEProblem, num_tokens: int, capacity: int) -> int:
+    """How many rows `a` shows to the library, which chooses its tiles by it."""
+    few = num_tokens * problem.top_k / problem.num_experts <= FEW_ROWS_PER_EXPERT
+    return min(capacity, FEW_ROWS) if few else capacity

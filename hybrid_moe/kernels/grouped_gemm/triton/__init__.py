@@ -1,0 +1,1 @@
+"""Grouped GEMMs in plain Triton."""

@@ -1,0 +1,780 @@
+"""From benchmark records to a policy: a pure function of records and options.
+
+What counts is regret, the slowdown of what runs against the fastest candidate of the workload, not the number of wins:
+
+- Each T counts once: the mean of the logarithms of the slowdowns over its workloads.
+- A candidate can be chosen for an interval only if it was right at every workload of every T measured in it. A wrong
+  answer stands until a later record (by timestamp) of the same candidate and workload passed.
+- The default is the candidate with the least mean over all T, of those right at all of them.
+- Intervals are given, or found (``auto``) so that the sum of the regret and of a price for each change of candidate is
+  least; the price is the tie margin, so that a change must pay for itself.
+- In an interval, a preferred candidate within the tie margin of the fastest wins (a tie); else, where the default is
+  within the margin, the default does (unsure); else the fastest. Where spread was measured, the margin is no less.
+- T without evidence near it gets the default.
+
+The same records and options give the same bytes, in whatever order the records come.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..candidate import Choice
+from ..measure.records import BenchRecord, problem_of_record, read_with_digest
+from ..numerics import Tolerance
+from ..policy.schema import (
+    Evidence,
+    InputDigest,
+    Interval,
+    LearnerOptions,
+    Policy,
+    Regime,
+    RegretSummary,
+    Verdict,
+    Verified,
+    expected_regret,
+    label,
+    six_digits,
+)
+from ..policy.select import Decision, choose
+from ..policy.versions import check_one_version, is_of
+from ..problem import DeviceKey, MoEProblem
+
+# Differences below this are rounding of the logarithms, not of the measurements.
+_ROUNDING = 12
+_SLACK = 1e-12
+
+
+def learn_from_files(
+    paths: Iterable[str | Path],
+    options: LearnerOptions,
+    problem: MoEProblem | None = None,
+    device: str | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    tolerance: Tolerance | None = None,
+) -> Policy:
+    """Learn from files of records, and keep their digests in the policy.
+
+    Parameters
+    ----------
+    paths
+        Records, traces of flashinfer-bench or the published table, see `records.read_any`.
+    options, environment, tolerance
+        As for `learn`.
+    problem
+        The only problem to learn about; ``None`` if the records have just one.
+    device
+        Slug of the only device to learn about; ``None`` if the records have just one.
+
+    Raises
+    ------
+    ValueError
+        As for `learn` and `records.read_any`, no record is left, or ``solutions`` of the options names one that isn't
+        there.
+    OSError
+        A file can't be read.
+    """
+    records: list[BenchRecord] = []
+    inputs: list[InputDigest] = []
+    for path in paths:
+        read, digest = read_with_digest(path, options.solutions)
+        records += read
+        inputs.append(digest)
+    check_solutions(records, options.solutions)
+    unknown = sorted({r.solution for r in records if r.solution is not None and r.is_peer})
+    if unknown:
+        warnings.warn(
+            f"not learned from, as no candidate is called so: the solution {', '.join(unknown)}. If it is one, say "
+            "which as solutions= of the options (--solution NAME=CANDIDATE)",
+            stacklevel=2,
+        )
+    if device is not None:
+        devices = _found(r.device for r in records)
+        records = [r for r in records if r.device == device]
+        if not records:
+            raise ValueError(f"device is {device!r}; the records have {devices}")
+    if problem is not None:
+        problems = _found(r.problem for r in records)
+        records = [r for r in records if is_about(r, problem)]
+        if not records:
+            raise ValueError(f"problem is {problem}; the records have none about it, but {problems}")
+    else:
+        found = {problem_of_record(r) for r in records if not r.is_peer}
+        if len(found) != 1:
+            names = "; ".join(sorted(map(str, found))) or "none"
+            raise ValueError(f"the records are about several problems or none: {names}; name one as problem=")
+        problem = found.pop()
+    return learn(
+        records, options, problem=problem, inputs=inputs, environment=environment, tolerance=tolerance or Tolerance()
+    )
+
+
+def learn(
+    records: Iterable[BenchRecord],
+    options: LearnerOptions,
+    *,
+    problem: MoEProblem,
+    inputs: Sequence[InputDigest],
+    environment: Mapping[str, str] | None = None,
+    tolerance: Tolerance = Tolerance(),  # noqa: B008 (frozen)
+) -> Policy:
+    """Learn a policy from records.
+
+    Parameters
+    ----------
+    records
+        Of one device, one problem, one timing, and one version of what the candidates use. Those of peer pipelines are
+        left out.
+    options
+        What to learn, see `LearnerOptions`.
+    problem
+        What the records are about.
+    inputs
+        Digests of the files that the records come from.
+    environment
+        What to keep about where they were measured; by default, what the records say.
+    tolerance
+        The gate that the records must have passed.
+
+    Raises
+    ------
+    ValueError
+        The records are mixed, none passed, no candidate is right at every measured T, some passed by looser bounds,
+        only wrong answers are known at some T, or an option is wrong; the message says what was found and how to go on.
+    """
+    used = [r for r in records if not r.is_peer and options.timing in (None, r.timing)]
+    used = under(used, options.where or {})
+    device, verified = check_records(used, options, problem, tolerance)
+    intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
+    points = _points(used)
+    _check_answers(used, points)
+    learner = _Learner(
+        problem=problem,
+        device=device,
+        verified=verified,
+        options=options,
+        intervals=intervals,
+        preferred=preferred_among(options.prefer, {r.choice for r in used}),
+        wrong=frozenset(choice for workload in by_workload(used).values() for choice in workload.wrong),
+        inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
+        environment=dict(environment) if environment is not None else _environment(used),
+        tolerance=tolerance,
+    )
+    policy = learner.learn(points)
+    training = summarise((point.num_tokens, _regret_at(policy, point)) for point in points)
+    left_out = None
+    if len(points) >= 3:
+        left_out = summarise(
+            (point.num_tokens, _regret_at(learner.learn([p for p in points if p is not point]), point))
+            for point in points
+        )
+    return policy.model_copy(update={"training_regret": training, "leave_one_out_regret": left_out})
+
+
+def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str] | None) -> None:
+    """Refuse ``solutions`` that name one of which there is no trace: a slip would leave a candidate out."""
+    found = {r.solution for r in records if r.solution is not None}
+    missing = sorted(set(solutions or ()) - found)
+    if missing:
+        raise ValueError(f"no trace is of the solution {', '.join(missing)}; found: {_found(found)}")
+
+
+def parse_regimes(text: str) -> list[Interval]:
+    """``"1-7,14-32,901,10001-"`` -> ``[(1, 7), (14, 32), (901, 901), (10001, None)]``, sorted.
+
+    Raises
+    ------
+    ValueError
+        An interval is malformed, empty, or overlaps another.
+    """
+    intervals: list[Interval] = []
+    for part in text.split(","):
+        low, dash, high = (piece.strip() for piece in part.partition("-"))
+        if not low.isdecimal() or (high and not high.isdecimal()):
+            raise ValueError(f"regimes has {part.strip()!r}; 'auto', or intervals as 1-7,14-32,901,10001- are wanted")
+        upper = (int(high) if high else None) if dash else int(low)
+        if upper is not None and upper < int(low):
+            raise ValueError(f"regimes has {part.strip()!r}; the smaller bound is wanted first")
+        intervals.append((int(low), upper))
+    intervals.sort(key=lambda interval: interval[0])
+    for lower, above in zip(intervals, intervals[1:], strict=False):
+        if lower[1] is None or lower[1] >= above[0]:
+            raise ValueError(f"regimes {label(lower)} and {label(above)} overlap; disjoint intervals are wanted")
+    return intervals
+
+
+# ---- From records to one point for each T ----
+
+
+class WorkloadKey(NamedTuple):
+    """What tells one workload from another; the fields are those of a record, ``workload`` empty where it has none."""
+
+    num_tokens: int
+    local_expert_offset: int
+    routing: str
+    seed: int
+    workload: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the candidates did at one workload, by the median of each one's records.
+
+    Attributes
+    ----------
+    slowdown
+        Of each candidate that was right: its latency over that of the fastest.
+    spread
+        `BenchRecord.spread` of the same, where it was measured.
+    wrong
+        Those of which a wrong answer stands.
+    """
+
+    slowdown: Mapping[Choice, float]
+    spread: Mapping[Choice, float]
+    wrong: frozenset[Choice]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One T: its workloads, and the mean log slowdown of each candidate that was right at all of them."""
+
+    num_tokens: int
+    workloads: Sequence[Comparison]
+    log: Mapping[Choice, float]
+
+    def evidence(self) -> Evidence:
+        slowdown = {str(choice): six_digits(math.exp(value)) for choice, value in self.log.items()}
+        return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
+
+
+def workload_key(record: BenchRecord) -> WorkloadKey:
+    """The workload of a record."""
+    return WorkloadKey(
+        record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
+    )
+
+
+def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
+    """For each candidate and workload, the passed records that stand.
+
+    An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
+    seen. The records are of one device, problem and timing.
+    """
+    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    for record in records:
+        if record.status in ("passed", "failed"):
+            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
+    kept = dict(passed)
+    for key, wrong in failed.items():
+        # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
+        times = [record.timestamp for record in wrong]
+        last = max((time for time in times if time is not None), default=None)
+        kept[key] = [
+            r
+            for r in passed.get(key, [])
+            if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
+        ]
+    return kept
+
+
+def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
+    """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
+    found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
+        found[key][choice] = passed
+    workloads = {}
+    for key, standing_records in sorted(found.items()):
+        right = {choice: rs for choice, rs in standing_records.items() if rs}
+        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in right.items()}
+        best = min(latency.values(), default=1.0)
+        spreads = {choice: [r.spread for r in rs if r.spread is not None] for choice, rs in right.items()}
+        workloads[key] = Comparison(
+            {choice: value / best for choice, value in latency.items()},
+            {choice: statistics.median(known) for choice, known in spreads.items() if known},
+            frozenset(standing_records.keys() - right.keys()),
+        )
+    return workloads
+
+
+def _points(records: Iterable[BenchRecord]) -> list[_Point]:
+    by_tokens: dict[int, list[Comparison]] = defaultdict(list)
+    for key, workload in by_workload(records).items():
+        by_tokens[key.num_tokens].append(workload)
+    points = []
+    for num_tokens, measured in sorted(by_tokens.items()):
+        ws = [w for w in measured if w.slowdown]
+        if not ws:
+            continue
+        wrong = set().union(*(w.wrong for w in measured))
+        right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong
+        log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
+        points.append(_Point(num_tokens, ws, log))
+    return points
+
+
+# ---- From points to a policy ----
+
+
+@dataclass(frozen=True)
+class _Ruling:
+    points: Sequence[_Point]
+    choice: Choice
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """All that stays the same whichever T are learned from."""
+
+    problem: MoEProblem
+    device: str
+    verified: Verified
+    options: LearnerOptions
+    intervals: Sequence[Interval] | None  # None: to be found
+    preferred: frozenset[Choice]
+    wrong: frozenset[Choice]  # wrong at some workload
+    inputs: Sequence[InputDigest]
+    environment: Mapping[str, str]
+    tolerance: Tolerance
+
+    def learn(self, points: Sequence[_Point]) -> Policy:
+        """The policy, with regrets that are still to be filled in."""
+        default = self._default(points)
+        if self.intervals is None:
+            regimes = self._found_regimes(points, default)
+        else:
+            regimes = self._given_regimes(points, default, self.intervals)
+        outside = [p for p in points if not any(p.num_tokens in regime for regime in regimes)]
+        unknown = RegretSummary(mean=0.0, worst=0.0, worst_num_tokens=None, num_tokens=len(points))
+        return Policy(
+            device=self.device,
+            problem=self.problem,
+            definition=self.problem.definition,
+            candidates=self._candidates(points, default, {default, *(regime.choice for regime in regimes)}),
+            default=default,
+            default_reason=self._default_reason(points, default),
+            default_evidence=tuple(p.evidence() for p in outside),
+            regimes=tuple(regimes),
+            training_regret=unknown,
+            leave_one_out_regret=None,
+            learner=self.options,
+            tolerance=self.tolerance,
+            inputs=tuple(self.inputs),
+            environment=dict(self.environment),
+        )
+
+    def _rank(self, choice: Choice) -> tuple[bool, str]:
+        return choice not in self.preferred, str(choice)
+
+    def _best(self, points: Sequence[_Point], among: Collection[Choice]) -> Choice:
+        return min(among, key=lambda choice: (round(_score(choice, points), _ROUNDING), self._rank(choice)))
+
+    def _default(self, points: Sequence[_Point]) -> Choice:
+        right = _right_everywhere(points)
+        if right:
+            return self._best(points, right)
+        seen = sorted({choice for p in points for choice in p.log}, key=str)
+        lacking = [f"{c} lacks T = {_tokens([p for p in points if c not in p.log])}" for c in seen]
+        raise ValueError(
+            "no candidate is right at every measured T, so there is no default: "
+            f"{'; '.join(lacking) or 'none passed'}; measure what is missing, or leave those T out"
+        )
+
+    def _default_reason(self, points: Sequence[_Point], default: Choice) -> str:
+        others = _right_everywhere(points) - {default}
+        reason = f"the fastest by geometric mean over all {len(points)} T measured, {_tokens(points)}"
+        if others:
+            second = self._best(points, others)
+            reason += f"; next is {second} at {_speed(second, default, points):.2f} of its speed"
+        return reason
+
+    def _candidates(self, points: Sequence[_Point], default: Choice, chosen: Collection[Choice]) -> tuple[Choice, ...]:
+        # One that was wrong somewhere may run only where evidence chose it; even there it is the last to fall back to.
+        seen = {c for p in points for c in p.log if c not in self.wrong or c in chosen}
+
+        def order(choice: Choice) -> tuple[bool, bool, int, float, tuple[bool, str]]:
+            where = [p for p in points if choice in p.log]
+            missing = len(points) - len(where)
+            score = round(_score(choice, where), _ROUNDING)
+            return choice != default, choice in self.wrong, missing, score, self._rank(choice)
+
+        return tuple(sorted(seen, key=order))
+
+    # -- one interval --
+
+    def _rule(self, points: Sequence[_Point], default: Choice) -> _Ruling | None:
+        """What runs in an interval with these points; ``None`` if nothing was right at all of them."""
+        right = _right_everywhere(points)
+        if not right:
+            return None
+        best = self._best(points, right)
+        choice = best
+        preferred = right & self.preferred
+        if preferred and best not in preferred:
+            favourite = self._best(points, preferred)
+            if self._is_tie(favourite, best, points):
+                choice = favourite
+        if choice == best and best not in preferred and default in right and self._is_tie(default, best, points):
+            choice = default
+        return self._ruling(points, choice)
+
+    def _ruling(self, points: Sequence[_Point], choice: Choice) -> _Ruling:
+        right = _right_everywhere(points)
+        best = self._best(points, right)
+        over = f"over T = {_tokens(points)}"
+        if choice == best:
+            verdict: Verdict = "best"
+            reason = f"{choice} is the fastest {over} by geometric mean"
+            if len(right) > 1:
+                second = self._best(points, right - {best})
+                reason += f"; next is {second} at {_speed(second, best, points):.2f} of its speed"
+        else:
+            speed = _speed(choice, best, points)
+            margin = self._margin(choice, best, points)
+            within = f"{choice} has {speed:.2f} of the speed of {best} {over}, within the margin of {100 * margin:.3g}%"
+            if margin > self.options.tie_margin:
+                within += " (the spread measured)"
+            # Joined intervals may be further apart than each of them was; then the figure alone speaks.
+            if not self._is_tie(choice, best, points):
+                within = within.partition(", within")[0]
+            if choice in self.preferred:
+                verdict, reason = "tie", f"tie: {within}; ties go to the preferred {self.options.prefer}"
+            else:
+                verdict, reason = "unsure", f"unsure: {within}; the default stays"
+        left_out = sorted({str(c) for p in points for c in p.log if c not in right})
+        if left_out:
+            reason += f"; not right, or not measured, at all of these T: {', '.join(left_out)}"
+        return _Ruling(points, choice, verdict, reason)
+
+    def _is_tie(self, choice: Choice, best: Choice, points: Sequence[_Point]) -> bool:
+        margin = self._margin(choice, best, points)
+        return _speed(choice, best, points) >= 1 - margin - _SLACK
+
+    def _margin(self, a: Choice, b: Choice, points: Sequence[_Point]) -> float:
+        """The tie margin, or the typical half spread of the noisier of the two where that was measured and is more."""
+        pairs = [[w.spread[c] for c in (a, b) if c in w.spread] for p in points for w in p.workloads]
+        noise = [max(pair) for pair in pairs if pair]
+        return max(self.options.tie_margin, statistics.median(noise)) if noise else self.options.tie_margin
+
+    def _regime(self, interval: Interval, ruling: _Ruling, note: str = "") -> Regime:
+        evidence = tuple(p.evidence() for p in ruling.points)
+        return Regime(
+            min_tokens=interval[0],
+            max_tokens=interval[1],
+            choice=ruling.choice,
+            verdict=ruling.verdict,
+            verified=self.verified,
+            reason=ruling.reason + note,
+            expected_regret=expected_regret(ruling.choice, evidence),
+            evidence=evidence,
+        )
+
+    # -- all intervals --
+
+    def _given_regimes(self, points: Sequence[_Point], default: Choice, intervals: Sequence[Interval]) -> list[Regime]:
+        regimes = []
+        for low, high in intervals:
+            inside = [p for p in points if low <= p.num_tokens and (high is None or p.num_tokens <= high)]
+            ruling = self._rule(inside, default) if inside else None
+            if ruling is not None:
+                regimes.append(self._regime((low, high), ruling))
+        return regimes
+
+    def _found_regimes(self, points: Sequence[_Point], default: Choice) -> list[Regime]:
+        rulings = [ruling for part in self._partition(points, default) if (ruling := self._rule(part, default))]
+        rulings = list(self._joined(rulings))
+        bounds = [[r.points[0].num_tokens, r.points[-1].num_tokens] for r in rulings]
+        for lower, upper in zip(bounds, bounds[1:], strict=False):
+            a, b = lower[1], upper[0]
+            if b <= self.options.max_gap * a:
+                lower[1] = math.isqrt(a * b)
+                upper[0] = lower[1] + 1
+        regimes = []
+        for index, (ruling, (low, high)) in enumerate(zip(rulings, bounds, strict=True)):
+            note = ""
+            if index == 0 and low > 1:
+                note += f"; kept below T = {low}, as nothing smaller was measured"
+                low = 1
+            # Open above: the largest T measured says more about the T beyond it than the default does.
+            last = index == len(rulings) - 1
+            if last:
+                note += f"; kept above T = {high}, as nothing larger was measured"
+            regimes.append(self._regime((low, None if last else high), ruling, note))
+        return regimes
+
+    def _partition(self, points: Sequence[_Point], default: Choice) -> Iterator[list[_Point]]:
+        """Cut the sorted points so that the regret and the price of the cuts are least, by dynamic programming."""
+        price = math.log1p(self.options.tie_margin)
+
+        # Of equal sums, that with fewer changes, then the default, then the preferred one, then by name.
+        def least(ways: Mapping[Choice, tuple[float, int]]) -> Choice:
+            return min(ways, key=lambda c: (round(ways[c][0], _ROUNDING), ways[c][1], c != default, self._rank(c)))
+
+        sums: dict[Choice, tuple[float, int]] = {choice: (cost, 0) for choice, cost in points[0].log.items()}
+        steps: list[dict[Choice, Choice]] = []
+        for point in points[1:]:
+            reached: dict[Choice, tuple[float, int]] = {}
+            came: dict[Choice, Choice] = {}
+            for choice, cost in point.log.items():
+                ways = {
+                    before: (total + (0 if before == choice else price), changes + (before != choice))
+                    for before, (total, changes) in sums.items()
+                }
+                came[choice] = least(ways)
+                total, changes = ways[came[choice]]
+                reached[choice] = (total + cost, changes)
+            sums = reached
+            steps.append(came)
+        choices = [least(sums)]
+        for came in reversed(steps):
+            choices.append(came[choices[-1]])
+        choices.reverse()
+
+        part = [points[0]]
+        for point, before, choice in zip(points[1:], choices, choices[1:], strict=False):
+            if choice != before:
+                yield part
+                part = []
+            part.append(point)
+        yield part
+
+    def _joined(self, rulings: Sequence[_Ruling]) -> Iterator[_Ruling]:
+        """Neighbours of the same choice as one, with what was said of the parts where that differs."""
+        groups: list[list[_Ruling]] = []
+        for ruling in rulings:
+            if groups and groups[-1][0].choice == ruling.choice:
+                groups[-1].append(ruling)
+            else:
+                groups.append([ruling])
+        for group in groups:
+            if len(group) == 1:
+                yield group[0]
+                continue
+            whole = self._ruling([p for ruling in group for p in ruling.points], group[0].choice)
+            parts = "".join(f"; part of it: {r.reason}" for r in group if r.verdict != "best")
+            yield _Ruling(whole.points, whole.choice, whole.verdict, whole.reason + parts)
+
+
+def _right_everywhere(points: Sequence[_Point]) -> set[Choice]:
+    return set.intersection(*(set(p.log) for p in points)) if points else set()
+
+
+def _score(choice: Choice, points: Sequence[_Point]) -> float:
+    return math.fsum(p.log[choice] for p in points) / len(points)
+
+
+def _speed(choice: Choice, best: Choice, points: Sequence[_Point]) -> float:
+    return math.exp(_score(best, points) - _score(choice, points))
+
+
+def _tokens(points: Sequence[_Point]) -> str:
+    tokens = [str(p.num_tokens) for p in points]
+    return ", ".join(tokens) if len(tokens) <= 6 else f"{tokens[0]} ... {tokens[-1]}"
+
+
+# ---- Regret ----
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the candidates, and with them a policy, did at one T.
+
+    Attributes
+    ----------
+    num_tokens, workloads
+        T, and how many workloads it was measured at.
+    slowdown
+        Of each candidate right at all of them, the geometric mean of its latency over the fastest's, as in `Evidence`.
+    regret
+        Of the same candidates, the mean of slowdown - 1, which is what a `RegretSummary` sums up.
+    decision
+        What the policy runs of these candidates; ``None`` if it knows none of them.
+    """
+
+    num_tokens: int
+    workloads: int
+    slowdown: Mapping[Choice, float]
+    regret: Mapping[Choice, float]
+    decision: Decision | None
+
+    @property
+    def policy_regret(self) -> float | None:
+        """Regret of what the policy runs; ``None`` if it knows none of the candidates."""
+        return None if self.decision is None else self.regret[self.decision.choice]
+
+
+def outcomes(policy: Policy, records: Iterable[BenchRecord]) -> list[Outcome]:
+    """How a policy does on records, learned from or not, by the rules of `learn`: one entry a T, sorted.
+
+    The records are of the policy's device and problem and of one timing; peers don't count. A T at which no answer is
+    right has no entry.
+    """
+    found = []
+    for point in _points([r for r in records if not r.is_peer]):
+        known = any(choice in point.log for choice in policy.candidates)
+        found.append(
+            Outcome(
+                num_tokens=point.num_tokens,
+                workloads=len(point.workloads),
+                slowdown={choice: math.exp(value) for choice, value in point.log.items()},
+                regret={choice: _regret(choice, point) for choice in point.log},
+                decision=_decision_at(policy, point) if known else None,
+            )
+        )
+    return found
+
+
+def _decision_at(policy: Policy, point: _Point) -> Decision:
+    # One that wasn't right at this T isn't run there: its backend refuses, or its records are to be learned from.
+    refusals = {c: ("not right at this T",) for c in policy.candidates if c not in point.log}
+    return choose(policy, policy.problem, DeviceKey(policy.device), point.num_tokens, refusals=refusals)
+
+
+def _regret(choice: Choice, point: _Point) -> float:
+    return math.fsum(w.slowdown[choice] for w in point.workloads) / len(point.workloads) - 1
+
+
+def _regret_at(policy: Policy, point: _Point) -> float:
+    return _regret(_decision_at(policy, point).choice, point)
+
+
+def summarise(regrets: Iterable[tuple[int, float]]) -> RegretSummary:
+    """Mean and worst of the regrets at each T, given as ``(T, regret)``; the smallest T of equal worst ones."""
+    found = [(num_tokens, six_digits(regret)) for num_tokens, regret in regrets]
+    worst_tokens, worst = max(found, key=lambda item: (item[1], -item[0]))
+    return RegretSummary(
+        mean=six_digits(math.fsum(regret for _, regret in found) / len(found)),
+        worst=worst,
+        worst_num_tokens=worst_tokens if worst > 0 else None,
+        num_tokens=len(found),
+    )
+
+
+# ---- Checks and provenance ----
+
+
+def check_records(
+    records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
+) -> tuple[str, Verified]:
+    """Device of the records, and what they are good for; refuses those that may not be compared.
+
+    Raises
+    ------
+    ValueError
+        There are none, none passed, or they are of several problems, devices, timings or versions, have both latencies
+        and speedups, or passed by looser bounds than ``tolerance``.
+    """
+    if not records:
+        what = f" timed with {options.timing}" if options.timing else ""
+        raise ValueError(
+            f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
+            "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
+        )
+    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
+    if others:
+        raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
+    devices = _found(r.device for r in records)
+    if "," in devices:
+        raise ValueError(f"records are of several devices: {devices}; name one as device=")
+    timings = _found(r.timing for r in records)
+    if "," in timings:
+        raise ValueError(f"records are timed in several ways: {timings}; name one as timing= of the options (--timing)")
+    passed = [r for r in records if r.status == "passed"]
+    if not passed:
+        raise ValueError(f"none of the {len(records)} records passed; found: {_found(r.status for r in records)}")
+    by_speedup = [r.latency_us is None for r in passed]
+    if any(by_speedup) and not all(by_speedup):
+        raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
+    check_one_version(passed)
+    for record in passed:
+        _check_gate(record, tolerance)
+    return devices, "seed_only" if all(by_speedup) else "measured"
+
+
+def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> None:
+    wrong: dict[int, set[str]] = defaultdict(set)
+    for key, workload in by_workload(records).items():
+        if workload.wrong:
+            wrong[key.num_tokens].update(map(str, workload.wrong))
+    hopeless = sorted(set(wrong) - {point.num_tokens for point in points})
+    if hopeless:
+        named = "; ".join(f"T = {t}: {', '.join(sorted(wrong[t]))}" for t in hopeless)
+        raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
+
+
+def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+    """The records that were measured under these versions, see `versions.is_of`; ValueError if there are none."""
+    kept = [r for r in records if is_of(r, where)]
+    if records and not kept:
+        wanted = ", ".join(f"{name}={value}" for name, value in where.items())
+        found = "; ".join(f"{name} {_found(str(r.environment.get(name)) for r in records)}" for name in where)
+        raise ValueError(f"where is {wanted}; the records have {found}")
+    return kept
+
+
+def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
+    gate = record.correctness
+    if gate is None:
+        return
+    pairs = {
+        "rtol": (gate.rtol, tolerance.rtol),
+        "atol": (gate.atol, tolerance.atol),
+        "max_relative_l2": (gate.max_relative_l2, tolerance.max_relative_l2),
+    }
+    looser = [f"{name}={had} above {want}" for name, (had, want) in pairs.items() if had is not None and had > want]
+    ratio, wanted = gate.required_matched_ratio, tolerance.required_matched_ratio
+    if ratio is not None and ratio < wanted:
+        looser.append(f"required_matched_ratio={ratio} below {wanted}")
+    if looser:
+        raise ValueError(
+            f"the record of {record.choice} at T = {record.num_tokens} passed by looser bounds ({', '.join(looser)}): "
+            "measure again with the bounds wanted, or learn with these as tolerance="
+        )
+
+
+def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+    """Whether a record is about a problem; what the record leaves open is taken from the problem."""
+    return record.problem == problem.definition and problem == problem_of_record(
+        record, num_experts=problem.num_experts, gate_first=problem.gate_first
+    )
+
+
+def preferred_among(prefer: str | None, known: Collection[Choice]) -> frozenset[Choice]:
+    """The candidates that ``prefer`` names, a backend or a candidate; ValueError if it names none of them."""
+    if prefer is None:
+        return frozenset()
+    # As text: a candidate read from text has strings where the configuration may have numbers.
+    text = str(Choice.parse(prefer))
+    chosen = frozenset(choice for choice in known if text in (str(choice), choice.backend))
+    if not chosen:
+        names = ", ".join(sorted({str(choice) for choice in known}))
+        raise ValueError(f"prefer is {prefer!r}; a backend or candidate of the records is wanted: {names}")
+    return chosen
+
+
+def _environment(records: Sequence[BenchRecord]) -> dict[str, str]:
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        values["timing"].add(record.timing)
+        for name, value in record.environment.items():
+            if value is not None:
+                values[name].add(str(value))
+    return {
+        name: " | ".join(sorted(found)) if len(found) <= 4 else f"{len(found)} different values"
+        for name, found in values.items()
+    }
+
+
+def _found(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values))) or "none"

@@ -1,0 +1,1 @@
+"""Workloads, timing, the correctness gate and the records that come of them."""

@@ -1,0 +1,1 @@
+"""Policies: their schema, where they are found, and the choice that they make."""

@@ -1,0 +1,162 @@
+"""What a problem runs on a device at every number of tokens: prepared, counted, and logged when it is first chosen.
+
+The logger is ``hybrid_moe``: one INFO record for the first decision of each regime of a problem, with the fields of
+`Decision.to_dict` but the evidence, and ``device`` and ``problem``, as attributes of the record (``extra=``). As counts
+are, it is made when a call is: the replay of a CUDA graph says nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .. import backends
+from ..backends.base import Runner
+from ..candidate import BackendUnsupportedError, Choice
+from ..policy.schema import Policy
+from ..policy.select import Decision, DecisionTable, explicit
+from ..problem import DeviceKey, Inputs, MoEProblem
+from .metrics import Counter, Counters, Label
+
+logger = logging.getLogger("hybrid_moe")
+
+
+class Dispatch:
+    """The runner for every T, with the decision behind it.
+
+    Unchanging but for its counts: a layer takes another policy by changing its one reference to this.
+
+    Parameters
+    ----------
+    problem, device
+        What is computed, and where.
+    decider
+        The decisions of a policy, or the choice that the caller named.
+    counters
+        Where calls are counted.
+    policy
+        What the decisions were asked of, as the caller gave it.
+    routed
+        The experts are chosen before the call.
+
+    Raises
+    ------
+    BackendUnsupportedError
+        A choice can't run here.
+    """
+
+    __slots__ = ("backend", "policy", "starts", "_decide", "_labels", "_runners", "_counters", "_owner")
+
+    def __init__(
+        self,
+        problem: MoEProblem,
+        device: DeviceKey,
+        decider: DecisionTable | Choice,
+        counters: Counters,
+        policy: Policy | str | Path | None = None,
+        routed: bool = False,
+    ) -> None:
+        self.backend = decider if isinstance(decider, Choice) else None
+        self.policy = policy
+        self._decide: Callable[[int], Decision]
+        # The decision changes at these T alone.
+        self.starts: Sequence[int]
+        if isinstance(decider, Choice):
+            self._decide, self.starts = functools.partial(explicit, decider), (0,)
+        else:
+            self._decide, self.starts = decider.decision, decider.starts
+        decisions = [self._decide(start) for start in self.starts]
+        if routed:
+            for choice in {decision.choice: None for decision in decisions}:
+                if reasons := backends.routed_reasons(problem, choice):
+                    others = backends.not_supported_reasons(problem, device, choice)
+                    raise BackendUnsupportedError(choice, [*others, *reasons])
+        self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decisions]
+        self._runners = [backends.prepare(problem, device, decision.choice) for decision in decisions]
+        self._counters: list[Counter] = [counters.of(label) for label in self._labels]
+        self._owner = counters  # whose counts are kept as gone when nobody can call any more
+
+    def run(self, num_tokens: int, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before.
+
+        ``memory`` is for `Runner.run_in`.
+        """
+        # All that is done here is added to every call.
+        at = bisect_right(self.starts, num_tokens) - 1
+        if self._counters[at].add(num_tokens):
+            _announce(self._labels[at], self._decide(num_tokens))
+        if memory is None:
+            self._runners[at].run(inputs, output)
+        else:
+            self._runners[at].run_in(inputs, output, memory)
+
+    def runner(self, num_tokens: int) -> Runner:
+        """What `run` calls at ``num_tokens``."""
+        return self._runners[bisect_right(self.starts, num_tokens) - 1]
+
+    def reserved_bytes(self, max_num_tokens: int) -> int:
+        """The most that any call up to ``max_num_tokens`` takes from the memory that it is given."""
+        ends = [*self.starts[1:], max_num_tokens + 1]
+        return max(
+            _most_reserved(runner, max(start, 1), min(end, max_num_tokens + 1))
+            for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
+        )
+
+    def choice(self, num_tokens: int) -> Choice:
+        """What runs at ``num_tokens``; ValueError if it is negative."""
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens is {num_tokens}; 0 or more is wanted")
+        return self._labels[bisect_right(self.starts, num_tokens) - 1].choice
+
+    def decision(self, num_tokens: int) -> Decision:
+        """What runs at ``num_tokens``, and why; ValueError if it is negative."""
+        return self._decide(num_tokens)
+
+
+@functools.lru_cache(maxsize=256)  # layers are alike
+def _most_reserved(runner: Runner, first: int, end: int) -> int:
+    # Each T is asked: a runner may take less for more tokens, where it begins to work in pieces.
+    return max((runner.reserved_bytes(tokens) for tokens in range(first, end)), default=0)
+
+
+class _Announced:
+    """What the process's log has said: a model's layers are alike, and their first decisions too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._labels: set[Label] = set()
+
+    def is_new(self, label: Label) -> bool:
+        with self._lock:
+            new = label not in self._labels
+            self._labels.add(label)
+        return new
+
+    def forget(self) -> None:
+        with self._lock:
+            self._labels.clear()
+
+
+_ANNOUNCED = _Announced()
+
+
+def _announce(label: Label, decision: Decision) -> None:
+    if not logger.isEnabledFor(logging.INFO) or not _ANNOUNCED.is_new(label):
+        return
+    fields = decision.to_dict()
+    del fields["evidence"]
+    fields |= {"device": label.device, "problem": label.problem.definition}
+    logger.info(
+        "T = %d on %s runs %s: %s",
+        decision.num_tokens,
+        label.device,
+        decision.choice,
+        decision.reasons[-1],
+        extra=fields,
+    )

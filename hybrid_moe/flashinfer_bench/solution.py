@@ -4,7 +4,7 @@ Written by its schema of 0.1.2 (``flashinfer_bench.data.Solution``), which flash
 reads too; neither is needed to write one.
 
 **What is in it.** ``main.py`` with the policy's choices as a literal table and the entry point ``run``, and under
-``hybrid_moe/`` those modules of this package that the choices can reach (`hybrid_moe.flashinfer_bench.bundle`). The package itself is no
+``hybrid_moe/`` those modules of this package that the choices can reach (`bundle`). The package itself is no
 dependency: no release of it need be there, or be the one that wrote the file.
 
 **Value-returning, not destination-passing**, because both who call it can do that. flashinfer-bench 0.1.2 takes either
@@ -16,7 +16,7 @@ of what dtype (``trace_apply/adapt.py``, ``_alloc_like``). It costs one ``torch.
 with ``top_k``, ``n_group`` and ``topk_group`` beside them, which the definition has in its name: ``run`` checks them.
 
 **A missing library.** The first call on a device tries to prepare every choice of the table. In place of one that can't
-run comes, with a warning, the policy's default or else the next of its choices: as `hybrid_moe.policy.select` has it, but for
+run comes, with a warning, the policy's default or else the next of its choices: as `policy.select` has it, but for
 candidates that the policy chooses nowhere, which aren't in the file. Decided once; nothing changes later. A Solution of
 one candidate has nothing to fall back on, and raises.
 """
@@ -102,7 +102,7 @@ def candidate_solution(
 ) -> dict[str, Any]:
     """The Solution that runs one candidate at every T, and raises where it can't.
 
-    Under its own name (`hybrid_moe.flashinfer_bench.traces.solution_name`) its traces are records of that candidate for `learn`.
+    Under its own name (`traces.solution_name`) its traces are records of that candidate for `learn`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Measuring on the GPU: weights, inputs and the gate of `hybrid_moe.measure.bench`, with the GPU's state around each record."""
+"""Measuring on the GPU: weights, inputs and the gate of `measure.bench`, with the GPU's state around each record."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class GpuBench:
         torch.cuda.synchronize()
 
     def measure(self, choice: Choice, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
-        """See `hybrid_moe.measure.bench.measure`; records have ``gpu_before`` and ``gpu_after`` beside the usual fields."""
+        """See `bench.measure`; records have ``gpu_before`` and ``gpu_after`` beside the usual fields."""
         assert self._case is not None and self._made is not None
         runs = _RUNS if self._case.workload.num_tokens <= _LARGE else _RUNS_OF_LARGE
         before = gpu_state()

@@ -9,8 +9,8 @@ already isn't run again. By default flashinfer-bench's ``Benchmark`` runs them, 
 inputs by CUDA IPC; ``--through evaluator`` runs the same evaluator in this process, where that isn't to be had.
 
 Right is what its evaluator calls so by our bounds: rtol 0.2, atol 0.1, 0.85 of the elements. Logits and bias are those
-of `measure.workloads` (``uniform``), which go into safetensors files as in the data set; activations, weights
-and scales are flashinfer-bench's random ones (scales N(0, 1)), the reference is `hybrid_moe.definition`'s. ``--dataset``
+of `measure.workloads` (``uniform``), which go into safetensors files as in the data set; activations, weights and
+scales are flashinfer-bench's random ones (scales N(0, 1)), the reference is `hybrid_moe.definition`'s. ``--dataset``
 takes a flashinfer-trace data set's own instead. Latency is flashinfer-bench's: CUDA events around an eager call with
 a cold L2, so it has the host's time in it. The reference isn't timed (``speedup_factor`` 0) without ``--baseline``.
 

@@ -12,13 +12,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import matplotlib.figure
 import pytest
+from matplotlib.markers import CARETUP
 from typer.testing import CliRunner
 
+from hybrid_moe import backends
 from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app, view
 from hybrid_moe.learn.learner import learn, learn_from_files
-from hybrid_moe.learn.report import data, draw, page
+from hybrid_moe.learn.report import data, draw, letters, page
 from hybrid_moe.measure.records import BenchRecord, append_record, read_any, read_records
 from hybrid_moe.policy.schema import InputDigest, LearnerOptions, load_policy, save_policy
 from hybrid_moe.policy.select import resolve
@@ -400,6 +403,37 @@ def test_png_has_content():
     assert width == 1920 and height > 700 and different > 100
 
 
+def test_a_slow_candidate_or_peer_is_cut_off_and_says_so():
+    floor = {"floor_us": 10.0}
+    times = {FAST_SMALL: 12.0, FAST_LARGE: 40.0, Choice("peer:slow"): 900.0}
+    records = [record(choice, t, us, **floor) for t in (1, 8) for choice, us in times.items()]
+    found = data.report(records, learned([r for r in records if not r.is_peer]))
+    axes = _axes(found, "floor")
+    assert axes.get_ylim() == (0.95, 2.5)
+    by_name = {name.split(" (")[0]: name for name in axes.get_legend_handles_labels()[1]}
+    assert by_name["peer:slow"] == "peer:slow (to 90)"
+    slow = next(name for name in by_name.values() if str(FAST_LARGE) in name)
+    assert slow.endswith("(to 4)") and "(" not in next(name for name in by_name.values() if "small" in name)
+    arrows = [line for line in axes.get_lines() if line.get_marker() == CARETUP]
+    assert [(list(a.get_xdata()), list(a.get_ydata())) for a in arrows] == [([1, 8], [2.5, 2.5])] * 2
+    # The latencies' axis ends above the slowest candidate, not at the peer.
+    assert 40 < _axes(found, "latency").get_ylim()[1] < 100
+
+
+def test_the_fastest_is_in_the_picture_however_far_from_the_floor():
+    records = [
+        record(choice, t, us, floor_us=1.0) for t in (1, 8) for choice, us in ((FAST_SMALL, 7), (FAST_LARGE, 90))
+    ]
+    low, high = _axes(data.report(records, learned(records)), "floor").get_ylim()
+    assert low < 7 < high < 10
+
+
+def _axes(report, name):
+    axes = matplotlib.figure.Figure().subplots()
+    draw.available(report, report.loads[0])[name](report, report.loads[0], axes)
+    return axes
+
+
 # ---- The command ----
 
 
@@ -474,26 +508,26 @@ def test_command_without_matplotlib(files, tmp_path, monkeypatch):
 
 def _strip(policy, width):
     table = resolve(policy, policy.problem, DeviceKey(policy.device))
-    return view.strip(table.spans(), data.candidate_letters(policy.candidates), width).plain.split("\n")
+    return view.strip(table.spans(), letters.assign_letters(policy.candidates), width).plain.split("\n")
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_strip(width):
     policy = load_policy(ROOT / "policies" / "nvidia_b200" / f"{PROBLEM.definition}.json")
     strip, _, labels, *legend = _strip(policy, width)
-    assert len(strip) == min(width - 2, 110) and set(strip) == set("AaB")
+    assert len(strip) == min(width - 2, 110) and set(strip) == set("BbD")
     # Each regime and each gap between them, 901 alone as well.
-    assert re.fullmatch("A+a+B+a+A+a+A+a+A+", strip)
+    assert re.fullmatch("B+b+D+b+B+b+B+b+B+", strip)
     assert re.fullmatch(r"1 +10 +100 +1000 +10000 +T", labels)
     at = {int(m.group()): m.start() for m in re.finditer(r"\d+", labels)}
-    assert at[10] < strip.index("B") < at[100] and at[1000] < strip.rindex("a") < at[10000] + 1
-    assert [line.split() for line in legend[:2]] == [["A", "flashinfer_trtllm"], ["B", "triton_fused[gemm=sgl_kernel]"]]
+    assert at[10] < strip.index("D") < at[100] and at[1000] < strip.rindex("b") < at[10000] + 1
+    assert [line.split() for line in legend[:2]] == [["B", "flashinfer_trtllm"], ["D", "triton_fused[gemm=sgl_kernel]"]]
 
 
 def test_strip_of_one_regime():
     policy = learned([record(FAST_SMALL, 7, 10)])
     strip, *_ = _strip(policy, 80)
-    assert set(strip) == {"A"}
+    assert set(strip) == {letters.assign_letters([FAST_SMALL])[FAST_SMALL]}
 
 
 def test_spans_hold_every_t_once():
@@ -509,12 +543,17 @@ def test_spans_hold_every_t_once():
 
 def test_explain_draws_the_strip():
     text = cli("explain", "--device", "nvidia_b200").stdout
-    assert re.search("^A+a+B+a+A+a+A+a+A+$", text, re.MULTILINE) and "no results are near" in text
-    assert "AAA" not in cli("explain", "--device", "nvidia_b200", "--json").stdout
+    assert re.search("^B+b+D+b+B+b+B+b+B+$", text, re.MULTILINE) and "no results are near" in text
+    assert "BBB" not in cli("explain", "--device", "nvidia_b200", "--json").stdout
 
 
-def test_the_same_letters_on_devices_with_the_same_candidates():
-    # A policy lists its candidates by speed, which differs from device to device.
-    candidates = load_policy(ROOT / "policies" / "nvidia_h200" / f"{PROBLEM.definition}.json").candidates
-    assert len(candidates) >= 3
-    assert data.candidate_letters(candidates) == data.candidate_letters(candidates[::-1])
+def test_one_letter_for_a_candidate_everywhere():
+    # A policy lists its candidates by speed, and has others, on each device.
+    by_device = [load_policy(path).candidates for path in ROOT.glob("policies/*/*.json")]
+    assert len(by_device) >= 3
+    every = letters.assign_letters(backends.candidates())
+    for candidates in by_device:
+        found = letters.assign_letters(candidates)
+        assert found == {c: every[c] for c in candidates} and list(found.values()) == sorted(found.values())
+    # A new backend gets its own line in the table: after it, letters would depend on who else is there.
+    assert {str(c) for c in backends.candidates()} == set(letters._TABLE)

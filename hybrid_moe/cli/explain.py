@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .. import backends
 from ..candidate import Choice
-from ..learn.report.data import candidate_letters
+from ..learn.report.letters import assign_letters
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import DEFAULT_ORDER
 from ..policy.schema import Policy
@@ -129,7 +129,7 @@ def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool)
     if here:
         runs_here = {regime.label: table.choice(regime.min_tokens) for regime in policy.regimes}
         runs_here["otherwise"] = table.choice(outside(policy))
-    out.print(view.strip(table.spans(), candidate_letters([*policy.candidates, *table.choices]), out.width))
+    out.print(view.strip(table.spans(), assign_letters([*policy.candidates, *table.choices]), out.width))
     out.print(view.regimes(policy, runs_here))
     out.print(view.regret("training regret", policy.training_regret))
     out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..candidate import Choice
+from ..learn.report.letters import index
 from ..measure.timing import Work
 from ..numerics import Correctness
 from ..policy.schema import Evidence, Policy, RegretSummary, label
@@ -93,12 +94,11 @@ def strip(spans: Sequence[Span], letters: Mapping[Choice, str], width: int) -> T
         cells.append(span)
     cells = cells[:columns] + [spans[-1]] * (columns - len(cells))
 
-    places = {choice: place for place, choice in enumerate(letters)}
     text = Text()
     for span, run in itertools.groupby(cells):
         choice, outside = span.decision.choice, span.decision.regime is None
         letter = letters[choice].lower() if outside else letters[choice]
-        style = f"{_GROUNDS[places[choice] % len(_GROUNDS)]} reverse"
+        style = f"{_GROUNDS[index(letters[choice]) % len(_GROUNDS)]} reverse"
         text.append(letter * len(list(run)), style=f"{style} dim" if outside else style)
     text.append("\n")
 
@@ -113,7 +113,7 @@ def strip(spans: Sequence[Span], letters: Mapping[Choice, str], width: int) -> T
 
     shown = dict.fromkeys(span.decision.choice for span in spans)
     for choice in [c for c in letters if c in shown]:
-        text.append(f" {letters[choice]} ", style=f"{_GROUNDS[places[choice] % len(_GROUNDS)]} reverse")
+        text.append(f" {letters[choice]} ", style=f"{_GROUNDS[index(letters[choice]) % len(_GROUNDS)]} reverse")
         text.append(f" {choice}\n")
     if any(span.decision.regime is None for span in spans):
         text.append("small letters: in no regime, as no results are near\n", style="dim")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-import string
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ...policy.schema import InputDigest, Policy, RegretSummary, Timing, dumps_p
 from ...policy.select import Span, resolve
 from ...problem import DeviceKey
 from ..learner import WorkloadKey, outcomes, standing, summarise, workload_key
+from .letters import assign_letters
 
 # The order in which timings and loads are shown where the policy doesn't say which is its own.
 _TIMINGS: tuple[Timing, ...] = ("cuda_graph", "cupti", "eager")
@@ -155,7 +155,7 @@ class Report:
     policy, policy_sha256
         The policy, and the digest of its file.
     letters
-        One letter for each candidate, see `candidate_letters`; the same in all figures.
+        The letter of each candidate, in their order.
     peers
         Pipelines that aren't ours.
     spans
@@ -213,7 +213,7 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     by_speedup = {r.latency_us is None for r in passed}
     if len(by_speedup) > 1:
         raise ValueError("some records have latency_us and others speedup_vs_reference: report one kind at a time")
-    letters = candidate_letters({*policy.candidates, *(r.choice for r in records if not r.is_peer)})
+    by_letter = assign_letters({*policy.candidates, *(r.choice for r in records if not r.is_peer)})
     overall, loads = [], []
     for timing in _timings(policy, {r.timing for r in passed}):
         timed = [r for r in records if r.timing == timing]
@@ -227,27 +227,18 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     return Report(
         policy=policy,
         policy_sha256=hashlib.sha256(dumps_policy(policy).encode()).hexdigest(),
-        letters=letters,
+        letters=by_letter,
         peers=sorted({r.choice for r in records if r.is_peer}, key=str),
         spans=resolve(policy, policy.problem, DeviceKey(policy.device)).spans(),
         overall=overall,
         loads=loads,
         by_speedup=by_speedup.pop(),
-        checked=_checked(records, letters),
+        checked=_checked(records, by_letter),
         refused=_refused(records),
         environment=_environment(records),
         dates=(dates[0], dates[-1]) if dates else None,
         inputs=[Input(digest, digest.sha256 in learned_from) for digest in inputs],
     )
-
-
-def candidate_letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
-    """A letter for each candidate; the order is also that of their colours.
-
-    By name, so that pages of several devices with the same candidates have the same letters and colours.
-    """
-    letters = string.ascii_uppercase
-    return {c: letters[i] if i < len(letters) else str(i) for i, c in enumerate(sorted(set(candidates), key=str))}
 
 
 def _timings(policy: Policy, measured: set[Timing]) -> list[Timing]:

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.markers import CARETUP
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ...candidate import Choice
 from .data import Report, Row, View
+from .letters import index
 
 # Okabe and Ito's colours, which stay apart for the colour-blind, and lighter ones for a dark ground: (light, dark).
 _CANDIDATES = (
@@ -51,6 +54,8 @@ def _variables(theme: int) -> str:
 # What a page needs for the figures: their colours, and which of the two widths is shown.
 STYLE = f""":root{{color-scheme:light dark;{_variables(0)}}}
 @media (prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}"""
+
+_RATIO_TOP = 2.5  # of the axis of ratios to the floor
 
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -124,8 +129,9 @@ def svg(report: Report, view: View, name: str, shape: Shape = WIDE) -> str:
 
 
 def png(report: Report, view: View) -> bytes:
-    """The first figure of `available` on white, with a title, at twice the size of a screen's pixels."""
-    plot = next(iter(available(report, view).values()))
+    """The ratio to the floor, or the first figure of `available`, on white with a title, at 200 dots per inch."""
+    figures = available(report, view)
+    plot = figures.get("floor") or next(iter(figures.values()))
     buffer = io.BytesIO()
     with matplotlib.style.context(["default", _SETTINGS | {"font.size": _PICTURE.text}]):
         figure = _figure(report, view, plot, _PICTURE, title=f"{report.device}: {describe(view)}")
@@ -140,9 +146,9 @@ def describe(view: View) -> str:
     return f"{timings[view.timing]}, {load}"
 
 
-def colour(index: int) -> str:
-    """CSS variable of the candidate with this index."""
-    return f"var(--candidate-{index % len(_CANDIDATES)})"
+def colour(letter: str) -> str:
+    """CSS variable of the candidate with this letter."""
+    return f"var(--candidate-{index(letter) % len(_CANDIDATES)})"
 
 
 # ---- The parts of a figure ----
@@ -214,7 +220,6 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
     strip.tick_params(bottom=False, labelbottom=False, which="both")
     for spine in strip.spines.values():
         spine.set_visible(False)
-    order = list(report.letters)
     least = 10 ** (0.008 * decades)
     for span in report.spans:
         left, right = span.first - 0.5, math.inf if span.last is None else span.last + 0.5
@@ -223,7 +228,7 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
         left, right = max(left, low), min(right, high)
         if left >= right:
             continue
-        tint = _CANDIDATES[order.index(span.decision.choice) % len(_CANDIDATES)][0]
+        tint = _CANDIDATES[index(report.letters[span.decision.choice]) % len(_CANDIDATES)][0]
         default = span.decision.regime is None
         if span.last == span.first:  # wider than it is: cover what its neighbours drew
             strip.axvspan(left, right, color=_NAMED["paper"][0], linewidth=0)
@@ -247,12 +252,13 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
 
 def _each(report: Report, view: View, value: Callable[[Row, Choice], float | None]) -> Any:
     """For each candidate: its style, and T and value where there is one."""
-    for index, (choice, letter) in enumerate(report.letters.items()):
+    for choice, letter in report.letters.items():
         found = [(row.num_tokens, v) for row in view.rows if (v := value(row, choice)) is not None]
+        place = index(letter)
         style = {
-            "color": _CANDIDATES[index % len(_CANDIDATES)][0],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": _DASHES[index % len(_DASHES)],
+            "color": _CANDIDATES[place % len(_CANDIDATES)][0],
+            "marker": _MARKERS[place % len(_MARKERS)],
+            "linestyle": _DASHES[place % len(_DASHES)],
             "label": f"{letter}  {choice}",
             "markersize": 3.6,
             "linewidth": 1.4,
@@ -262,19 +268,41 @@ def _each(report: Report, view: View, value: Callable[[Row, Choice], float | Non
 
 
 def _peers(report: Report, view: View, axes: Axes, value: Callable[[Row, Choice], float | None]) -> None:
-    for index, peer in enumerate(report.peers):
+    for number, peer in enumerate(report.peers):
         found = [(row.num_tokens, v) for row in view.rows if (v := value(row, peer)) is not None]
         if found:
             axes.plot(
                 [t for t, _ in found],
                 [v for _, v in found],
                 color=_NAMED["peer"][0],
-                linestyle=(0, (4, 2 + index)),
-                marker="x+12"[index % 4],
+                linestyle=(0, (4, 2 + number)),
+                marker="x+12"[number % 4],
                 markersize=5,
                 linewidth=0.9,
                 label=str(peer),
             )
+
+
+def _cut_off(axes: Axes, top: float) -> None:
+    """End the y axis at ``top``, with an arrow there for each point above it and the largest value of each line."""
+    bottom = axes.get_ylim()[0]
+    axes.set_ylim(bottom, top)
+    for line in list(axes.get_lines()):
+        tokens, values = (np.asarray(data, dtype=float) for data in line.get_data())
+        above, label = values > top, str(line.get_label())
+        if label.startswith("_") or not above.any():  # matplotlib's names of what isn't in the legend
+            continue
+        axes.plot(
+            tokens[above],
+            np.full(above.sum(), top),
+            color=line.get_color(),
+            linestyle="none",
+            marker=CARETUP,
+            markersize=5,
+            clip_on=False,
+            zorder=5,
+        )
+        line.set_label(f"{label} (to {values.max():.3g})")
 
 
 # ---- The figures ----
@@ -306,6 +334,9 @@ def _latency(report: Report, view: View, axes: Axes) -> None:
             label="floor of the device",
         )
     _plain_log(axes)
+    slowest = max((row.latency[c].median for row in view.rows for c in row.slowdown if c in row.latency), default=0.0)
+    if report.peers:
+        _cut_off(axes, min(axes.get_ylim()[1], 1.5 * slowest))
     axes.set_ylabel("microseconds")
 
 
@@ -318,17 +349,14 @@ def _floor_ratio(report: Report, view: View, axes: Axes) -> None:
     def ratio(row: Row, choice: Choice) -> float | None:
         return row.latency[choice].median / row.floor_us if row.floor_us and choice in row.latency else None
 
-    highest = 1.0
     for _, style, tokens, values in _each(report, view, ratio):
         axes.plot(tokens, values, **style)
-        highest = max(highest, *values)
     _peers(report, view, axes, ratio)
     axes.axhline(1, color=_NAMED["ink"][0], linewidth=1, label="floor of the device")
-    if highest > 6:
-        _plain_log(axes)
-    else:
-        # A peer may be far above: it is cut off, the candidates stay legible.
-        axes.set_ylim(0.95, 1.06 * highest)
+    # What can be chosen stays legible however slow another is: the fastest at every T is in the picture.
+    fastest = [min(found) for row in view.rows if (found := [r for c in row.slowdown if (r := ratio(row, c))])]
+    axes.set_ylim(bottom=0.95)
+    _cut_off(axes, max(_RATIO_TOP, 1.1 * max(fastest, default=1.0)))
     axes.set_ylabel("latency / floor")
 
 

@@ -21,7 +21,7 @@ _CAPTIONS = {
         "least time that the device's bandwidth and arithmetic allow.",
     ),
     "slowdown": ("Latency against the fastest.", "1 is the fastest candidate at that T. Tinted are the regimes."),
-    "floor": ("Ratio to the floor.", "How far from what the device allows; 1 is the floor."),
+    "floor": ("Ratio to the floor.", "How far from what the device allows; 1 is the floor. Arrows are what is above."),
     "regret": ("Regret.", "How much slower than the fastest candidate: of the policy, and of each candidate alone."),
 }
 
@@ -132,7 +132,7 @@ def _options(options: LearnerOptions) -> str:
 
 def _caption(report: Report, name: str) -> tuple[str, str]:
     title, text = _CAPTIONS[name]
-    return title, text + (" A peer far above the candidates is cut off." if name == "floor" and report.peers else "")
+    return title, text + (" Arrows are peers above the axis." if name == "latency" and report.peers else "")
 
 
 # ---- Cells ----
@@ -156,7 +156,7 @@ def _cell(of: tuple[Row, Choice]) -> str:
 
 
 def _tint(report: Report, choice: Choice) -> str:
-    return draw.colour(list(report.letters).index(choice))
+    return draw.colour(report.letters[choice])
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -27,10 +27,10 @@ import torch
 from hybrid_moe import HybridMoE, MoEInputs, MoEProblem, Policy, backends, fused_moe
 from hybrid_moe.backends.base import Backend, ConfigValue, Runner
 from hybrid_moe.candidate import Choice
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy.schema import LearnerOptions, Regime, RegretSummary
-from hybrid_moe.problem import DeviceKey
 
 PROBLEM = MoEProblem(
     num_experts=32, num_local_experts=8, top_k=4, n_group=4, topk_group=2, hidden_size=512, intermediate_size=256

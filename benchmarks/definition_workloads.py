@@ -18,6 +18,8 @@ import torch
 
 from hybrid_moe import backends
 from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.measure.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
 from hybrid_moe.measure.records import BenchRecord, append_record
 from hybrid_moe.measure.sweep.plan import middle_rank
@@ -30,7 +32,6 @@ from hybrid_moe.measure.workloads import (
     Workload,
     random_weights,
 )
-from hybrid_moe.problem import DeviceKey, MoEInputs
 
 # Of other models' layers, which the definition's workloads are not for.
 MODEL_TOKENS = (1, 16, 80, 901, 4096)

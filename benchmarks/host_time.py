@@ -25,6 +25,7 @@ import torch
 import triton
 
 from hybrid_moe import DeviceKey, HybridMoE, backends
+from hybrid_moe.inputs import plain_num_tokens
 from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.pipeline import Pipeline, launch_on
 from hybrid_moe.kernels.plan import Form, Plan, addresses_of
@@ -81,7 +82,7 @@ def pieces(inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
     logits, hidden, scale = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
 
     return {
-        "checks": lambda: PROBLEM.plain_num_tokens(hidden, logits, scale, output, device),
+        "checks": lambda: plain_num_tokens(PROBLEM, hidden, logits, scale, output, device),
         "output": lambda: torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device=device),
         "reservation": lambda: torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device),
         "addresses, form": lambda: Form.of(inputs, addresses_of(inputs), output, 1),

@@ -51,9 +51,10 @@ from flashinfer_bench.data import Workload as BenchWorkload
 from safetensors.torch import save_file
 
 from hybrid_moe.flashinfer_bench.definition import definition_of
+from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.measure.workloads import DEFINITION_WORKLOADS, ROUTED_SCALING_FACTOR, Workload, make_routing
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.problem import MoEInputs, MoEProblem, problem_of_definition
+from hybrid_moe.problem import MoEProblem, problem_of_definition
 
 # Runs Solutions on one workload of a trace set that has no other.
 Run = Callable[[TraceSet], list[Trace]]

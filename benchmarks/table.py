@@ -12,7 +12,8 @@ import argparse
 import math
 from pathlib import Path
 
-from hybrid_moe.measure.records import BenchRecord, read_records
+from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.records import BenchRecord
 
 
 def table(records: list[BenchRecord]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+from hybrid_moe.inputs import FP8, MoEInputs
 from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
 from hybrid_moe.kernels.grouped_gemm.triton.gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
@@ -28,7 +29,6 @@ from hybrid_moe.kernels.steps import AnyStep
 from hybrid_moe.measure.timing import Work, measure_ceilings, time_graph
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.problem import FP8, MoEInputs
 
 REPEATS = 4  # of the weight copies in one graph
 SHARED_LIMIT = 225_000

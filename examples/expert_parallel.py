@@ -33,9 +33,9 @@ import torch
 import torch.distributed as dist
 
 from hybrid_moe import HybridMoE, MoEInputs, MoEProblem
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, LayerWeights, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Correctness, Tolerance, check
-from hybrid_moe.problem import DeviceKey
 from hybrid_moe.reference import has_local_work
 
 SMALL = MoEProblem(

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from .api import HybridMoE, fused_moe
 from .candidate import BackendUnsupportedError, Choice
-from .policy.schema import Policy, PolicyError, load_policy, save_policy
+from .device import DeviceKey
+from .inputs import MoEInputs, RoutedInputs
+from .policy.schema import Policy, PolicyError
 from .policy.select import Decision, NoBackendError
+from .policy.store import load_policy, save_policy
 from .policy.versions import PolicyMismatchWarning
-from .problem import DeviceKey, MoEInputs, MoEProblem, RoutedInputs
+from .problem import MoEProblem
 from .serving import metrics
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BackendUnsupportedError",

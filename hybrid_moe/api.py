@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,11 +12,23 @@ from torch.compiler import is_compiling
 
 from .backends.base import Runner
 from .candidate import Choice
-from .policy.resolve import as_choice, decision_table
+from .device import DeviceKey
+from .inputs import (
+    Inputs,
+    MoEInputs,
+    RoutedInputs,
+    check_activations,
+    check_output,
+    check_ranks,
+    plain_num_tokens,
+    problem_of,
+)
+from .policy.resolve import as_choice
 from .policy.schema import Policy
-from .policy.select import Decision, DecisionTable
-from .problem import DeviceKey, Inputs, MoEInputs, MoEProblem, RoutedInputs, RoutingMethod, check_ranks
+from .policy.select import Decision
+from .problem import MoEProblem, RoutingMethod
 from .serving import custom_ops, quantize_input, warmup
+from .serving.call import Call, new_dispatch, new_output
 from .serving.dispatch import Dispatch
 from .serving.metrics import Counters, Sample
 from .serving.warmup import WarmedUp
@@ -128,7 +139,7 @@ def fused_moe(
         from .serving.traced import handle_of  # loads the compiler, which is there by now
 
         return custom_ops.call_fused_moe(inputs, output, handle_of(backend, policy), *options)
-    return _Call(backend, policy).run(inputs, output, *options)
+    return Call(backend, policy).run(inputs, output, *options)
 
 
 class HybridMoE:
@@ -218,7 +229,7 @@ class HybridMoE:
         else:
             weights = torch.empty((0, top_k), dtype=torch.float32, device=gemm1_weights.device)
             empty = RoutedInputs(weights.int(), weights, *rest)
-        self.problem = MoEProblem.from_tensors(
+        self.problem = problem_of(
             empty,
             top_k=top_k,
             n_group=n_group,
@@ -240,7 +251,7 @@ class HybridMoE:
 
     def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
         routed = self._routing_bias is None
-        dispatch = _new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=5)
+        dispatch = new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=5)
         if self._workspaces is not None:
             self._workspaces.grow(self._planned_bytes(dispatch))
         return dispatch
@@ -376,14 +387,14 @@ class HybridMoE:
         logits, _, hidden, scale, *_ = inputs
         tokens = None
         if type(inputs) is MoEInputs:
-            tokens = problem.plain_num_tokens(hidden, logits, scale, output, self._device)
+            tokens = plain_num_tokens(problem, hidden, logits, scale, output, self._device)
         if tokens is None:
-            problem.check_activations(inputs)
+            check_activations(inputs, problem)
             if output is not None:
-                problem.check_output(output, inputs)
+                check_output(output, inputs, problem)
             tokens = inputs.num_tokens
         if output is None:
-            output = _new_output(problem, inputs)
+            output = new_output(problem, inputs)
         if tokens:
             self._dispatch.run(tokens, inputs, output, memory)
         return output
@@ -446,7 +457,7 @@ class HybridMoE:
         done = []
         for inputs in warmup.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
             tokens = inputs.num_tokens
-            output = _new_output(self.problem, inputs)
+            output = new_output(self.problem, inputs)
             warmup.synchronize(self._device)
             begin = time.perf_counter()
             self._warm_up(dispatch.runner(tokens), inputs, output)
@@ -501,113 +512,3 @@ class HybridMoE:
 
 def _make(kind: type[HybridMoE], weights: tuple[torch.Tensor, ...], options: dict[str, Any]) -> HybridMoE:
     return kind(*weights, **options)
-
-
-class _Identity:
-    """Cache key for a policy argument: a Policy by identity (it isn't hashable), names and None by value."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Policy | str | Path | None) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value) if isinstance(self.value, Policy) else hash(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity):
-            return NotImplemented
-        return self.value is other.value or (not isinstance(self.value, Policy) and self.value == other.value)
-
-
-def _new_dispatch(
-    problem: MoEProblem,
-    device: DeviceKey,
-    backend: Choice | None,
-    policy: Policy | str | Path | None,
-    routed: bool,
-    counters: Counters,
-    *,
-    stacklevel: int,
-) -> Dispatch:
-    """By the backend that is named, else by the policy."""
-    decider: DecisionTable | Choice
-    if backend is None:
-        decider = decision_table(problem, device, policy, routed=routed, stacklevel=stacklevel)
-    else:
-        decider = backend
-    return Dispatch(problem, device, decider, counters, policy, routed)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_dispatch(
-    problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity, routed: bool
-) -> Dispatch:
-    return _new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
-
-
-@functools.cache
-def _function_counters() -> Counters:
-    """Where calls of `fused_moe` are counted."""
-    return Counters()
-
-
-class _Call:
-    """`fused_moe` with its backend and policy given."""
-
-    __slots__ = ("_backend", "_policy", "__weakref__")
-
-    def __init__(self, backend: str | Choice | None, policy: Policy | str | Path | None) -> None:
-        self._backend, self._policy = backend, policy
-
-    def run(
-        self,
-        inputs: Inputs,
-        output: torch.Tensor | None,
-        top_k: int,
-        n_group: int,
-        topk_group: int,
-        gate_first: bool,
-        routing_method: RoutingMethod,
-        num_experts: int | None,
-    ) -> torch.Tensor:
-        if inputs.hidden_states_scale is None:
-            inputs = quantize_input.quantize(inputs)
-        problem = MoEProblem.from_tensors(
-            inputs,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            gate_first=gate_first,
-            routing_method=routing_method,
-            num_experts=num_experts,
-        )
-        if output is None:
-            output = _new_output(problem, inputs)
-        else:
-            problem.check_output(output, inputs)
-        device = DeviceKey.of(inputs.hidden_states.device)
-        # A backend that is named never looks at the policy.
-        backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
-        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
-        if inputs.num_tokens:
-            dispatch.run(inputs.num_tokens, inputs, output)
-        return output
-
-
-def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
-    """What stands for `fused_moe` with this backend and policy in a compiled graph."""
-    handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
-    return handle
-
-
-@functools.cache
-def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, _Call]:
-    # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
-    call = _Call(backend, policy.value)
-    return custom_ops.register(call), call
-
-
-def _new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
-    hidden = inputs.hidden_states
-    return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)

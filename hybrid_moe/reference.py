@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .problem import FP8, Inputs, MoEInputs, MoEProblem
+from .inputs import FP8, Inputs, MoEInputs
+from .problem import MoEProblem
 
 FP8_MAX = 448.0
 # A block of zeros gets this amax, so that its scale is not zero.
@@ -97,7 +98,7 @@ def moe_reference(inputs: Inputs, problem: MoEProblem, *, quantize_intermediate:
     Parameters
     ----------
     inputs
-        The ten inputs, already checked (`MoEProblem.from_tensors`).
+        The ten inputs, already checked (`inputs.problem_of`).
     problem
         The layer.
     quantize_intermediate

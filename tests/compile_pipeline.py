@@ -23,6 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from hybrid_moe.inputs import FP8, MoEInputs, RoutedInputs
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
@@ -33,7 +34,7 @@ from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.kernels.steps import Step
 from hybrid_moe.measure.workloads import MODELS
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem, RoutedInputs
+from hybrid_moe.problem import MoEProblem
 
 MULTIPROCESSORS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.

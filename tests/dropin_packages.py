@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
+from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.measure.workloads import LayerWeights, random_weights
 from hybrid_moe.numerics import check
-from hybrid_moe.problem import MoEInputs, MoEProblem
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference, quantize_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.inputs import FP8, MoEInputs
+from hybrid_moe.problem import MoEProblem
 
 
 def signature_of(rows: Sequence[Mapping[str, str]]) -> inspect.Signature:

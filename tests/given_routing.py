@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_moe.problem import MoEInputs, MoEProblem, RoutedInputs
+from hybrid_moe.inputs import MoEInputs, RoutedInputs
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import route
 
 

@@ -33,8 +33,10 @@ from hybrid_moe.kernels import interpreter
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy import resolve
-from hybrid_moe.policy.schema import LearnerOptions, Regime, RegretSummary, policy_path, user_policy_dir
+from hybrid_moe.policy.schema import LearnerOptions, Regime, RegretSummary
+from hybrid_moe.policy.store import policy_path, user_policy_dir
 from hybrid_moe.reference import moe_reference
+from hybrid_moe.serving import call as calling
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = MoEProblem(
@@ -47,7 +49,7 @@ ACTIVATIONS = ("routing_logits", "hidden_states", "hidden_states_scale")
 
 def forget():
     """Empty what the library remembers of problems, devices and policies."""
-    for memo in (backends.not_supported_reasons, backends.prepare, api._cached_dispatch):
+    for memo in (backends.not_supported_reasons, backends.prepare, calling._cached_dispatch):
         memo.cache_clear()
 
 
@@ -595,7 +597,7 @@ def test_what_is_plainly_right_is_taken_without_the_slow_checks(monkeypatch, wei
     layer = layer_of(inputs, backend="torch_reference")
     wanted = call(layer, inputs)
     for name in ("check_activations", "check_output"):
-        monkeypatch.setattr(MoEProblem, name, lambda *arguments: pytest.fail("checked slowly"))
+        monkeypatch.setattr(api, name, lambda *arguments: pytest.fail("checked slowly"))
     output = torch.full_like(wanted, torch.nan)
     assert layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output) is output
     assert torch.equal(output, wanted) and torch.equal(call(layer, inputs), wanted)

@@ -14,18 +14,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_moe import api, backends
+from hybrid_moe import backends
 from hybrid_moe.backends.base import Backend, Runner
 from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json
 from hybrid_moe.cli.demo import SMALL
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.records import BenchRecord, append_record
 from hybrid_moe.measure.workloads import KIMI_K2, QWEN3_235B
 from hybrid_moe.policy import resolve
-from hybrid_moe.policy.schema import load_policy, save_policy, user_policy_dir
 from hybrid_moe.policy.select import Decision
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.policy.store import load_policy, save_policy, user_policy_dir
+from hybrid_moe.problem import MoEProblem
+from hybrid_moe.serving import call
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
@@ -443,7 +445,7 @@ def test_demo_without_a_gpu():
 def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
     # The way that a GPU takes, at a size for a CPU. Without a policy the first of the order runs.
     monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())
-    monkeypatch.setattr(api, "_cached_dispatch", api._cached_dispatch.__wrapped__)
+    monkeypatch.setattr(call, "_cached_dispatch", call._cached_dispatch.__wrapped__)
     cpu = torch.device("cpu")
     for first in ("torch_reference", _Broken.name):
         monkeypatch.setattr(resolve, "CPU_ORDER", (Choice(first), Choice("flashinfer_trtllm")))

@@ -8,11 +8,12 @@ from test_cli import cli, cli_json, fails
 from test_learn import record
 from test_traces import trace, written
 
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.records import append_record
 from hybrid_moe.measure.workloads import DEEPSEEK_V3
-from hybrid_moe.policy.schema import load_policy, policy_path, save_policy, user_policy_dir
+from hybrid_moe.policy.store import load_policy, policy_path, save_policy, user_policy_dir
 from hybrid_moe.policy.versions import installed_version
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]
 DEFINITION = MoEProblem().definition

@@ -11,7 +11,7 @@ from test_learn import PROBLEM, learned, measurements, record, table
 from hybrid_moe.candidate import Choice
 from hybrid_moe.learn.evaluate import evaluate
 from hybrid_moe.learn.learner import learn
-from hybrid_moe.measure.records import read_records
+from hybrid_moe.measure.readers import read_records
 from hybrid_moe.policy.schema import LearnerOptions
 
 ROOT = Path(__file__).parents[1]

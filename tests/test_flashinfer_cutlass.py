@@ -19,13 +19,15 @@ from hybrid_moe import HybridMoE, backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
 from hybrid_moe.backends.flashinfer_cutlass import FlashinferCutlass, layer_arguments, passed
 from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.inputs import FP8, MoEInputs, RoutedInputs
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.measure.workloads import Workload, random_weights
 from hybrid_moe.measure.workloads import make_inputs as inputs_of_workload
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, Tolerance, check
 from hybrid_moe.policy.versions import packages_of
-from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem, RoutedInputs
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

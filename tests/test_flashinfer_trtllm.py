@@ -20,9 +20,11 @@ from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_p
 from hybrid_moe.backends import flashinfer_package, flashinfer_trtllm
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm, contract_reasons, layer_arguments
 from hybrid_moe.candidate import BackendUnsupportedError
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.inputs import MoEInputs, problem_of
 from hybrid_moe.measure.workloads import GLM_4_5_AIR, KIMI_K2
 from hybrid_moe.numerics import Tolerance, check
-from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference
 
 B200 = DeviceKey("nvidia_b200", (10, 0))
@@ -293,7 +295,7 @@ def test_layouts_against_the_emulation(fake_flashinfer, tokens, offset):
     fake_flashinfer()
     runner = FlashinferTrtllm().prepare(SMALL, B200, {})
     inputs = make_inputs(tokens, offset, seed=tokens + offset)
-    problem = MoEProblem.from_tensors(inputs, top_k=4, n_group=4, topk_group=2)
+    problem = problem_of(inputs, top_k=4, n_group=4, topk_group=2)
     assert problem == SMALL
     output = poison(tokens)
     runner.run(inputs, output)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe
+from hybrid_moe.inputs import FP8
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
@@ -14,7 +15,6 @@ from hybrid_moe.measure.workloads import (
 )
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.policy import resolve
-from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, moe_reference
 
 pytestmark = pytest.mark.gpu

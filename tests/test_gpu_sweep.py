@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from hybrid_moe.measure.records import read_records
-from hybrid_moe.policy.schema import load_policy
+from hybrid_moe.measure.readers import read_records
+from hybrid_moe.policy.store import load_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

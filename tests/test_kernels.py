@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe
-from hybrid_moe.api import _cached_dispatch
+from hybrid_moe.inputs import FP8
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm import tiles
@@ -23,8 +23,8 @@ from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.measure.workloads import MODELS, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.policy import resolve
-from hybrid_moe.problem import FP8
 from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
+from hybrid_moe.serving.call import _cached_dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHOICE = resolve.as_choice("triton_fused")

@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.candidate import Choice
-from hybrid_moe.learn.learner import _Learner, _points, _right_everywhere, learn, learn_from_files, parse_regimes
-from hybrid_moe.measure.records import BenchRecord, append_record, read_seed_table
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.learn.compare import points_of
+from hybrid_moe.learn.learner import _Learner, _right_everywhere, learn, learn_from_files, parse_regimes
+from hybrid_moe.measure.readers import read_seed_table
+from hybrid_moe.measure.records import BenchRecord, append_record
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy.schema import LearnerOptions, dumps_policy
+from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.select import choose, resolve
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.policy.store import dumps_policy
+from hybrid_moe.problem import MoEProblem
 
 SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 PROBLEM = MoEProblem()
@@ -477,7 +481,7 @@ def test_found_regimes_cost_the_least(rows, margin):
     """The dynamic programme against every way of assigning candidates."""
     names = "abc"
     records = [record(n, 10 + i, float(us)) for i, row in enumerate(rows) for n, us in zip(names, row, strict=True)]
-    points = _points(records)
+    points = points_of(records)
 
     def cost(assignment):
         switches = sum(x != y for x, y in itertools.pairwise(assignment))

@@ -13,6 +13,8 @@ import torch
 from given_routing import random_choice
 
 from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.inputs import FP8, RoutedInputs
 from hybrid_moe.kernels import interpreter, pipeline
 from hybrid_moe.kernels.arena import Layout
 from hybrid_moe.kernels.grouped_gemm import libraries
@@ -22,7 +24,7 @@ from hybrid_moe.kernels.grouped_gemm.sgl import FEW_ROWS, SglGroupedGemm, _shown
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
-from hybrid_moe.problem import FP8, DeviceKey, MoEProblem, RoutedInputs
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import (
     dequantize_blocks,
     dequantize_rows,

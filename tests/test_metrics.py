@@ -9,8 +9,9 @@ import threading
 import pytest
 from test_api import PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, api, fused_moe
+from hybrid_moe import Choice, fused_moe
 from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.serving import call as calling
 from hybrid_moe.serving import dispatch, metrics
 from hybrid_moe.serving.metrics import Counter, Counters, Label
 
@@ -18,7 +19,7 @@ from hybrid_moe.serving.metrics import Counter, Counters, Label
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch):
     forget()
-    api._function_counters.cache_clear()
+    calling._function_counters.cache_clear()
     dispatch._ANNOUNCED.forget()
     monkeypatch.setattr(metrics, "_PROCESS", metrics._Process())
     yield

@@ -11,8 +11,8 @@ from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, save_polic
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.policy import resolve as lookup
 from hybrid_moe.policy.nearest import distance, nearest, scaled
-from hybrid_moe.policy.schema import dumps_policy, load_policy, policy_path, shipped_policy_dir, user_policy_dir
 from hybrid_moe.policy.select import resolve
+from hybrid_moe.policy.store import dumps_policy, load_policy, policy_path, shipped_policy_dir, user_policy_dir
 
 CPU = DeviceKey("cpu")
 

@@ -15,21 +15,9 @@ from typer.testing import CliRunner
 from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app
 from hybrid_moe.numerics import Tolerance
-from hybrid_moe.policy import schema as policy_module
-from hybrid_moe.policy.schema import (
-    Evidence,
-    LearnerOptions,
-    Policy,
-    PolicyError,
-    Regime,
-    RegretSummary,
-    dumps_policy,
-    find_policy,
-    load_policy,
-    policies_in,
-    policy_path,
-    save_policy,
-)
+from hybrid_moe.policy import store
+from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, PolicyError, Regime, RegretSummary
+from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policies_in, policy_path, save_policy
 from hybrid_moe.problem import MoEProblem
 
 A, B = Choice("a"), Choice("b", {"x": 1, "flag": True, "name": "n"})
@@ -203,8 +191,8 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 @pytest.fixture
 def dirs(tmp_path, monkeypatch):
     user, shipped = tmp_path / "user", tmp_path / "shipped"
-    monkeypatch.setattr(policy_module, "user_policy_dir", lambda: user)
-    monkeypatch.setattr(policy_module, "shipped_policy_dir", lambda: shipped)
+    monkeypatch.setattr(store, "user_policy_dir", lambda: user)
+    monkeypatch.setattr(store, "shipped_policy_dir", lambda: shipped)
     return user, shipped
 
 
@@ -302,7 +290,7 @@ def test_two_matches_in_a_folder_are_an_error(dirs):
 
 
 def test_the_folders_exist_where_they_should():
-    assert policy_module.user_policy_dir().parts[-2:] == ("hybrid_moe", "policies")
-    shipped = policy_module.shipped_policy_dir()
+    assert store.user_policy_dir().parts[-2:] == ("hybrid_moe", "policies")
+    shipped = store.shipped_policy_dir()
     assert shipped.is_dir()
     assert policy_path("r", "d", MoEProblem()) == Path("r") / "d" / f"{MoEProblem().definition}.json"

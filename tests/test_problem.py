@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.problem import FP8, DeviceKey, MoEInputs, MoEProblem, device_slug
+from hybrid_moe.device import DeviceKey, device_slug
+from hybrid_moe.inputs import FP8, MoEInputs, check_output, problem_of
+from hybrid_moe.problem import MoEProblem
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=3, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
@@ -50,7 +52,7 @@ def inputs_of(problem=SMALL, tokens=5, device="cpu", **changes):
 
 
 def derive(inputs, problem=SMALL):
-    return MoEProblem.from_tensors(
+    return problem_of(
         inputs,
         top_k=problem.top_k,
         n_group=problem.n_group,
@@ -280,9 +282,9 @@ def test_tensors_that_contradict_the_groups(logits, message):
     ids=["dtype", "shape", "device", "strides", "numpy"],
 )
 def test_output(output, error, words):
-    SMALL.check_output(torch.zeros(5, 256, dtype=torch.bfloat16), inputs_of())
+    check_output(torch.zeros(5, 256, dtype=torch.bfloat16), inputs_of(), SMALL)
     with pytest.raises(error) as caught:
-        SMALL.check_output(output, inputs_of())
+        check_output(output, inputs_of(), SMALL)
     for word in ["output", *words]:
         assert word in str(caught.value)
 

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hybrid_moe.candidate import Choice
-from hybrid_moe.measure.records import (
-    BenchRecord,
-    append_record,
-    problem_of_definition,
-    problem_of_record,
-    read_any,
-    read_records,
-    read_seed_table,
-    read_with_digest,
-)
+from hybrid_moe.measure.readers import read_any, read_records, read_seed_table, read_with_digest
+from hybrid_moe.measure.records import BenchRecord, append_record, problem_of_definition, problem_of_record
 from hybrid_moe.measure.workloads import QWEN3_235B
 from hybrid_moe.problem import MoEProblem
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_moe.inputs import FP8
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.problem import FP8, MoEProblem
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import (
     dequantize_blocks,
     dequantize_rows,

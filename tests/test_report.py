@@ -20,12 +20,15 @@ from typer.testing import CliRunner
 from hybrid_moe import backends
 from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import app, view
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn, learn_from_files
 from hybrid_moe.learn.report import data, draw, letters, page
-from hybrid_moe.measure.records import BenchRecord, append_record, read_any, read_records
-from hybrid_moe.policy.schema import InputDigest, LearnerOptions, load_policy, save_policy
+from hybrid_moe.measure.readers import read_any, read_records
+from hybrid_moe.measure.records import BenchRecord, append_record
+from hybrid_moe.policy.schema import InputDigest, LearnerOptions
 from hybrid_moe.policy.select import resolve
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.policy.store import load_policy, save_policy
+from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]
 B200 = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"

@@ -14,7 +14,7 @@ from test_kernels import SMALL
 
 from hybrid_moe.candidate import Choice
 from hybrid_moe.flashinfer_bench.solution import candidate_solution
-from hybrid_moe.measure.records import read_any
+from hybrid_moe.measure.readers import read_any
 from hybrid_moe.measure.workloads import Workload
 from hybrid_moe.problem import MoEProblem
 

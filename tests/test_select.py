@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, Regime, RegretSummary
 from hybrid_moe.policy.select import NoBackendError, choose, explicit, resolve
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.problem import MoEProblem
 
 A, B, C = Choice("a"), Choice("b", {"x": 1}), Choice("c")
 PROBLEM, DEVICE = MoEProblem(), DeviceKey("gpu_x", (9, 0))

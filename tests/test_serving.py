@@ -17,15 +17,15 @@ from hybrid_moe import (
     DeviceKey,
     NoBackendError,
     PolicyError,
-    api,
     backends,
     fused_moe,
     save_policy,
 )
 from hybrid_moe.measure.workloads import random_weights
-from hybrid_moe.policy.schema import policy_path, user_policy_dir
 from hybrid_moe.policy.select import resolve
+from hybrid_moe.policy.store import policy_path, user_policy_dir
 from hybrid_moe.reference import quantize_rows
+from hybrid_moe.serving import call as calling
 from hybrid_moe.serving import metrics, warmup
 
 
@@ -197,7 +197,7 @@ def test_an_error_leaves_the_old_policy(weights, spies, tmp_path, monkeypatch): 
         return real(problem, device, choice)
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "decision_table", lambda *_, **__: _Table())
+        patch.setattr(calling, "decision_table", lambda *_, **__: _Table())
         patch.setattr(backends, "prepare", refuse)
         check(other_policy(), BackendUnsupportedError, "no memory")
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe.candidate import Choice
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn_from_files
-from hybrid_moe.policy.schema import dumps_policy, find_policy, load_policy, policy_path
 from hybrid_moe.policy.select import choose, resolve
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policy_path
+from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "policies").glob("*/*.json"))

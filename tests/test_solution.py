@@ -24,18 +24,20 @@ from hybrid_moe import fused_moe
 from hybrid_moe.backends import BACKENDS
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm
 from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.flashinfer_bench.bundle import NETWORK, BundleError, bundle, check_sources, third_party_imports
 from hybrid_moe.flashinfer_bench.definition import definition_of
 from hybrid_moe.flashinfer_bench.runtime import BakedLayer
 from hybrid_moe.flashinfer_bench.solution import candidate_solution, dumps_solution, policy_solution, policy_table
 from hybrid_moe.flashinfer_bench.traces import candidate_of
+from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.kernels.grouped_gemm import libraries
 from hybrid_moe.learn.learner import learn_from_files
-from hybrid_moe.measure.records import read_records
+from hybrid_moe.measure.readers import read_records
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.policy.schema import load_policy
 from hybrid_moe.policy.select import choose
-from hybrid_moe.problem import DeviceKey, MoEInputs, MoEProblem
+from hybrid_moe.policy.store import load_policy
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import moe_reference
 
 ROOT = Path(__file__).parents[1]

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.pipeline import Launch, Pipeline, column_chunk, row_capacity
 from hybrid_moe.kernels.plan import Form
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, MODELS
-from hybrid_moe.problem import MoEInputs
 
 FEW = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]

@@ -25,20 +25,24 @@ from test_cli import SMALL_OPTIONS, cli, fails
 from hybrid_moe import backends
 from hybrid_moe.candidate import Choice
 from hybrid_moe.cli import watch
-from hybrid_moe.cli.regenerate import Regeneration, candidates_of, loads_of, print_result
+from hybrid_moe.cli.regenerate import Shown, print_result
+from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn
+from hybrid_moe.learn.regenerate import Regeneration, candidates_of, loads_of
 from hybrid_moe.measure import bench
 from hybrid_moe.measure.bench import record_fields
-from hybrid_moe.measure.records import BenchRecord, Latency, append_record, read_records
+from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.records import BenchRecord, Latency, append_record
 from hybrid_moe.measure.sweep import gpu, journal
 from hybrid_moe.measure.sweep.plan import TIMINGS, Plan, Results, next_job
 from hybrid_moe.measure.sweep.process import Identity, SweepError, Worker
 from hybrid_moe.measure.sweep.run import sweep
 from hybrid_moe.measure.timing import Ceilings
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, random_weights
-from hybrid_moe.policy.schema import LearnerOptions, load_policy, policy_path, user_policy_dir
+from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.select import NoBackendError, resolve
-from hybrid_moe.problem import DeviceKey, MoEProblem
+from hybrid_moe.policy.store import load_policy, policy_path, user_policy_dir
+from hybrid_moe.problem import MoEProblem
 
 DRIVER = Path(__file__).with_name("sweep_driver.py")
 CANDIDATES = (A, B, C)
@@ -635,7 +639,9 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "err", Console(file=shown, force_terminal=True, width=150, highlight=False))
     bad = {"torch_reference@2 uniform": "exit"}
     others = {"candidates": REAL, "install": False}
-    task(tmp_path / "records.jsonl", **others).perform(FakeBench(costs=REAL_COSTS, bad=bad, pause_s=0.02), FORK)
+    task(tmp_path / "records.jsonl", **others).perform(
+        FakeBench(costs=REAL_COSTS, bad=bad, pause_s=0.02), FORK, Shown()
+    )
     text = shown.getvalue()
     assert "T = 4 uniform" in text and "left" in text
     assert "torch_reference at T = 2 uniform, eager: failed: its process ended with exit code 7" in text

@@ -10,8 +10,9 @@ import torch
 from given_routing import routed_of
 from test_api import ACTIVATIONS, PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, HybridMoE, api, fused_moe, save_policy
+from hybrid_moe import Choice, HybridMoE, fused_moe, save_policy
 from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.serving import call as calling
 from hybrid_moe.serving import custom_ops
 
 BACKENDS = ["eager", "aot_eager"]
@@ -150,7 +151,7 @@ def test_torchs_own_checks_of_the_operators(weights, tokens, name, routed):
     layer = layer_of(inputs, backend=REFERENCE)
     options = [layer._handle]
     if "fused_moe" in name:
-        options = [api.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3", 16 if routed else None]
+        options = [calling.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3", 16 if routed else None]
     if name.endswith("_out"):
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(custom_ops, name), copy.deepcopy(inputs)

@@ -23,8 +23,10 @@ from hybrid_moe.backends import BACKENDS
 from hybrid_moe.candidate import Choice
 from hybrid_moe.flashinfer_bench.traces import candidate_of, is_trace, solution_name
 from hybrid_moe.learn.learner import learn, learn_from_files
-from hybrid_moe.measure.records import Latency, read_any, read_records, read_with_digest
-from hybrid_moe.policy.schema import LearnerOptions, dumps_policy, load_policy, save_policy
+from hybrid_moe.measure.readers import read_any, read_records, read_with_digest
+from hybrid_moe.measure.records import Latency
+from hybrid_moe.policy.schema import LearnerOptions
+from hybrid_moe.policy.store import dumps_policy, load_policy, save_policy
 from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]

@@ -9,20 +9,14 @@ from test_policy import make_policy, make_regime
 
 from hybrid_moe import backends
 from hybrid_moe.candidate import Choice
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.learn.compare import check_one_version, is_of
 from hybrid_moe.learn.learner import learn, learn_from_files
 from hybrid_moe.measure.records import append_record
 from hybrid_moe.policy import resolve, versions
-from hybrid_moe.policy.schema import LearnerOptions, dumps_policy
-from hybrid_moe.policy.versions import (
-    PolicyMismatchWarning,
-    check_one_version,
-    installed_versions,
-    is_of,
-    mismatch,
-    packages_of,
-    release,
-)
-from hybrid_moe.problem import DeviceKey
+from hybrid_moe.policy.schema import LearnerOptions
+from hybrid_moe.policy.store import dumps_policy
+from hybrid_moe.policy.versions import PolicyMismatchWarning, installed_versions, mismatch, packages_of, release
 
 TRITON = Choice("triton_fused", {"gemm": "triton"})
 SGL = Choice("triton_fused", {"gemm": "sgl_kernel"})

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from hybrid_moe.inputs import FP8, problem_of
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
@@ -18,7 +19,7 @@ from hybrid_moe.measure.workloads import (
     random_weights,
 )
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
-from hybrid_moe.problem import FP8, MoEProblem
+from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference, route
 
 SMALL = MoEProblem(
@@ -85,7 +86,7 @@ def test_the_same_workload_gives_the_same_inputs(weights, routing, tokens):
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
     logits, bias = make_routing(workload, SMALL)
     assert same(logits, one.routing_logits) and same(bias, one.routing_bias)
-    assert MoEProblem.from_tensors(one, top_k=4, n_group=4, topk_group=2) == SMALL
+    assert problem_of(one, top_k=4, n_group=4, topk_group=2) == SMALL
     assert one.num_tokens == tokens
     assert one.gemm1_weights is weights.gemm1_weights
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import deep_gemm
 import torch
 
-from hybrid_moe.problem import FP8, MoEInputs, MoEProblem
+from hybrid_moe.inputs import FP8, MoEInputs
+from hybrid_moe.problem import MoEProblem
 
 from .routing import biased_grouped_topk
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_moe.problem import MoEInputs, MoEProblem
+from hybrid_moe.inputs import MoEInputs
+from hybrid_moe.problem import MoEProblem
 
 
 def biased_grouped_topk(inputs: MoEInputs, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from ..problem import DeviceKey, MoEProblem
+from ..device import DeviceKey
+from ..problem import MoEProblem
 from .base import Backend, BackendUnsupportedError, Choice, Runner
 from .flashinfer_cutlass import FlashinferCutlass
 from .flashinfer_trtllm import FlashinferTrtllm

@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 
 from ..candidate import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, Inputs, MoEProblem
+from ..device import DeviceKey
+from ..inputs import Inputs
+from ..problem import MoEProblem
 
 
 class Runner(ABC):

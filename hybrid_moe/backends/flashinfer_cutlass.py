@@ -54,7 +54,9 @@ from typing import Any
 import torch
 
 from ..candidate import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, Inputs, MoEProblem
+from ..device import DeviceKey
+from ..inputs import Inputs
+from ..problem import MoEProblem
 from . import flashinfer_package
 from .base import Backend, Runner
 from .flashinfer_package import PACKAGE

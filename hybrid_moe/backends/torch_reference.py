@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ..problem import DeviceKey, Inputs, MoEProblem
+from ..device import DeviceKey
+from ..inputs import Inputs
+from ..problem import MoEProblem
 from ..reference import moe_reference
 from .base import Backend, ConfigValue, Runner
 

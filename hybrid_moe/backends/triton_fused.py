@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..problem import DeviceKey, Inputs, MoEProblem
+from ..device import DeviceKey
+from ..inputs import Inputs
+from ..problem import MoEProblem
 from .base import Backend, ConfigValue, Runner
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from .. import __version__
 from ..candidate import BackendUnsupportedError
 from ..measure.sweep.process import SweepError
 from ..policy.select import NoBackendError
+from ..version import __version__
 from . import demo, doctor, evaluate, explain, learn, regenerate, report, run, solution, verify
 from .common import err
 

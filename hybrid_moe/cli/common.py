@@ -16,13 +16,16 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..device import DeviceKey
 from ..measure.workloads import MODELS, ModelName
 from ..policy import resolve
-from ..policy.schema import Policy, find_policy, how_to_make_one, known_policies, load_policy
-from ..problem import DeviceKey, MoEProblem, RoutingMethod
+from ..policy.schema import Policy
+from ..policy.store import find_policy, how_to_make_one, known_policies, load_policy
+from ..problem import MoEProblem, RoutingMethod
 
 # A pipe has no width: 80 columns would fold the tables.
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -163,7 +166,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
+def steps(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, where that is a terminal; call what it gives with each step's name as the step begins."""
     columns = (
         SpinnerColumn(),
@@ -179,7 +182,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         def begin(step: str) -> None:
             nonlocal done
             done += 1
-            bar.update(task, description=step, completed=done)
+            bar.update(task, description=escape(step), completed=done)
 
         yield begin
 

@@ -14,18 +14,20 @@ from rich.markup import escape
 
 from .. import backends
 from ..candidate import Choice
+from ..device import DeviceKey
 from ..learn.learner import learn_from_files
 from ..measure.bench import poisoned_output
+from ..measure.single import call_fused_moe, checked, simple_time
 from ..measure.timing import Work
 from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, LayerWeights, Workload, make_inputs, random_weights
 from ..policy.resolve import decision_table, policy_or_nearest
-from ..policy.schema import LearnerOptions, Policy, dumps_policy, load_policy, policy_path, shipped_policy_dir
+from ..policy.schema import LearnerOptions, Policy
 from ..policy.select import resolve
-from ..problem import DeviceKey, MoEProblem
+from ..policy.store import dumps_policy, load_policy, policy_path, shipped_policy_dir
+from ..problem import MoEProblem
 from ..reference import moe_reference
 from . import view
-from .common import out, progress, warnings_shown
-from .execute import call_fused_moe, checked, simple_time
+from .common import out, steps, warnings_shown
 
 B200 = "nvidia_b200"
 # The learner's options for the shipped B200 policy: the regimes that its data was published with.
@@ -148,7 +150,7 @@ def _run_all(
     table = view.checks()
     failures = []
     decisions = decision_table(problem, key) if None in candidates else None
-    with progress(1 + len(workloads)) as begin, torch.inference_mode():
+    with steps(1 + len(workloads)) as begin, torch.inference_mode():
         begin("making the weights")
         weights: LayerWeights = random_weights(problem, device)
         for workload in workloads:

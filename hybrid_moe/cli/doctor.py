@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from .. import __version__, backends
+from .. import backends
 from ..candidate import Choice
+from ..device import DeviceKey
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import policy_or_nearest
-from ..policy.schema import PolicyError, policies_in, shipped_policy_dir, user_policy_dir
+from ..policy.schema import PolicyError
+from ..policy.store import policies_in, shipped_policy_dir, user_policy_dir
 from ..policy.versions import Mismatch, installed_version, installed_versions, mismatch
-from ..problem import DeviceKey
+from ..version import __version__
 from . import view
 from .common import Json, out, print_json, this_device
 

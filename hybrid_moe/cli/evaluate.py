@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..learn.compare import WorkloadKey
 from ..learn.evaluate import Evaluation, Score
 from ..learn.evaluate import evaluate as judge
-from ..learn.learner import WorkloadKey, check_solutions
-from ..measure.records import BenchRecord, read_with_digest
-from ..policy.schema import Policy, Timing, load_policy
+from ..learn.learner import check_solutions
+from ..measure.readers import read_with_digest
+from ..measure.records import BenchRecord
+from ..policy.schema import Policy, Timing
+from ..policy.store import load_policy
 from . import view
 from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from
 

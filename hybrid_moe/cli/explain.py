@@ -10,13 +10,14 @@ from rich.markup import escape
 
 from .. import backends
 from ..candidate import Choice
+from ..device import DeviceKey
 from ..learn.report.letters import assign_letters
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import DEFAULT_ORDER
 from ..policy.schema import Policy
 from ..policy.select import Decision, DecisionTable, Refusals, resolve
 from ..policy.versions import installed_versions, mismatch
-from ..problem import DeviceKey, MoEProblem
+from ..problem import MoEProblem
 from . import view
 from .common import (
     GateFirst,
@@ -128,19 +129,8 @@ def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool)
     runs_here: dict[str, Choice] | None = None
     if here:
         runs_here = {regime.label: table.choice(regime.min_tokens) for regime in policy.regimes}
-        runs_here["otherwise"] = table.choice(outside(policy))
+        runs_here["otherwise"] = table.choice(policy.first_outside)
     out.print(view.strip(table.spans(), assign_letters([*policy.candidates, *table.choices]), out.width))
     out.print(view.regimes(policy, runs_here))
     out.print(view.regret("training regret", policy.training_regret))
     out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))
-
-
-def outside(policy: Policy) -> int:
-    """The least T above 0 that is in no regime; 0 if the regimes hold all others."""
-    after = 1
-    for regime in policy.regimes:
-        if after in regime:
-            if regime.max_tokens is None:
-                return 0
-            after = regime.max_tokens + 1
-    return after

@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from ..learn.learner import learn_from_files
 from ..measure.records import problem_of_definition
-from ..policy.schema import LearnerOptions, Policy, describe, policy_path, save_policy, user_policy_dir
+from ..policy.schema import LearnerOptions, Policy, describe
+from ..policy.store import policy_path, save_policy, user_policy_dir
 from . import view
 from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from, warnings_shown
 

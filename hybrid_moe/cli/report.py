@@ -13,11 +13,13 @@ import typer
 from rich.markup import escape
 
 from ..files import write_whole
-from ..learn.learner import is_about
+from ..learn.compare import is_about
 from ..learn.report import data
-from ..measure.records import BenchRecord, problem_of_record, read_with_digest
+from ..measure.readers import read_with_digest
+from ..measure.records import BenchRecord, problem_of_record
 from ..measure.workloads import DEEPSEEK_V3
-from ..policy.schema import InputDigest, Policy, find_policy
+from ..policy.schema import InputDigest, Policy
+from ..policy.store import find_policy
 from ..problem import MoEProblem
 from .common import Json, out, policy_in, print_json, wanted_policy
 

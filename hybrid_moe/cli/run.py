@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from ..api import HybridMoE
 from ..measure.bench import poisoned_output
+from ..measure.single import checked, simple_time
 from ..measure.timing import Work
 from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
 from ..problem import MoEProblem
@@ -31,11 +32,10 @@ from .common import (
     out,
     print_json,
     problem_from,
-    progress,
+    steps,
     this_device,
     warnings_shown,
 )
-from .execute import checked, simple_time
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
         raise ValueError("torch finds no GPU that it can use: leave --device out, or see `hybrid-moe doctor`")
     where = this_device() if device is None else torch.device(device)
 
-    with progress(4 + check) as begin, warnings_shown(), torch.inference_mode():
+    with steps(4 + check) as begin, warnings_shown(), torch.inference_mode():
         begin(f"making {_weight_bytes(problem) / 1e9:.2g} GB of weights")
         weights = random_weights(problem, where)
         begin("making the inputs")
@@ -96,7 +96,7 @@ def run(
         def call() -> None:
             layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
 
-        begin(f"first call of {escape(str(decision.choice))}")
+        begin(f"first call of {decision.choice}")
         call()
         correctness = None
         if check:

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from ..candidate import Choice
 from ..learn.report.letters import index
+from ..measure.single import SimpleTime
 from ..measure.timing import Work
 from ..numerics import Correctness
 from ..policy.schema import Evidence, Policy, RegretSummary, label
 from ..policy.select import Decision, Span
-from .execute import SimpleTime
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
 # By the place of the candidate, as in the report's figures; the letters tell them apart without colour.

@@ -15,7 +15,9 @@ import torch
 
 from ..backends.base import Backend, Runner
 from ..candidate import BackendUnsupportedError, Choice, ConfigValue
-from ..problem import DeviceKey, MoEInputs, MoEProblem, check_ranks
+from ..device import DeviceKey
+from ..inputs import MoEInputs, check_activations, check_ranks, check_weights
+from ..problem import MoEProblem
 
 
 class BakedLayer:
@@ -74,8 +76,8 @@ class BakedLayer:
                 wanted = f"{self._known[name]} is wanted" if name in self._known else "this solution doesn't take it"
                 raise ValueError(f"{name} is {value!r}; {wanted}")
         check_ranks(inputs._asdict())
-        problem.check_weights(inputs)
-        problem.check_activations(inputs)
+        check_weights(inputs, problem)
+        check_activations(inputs, problem)
         tokens, device = inputs.num_tokens, inputs.hidden_states.device
         output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=device)
         runners = self._runners.get(device) or self._prepare(device)

@@ -29,12 +29,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import __version__, backends
+from .. import backends
 from ..backends.triton_fused import GEMMS, provider_module
 from ..candidate import PEER_PREFIX, Choice
+from ..device import DeviceKey
+from ..inputs import MoEInputs
 from ..policy.schema import Policy
 from ..policy.select import resolve
-from ..problem import DeviceKey, MoEInputs, MoEProblem
+from ..problem import MoEProblem
+from ..version import __version__
 from .bundle import bundle, check_sources
 from .traces import candidate_of, solution_name
 
@@ -139,7 +142,7 @@ def _solution(
     choices = list(dict.fromkeys(choice for _, choice in table))
     dependencies = list(dict.fromkeys(p for c in choices for p in backends.get_backend(c.backend).packages(c.config)))
     classes = {name: type(backends.get_backend(name)) for name in dict.fromkeys(c.backend for c in choices)}
-    roots = {"flashinfer_bench.runtime": ["BakedLayer"], "problem": ["MoEInputs"]}
+    roots = {"flashinfer_bench.runtime": ["BakedLayer"], "inputs": ["MoEInputs"]}
     roots |= {_module(kind.__module__): [kind.__name__] for kind in classes.values()}
     used = {provider_module(str(c.config["gemm"])) for c in choices if "gemm" in c.config}
     left_out = {_module(provider_module(gemm)) for gemm in GEMMS} - {_module(name) for name in used}
@@ -220,7 +223,7 @@ TABLE = (
 OTHERWISE = (
 {others})
 
-MoEInputs = importlib.import_module(".problem", __name__).MoEInputs
+MoEInputs = importlib.import_module(".inputs", __name__).MoEInputs
 BACKENDS = (
 {backend_list})
 LAYER = importlib.import_module(".flashinfer_bench.runtime", __name__).BakedLayer(PROBLEM, TABLE, OTHERWISE, BACKENDS)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import backends
 from ..candidate import PEER_PREFIX, Choice
-from ..problem import device_slug, problem_of_definition
+from ..device import device_slug
+from ..problem import problem_of_definition
 
 # The axis that is T, and the input that is the offset, in the definition.
 TOKENS_AXIS = "seq_len"

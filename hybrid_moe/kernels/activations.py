@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import FP8
+from ..inputs import FP8
 from .quantize import quantize_block
 
 # Tokens of a program: their scales lie side by side.

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Inputs, MoEProblem, RoutedInputs
+from ..inputs import Inputs, RoutedInputs
+from ..problem import MoEProblem
 from .dequantize import dequantize_kernel
 from .launch import Constants, Kernel
 from .pipeline import Launch, pow2, selection_constants

@@ -10,7 +10,9 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from ..problem import DeviceKey, Inputs, MoEProblem, RoutedInputs
+from ..device import DeviceKey
+from ..inputs import Inputs, RoutedInputs
+from ..problem import MoEProblem
 from .arena import Layout
 from .combine import combine_kernel
 from .launch import Constants, Kernel

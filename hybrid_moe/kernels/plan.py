@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime import driver
 
-from ..problem import Inputs, MoEInputs, RoutedInputs
+from ..inputs import Inputs, MoEInputs, RoutedInputs
 from . import direct
 from .arena import Layout
 from .steps import AnyStep, Step, Tiles

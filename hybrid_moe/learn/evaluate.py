@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..candidate import Choice
+from ..device import DeviceKey
 from ..measure.records import BenchRecord
 from ..policy.schema import LearnerOptions, Policy, Timing
 from ..policy.select import resolve
-from ..problem import DeviceKey
-from .learner import WorkloadKey, by_workload, check_records, is_about, under
+from .compare import WorkloadKey, by_workload, check_records, is_about, under
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +173,12 @@ def evaluate(
     timing
         The only timing to judge by; by default the one that the policy was learned from.
     where
-        The only versions to judge by, see `versions.is_of`.
+        The only versions to judge by, see `compare.is_of`.
 
     Raises
     ------
     ValueError
-        No record is left, the rest may not be compared (`learn.check_records`), or the policy's choices have no right
+        No record is left, the rest may not be compared (`compare.check_records`), or the policy's choices have no right
         result at any workload.
     """
     ours = [r for r in records if not r.is_peer]

@@ -24,13 +24,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ..candidate import Choice
-from ..measure.records import BenchRecord, problem_of_record, read_with_digest
+from ..measure.readers import read_with_digest
+from ..measure.records import BenchRecord, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import (
-    Evidence,
     InputDigest,
     Interval,
     LearnerOptions,
@@ -41,11 +40,10 @@ from ..policy.schema import (
     Verified,
     expected_regret,
     label,
-    six_digits,
 )
-from ..policy.select import Decision, choose
-from ..policy.versions import check_one_version, is_of
-from ..problem import DeviceKey, MoEProblem
+from ..problem import MoEProblem
+from .compare import Point, by_workload, check_records, is_about, listed, points_of, under
+from .regret import regret_at, summarise
 
 # Differences below this are rounding of the logarithms, not of the measurements.
 _ROUNDING = 12
@@ -66,7 +64,7 @@ def learn_from_files(
     Parameters
     ----------
     paths
-        Records, traces of flashinfer-bench or the published table, see `records.read_any`.
+        Records, traces of flashinfer-bench or the published table, see `readers.read_any`.
     options, environment, tolerance
         As for `learn`.
     problem
@@ -77,7 +75,7 @@ def learn_from_files(
     Raises
     ------
     ValueError
-        As for `learn` and `records.read_any`, no record is left, or ``solutions`` of the options names one that isn't
+        As for `learn` and `readers.read_any`, no record is left, or ``solutions`` of the options names one that isn't
         there.
     OSError
         A file can't be read.
@@ -97,12 +95,12 @@ def learn_from_files(
             stacklevel=2,
         )
     if device is not None:
-        devices = _found(r.device for r in records)
+        devices = listed(r.device for r in records)
         records = [r for r in records if r.device == device]
         if not records:
             raise ValueError(f"device is {device!r}; the records have {devices}")
     if problem is not None:
-        problems = _found(r.problem for r in records)
+        problems = listed(r.problem for r in records)
         records = [r for r in records if is_about(r, problem)]
         if not records:
             raise ValueError(f"problem is {problem}; the records have none about it, but {problems}")
@@ -154,7 +152,7 @@ def learn(
     used = under(used, options.where or {})
     device, verified = check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
-    points = _points(used)
+    points = points_of(used)
     _check_answers(used, points)
     learner = _Learner(
         problem=problem,
@@ -169,11 +167,11 @@ def learn(
         tolerance=tolerance,
     )
     policy = learner.learn(points)
-    training = summarise((point.num_tokens, _regret_at(policy, point)) for point in points)
+    training = summarise((point.num_tokens, regret_at(policy, point)) for point in points)
     left_out = None
     if len(points) >= 3:
         left_out = summarise(
-            (point.num_tokens, _regret_at(learner.learn([p for p in points if p is not point]), point))
+            (point.num_tokens, regret_at(learner.learn([p for p in points if p is not point]), point))
             for point in points
         )
     return policy.model_copy(update={"training_regret": training, "leave_one_out_regret": left_out})
@@ -184,7 +182,7 @@ def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str]
     found = {r.solution for r in records if r.solution is not None}
     missing = sorted(set(solutions or ()) - found)
     if missing:
-        raise ValueError(f"no trace is of the solution {', '.join(missing)}; found: {_found(found)}")
+        raise ValueError(f"no trace is of the solution {', '.join(missing)}; found: {listed(found)}")
 
 
 def parse_regimes(text: str) -> list[Interval]:
@@ -211,123 +209,12 @@ def parse_regimes(text: str) -> list[Interval]:
     return intervals
 
 
-# ---- From records to one point for each T ----
-
-
-class WorkloadKey(NamedTuple):
-    """What tells one workload from another; the fields are those of a record, ``workload`` empty where it has none."""
-
-    num_tokens: int
-    local_expert_offset: int
-    routing: str
-    seed: int
-    workload: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How the candidates did at one workload, by the median of each one's records.
-
-    Attributes
-    ----------
-    slowdown
-        Of each candidate that was right: its latency over that of the fastest.
-    spread
-        `BenchRecord.spread` of the same, where it was measured.
-    wrong
-        Those of which a wrong answer stands.
-    """
-
-    slowdown: Mapping[Choice, float]
-    spread: Mapping[Choice, float]
-    wrong: frozenset[Choice]
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One T: its workloads, and the mean log slowdown of each candidate that was right at all of them."""
-
-    num_tokens: int
-    workloads: Sequence[Comparison]
-    log: Mapping[Choice, float]
-
-    def evidence(self) -> Evidence:
-        slowdown = {str(choice): six_digits(math.exp(value)) for choice, value in self.log.items()}
-        return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
-
-
-def workload_key(record: BenchRecord) -> WorkloadKey:
-    """The workload of a record."""
-    return WorkloadKey(
-        record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
-    )
-
-
-def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
-    """For each candidate and workload, the passed records that stand.
-
-    An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
-    seen. The records are of one device, problem and timing.
-    """
-    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    for record in records:
-        if record.status in ("passed", "failed"):
-            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
-    kept = dict(passed)
-    for key, wrong in failed.items():
-        # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
-        times = [record.timestamp for record in wrong]
-        last = max((time for time in times if time is not None), default=None)
-        kept[key] = [
-            r
-            for r in passed.get(key, [])
-            if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
-        ]
-    return kept
-
-
-def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
-    """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
-    found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
-    for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
-        found[key][choice] = passed
-    workloads = {}
-    for key, standing_records in sorted(found.items()):
-        right = {choice: rs for choice, rs in standing_records.items() if rs}
-        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in right.items()}
-        best = min(latency.values(), default=1.0)
-        spreads = {choice: [r.spread for r in rs if r.spread is not None] for choice, rs in right.items()}
-        workloads[key] = Comparison(
-            {choice: value / best for choice, value in latency.items()},
-            {choice: statistics.median(known) for choice, known in spreads.items() if known},
-            frozenset(standing_records.keys() - right.keys()),
-        )
-    return workloads
-
-
-def _points(records: Iterable[BenchRecord]) -> list[_Point]:
-    by_tokens: dict[int, list[Comparison]] = defaultdict(list)
-    for key, workload in by_workload(records).items():
-        by_tokens[key.num_tokens].append(workload)
-    points = []
-    for num_tokens, measured in sorted(by_tokens.items()):
-        ws = [w for w in measured if w.slowdown]
-        if not ws:
-            continue
-        wrong = set().union(*(w.wrong for w in measured))
-        right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong
-        log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
-        points.append(_Point(num_tokens, ws, log))
-    return points
-
-
 # ---- From points to a policy ----
 
 
 @dataclass(frozen=True)
 class _Ruling:
-    points: Sequence[_Point]
+    points: Sequence[Point]
     choice: Choice
     verdict: Verdict
     reason: str
@@ -348,7 +235,7 @@ class _Learner:
     environment: Mapping[str, str]
     tolerance: Tolerance
 
-    def learn(self, points: Sequence[_Point]) -> Policy:
+    def learn(self, points: Sequence[Point]) -> Policy:
         """The policy, with regrets that are still to be filled in."""
         default = self._default(points)
         if self.intervals is None:
@@ -377,10 +264,10 @@ class _Learner:
     def _rank(self, choice: Choice) -> tuple[bool, str]:
         return choice not in self.preferred, str(choice)
 
-    def _best(self, points: Sequence[_Point], among: Collection[Choice]) -> Choice:
+    def _best(self, points: Sequence[Point], among: Collection[Choice]) -> Choice:
         return min(among, key=lambda choice: (round(_score(choice, points), _ROUNDING), self._rank(choice)))
 
-    def _default(self, points: Sequence[_Point]) -> Choice:
+    def _default(self, points: Sequence[Point]) -> Choice:
         right = _right_everywhere(points)
         if right:
             return self._best(points, right)
@@ -391,7 +278,7 @@ class _Learner:
             f"{'; '.join(lacking) or 'none passed'}; measure what is missing, or leave those T out"
         )
 
-    def _default_reason(self, points: Sequence[_Point], default: Choice) -> str:
+    def _default_reason(self, points: Sequence[Point], default: Choice) -> str:
         others = _right_everywhere(points) - {default}
         reason = f"the fastest by geometric mean over all {len(points)} T measured, {_tokens(points)}"
         if others:
@@ -399,7 +286,7 @@ class _Learner:
             reason += f"; next is {second} at {_speed(second, default, points):.2f} of its speed"
         return reason
 
-    def _candidates(self, points: Sequence[_Point], default: Choice, chosen: Collection[Choice]) -> tuple[Choice, ...]:
+    def _candidates(self, points: Sequence[Point], default: Choice, chosen: Collection[Choice]) -> tuple[Choice, ...]:
         # One that was wrong somewhere may run only where evidence chose it; even there it is the last to fall back to.
         seen = {c for p in points for c in p.log if c not in self.wrong or c in chosen}
 
@@ -413,7 +300,7 @@ class _Learner:
 
     # -- one interval --
 
-    def _rule(self, points: Sequence[_Point], default: Choice) -> _Ruling | None:
+    def _rule(self, points: Sequence[Point], default: Choice) -> _Ruling | None:
         """What runs in an interval with these points; ``None`` if nothing was right at all of them."""
         right = _right_everywhere(points)
         if not right:
@@ -429,7 +316,7 @@ class _Learner:
             choice = default
         return self._ruling(points, choice)
 
-    def _ruling(self, points: Sequence[_Point], choice: Choice) -> _Ruling:
+    def _ruling(self, points: Sequence[Point], choice: Choice) -> _Ruling:
         right = _right_everywhere(points)
         best = self._best(points, right)
         over = f"over T = {_tokens(points)}"
@@ -457,11 +344,11 @@ class _Learner:
             reason += f"; not right, or not measured, at all of these T: {', '.join(left_out)}"
         return _Ruling(points, choice, verdict, reason)
 
-    def _is_tie(self, choice: Choice, best: Choice, points: Sequence[_Point]) -> bool:
+    def _is_tie(self, choice: Choice, best: Choice, points: Sequence[Point]) -> bool:
         margin = self._margin(choice, best, points)
         return _speed(choice, best, points) >= 1 - margin - _SLACK
 
-    def _margin(self, a: Choice, b: Choice, points: Sequence[_Point]) -> float:
+    def _margin(self, a: Choice, b: Choice, points: Sequence[Point]) -> float:
         """The tie margin, or the typical half spread of the noisier of the two where that was measured and is more."""
         pairs = [[w.spread[c] for c in (a, b) if c in w.spread] for p in points for w in p.workloads]
         noise = [max(pair) for pair in pairs if pair]
@@ -482,7 +369,7 @@ class _Learner:
 
     # -- all intervals --
 
-    def _given_regimes(self, points: Sequence[_Point], default: Choice, intervals: Sequence[Interval]) -> list[Regime]:
+    def _given_regimes(self, points: Sequence[Point], default: Choice, intervals: Sequence[Interval]) -> list[Regime]:
         regimes = []
         for low, high in intervals:
             inside = [p for p in points if low <= p.num_tokens and (high is None or p.num_tokens <= high)]
@@ -491,7 +378,7 @@ class _Learner:
                 regimes.append(self._regime((low, high), ruling))
         return regimes
 
-    def _found_regimes(self, points: Sequence[_Point], default: Choice) -> list[Regime]:
+    def _found_regimes(self, points: Sequence[Point], default: Choice) -> list[Regime]:
         rulings = [ruling for part in self._partition(points, default) if (ruling := self._rule(part, default))]
         rulings = list(self._joined(rulings))
         bounds = [[r.points[0].num_tokens, r.points[-1].num_tokens] for r in rulings]
@@ -513,7 +400,7 @@ class _Learner:
             regimes.append(self._regime((low, None if last else high), ruling, note))
         return regimes
 
-    def _partition(self, points: Sequence[_Point], default: Choice) -> Iterator[list[_Point]]:
+    def _partition(self, points: Sequence[Point], default: Choice) -> Iterator[list[Point]]:
         """Cut the sorted points so that the regret and the price of the cuts are least, by dynamic programming."""
         price = math.log1p(self.options.tie_margin)
 
@@ -566,143 +453,24 @@ class _Learner:
             yield _Ruling(whole.points, whole.choice, whole.verdict, whole.reason + parts)
 
 
-def _right_everywhere(points: Sequence[_Point]) -> set[Choice]:
+def _right_everywhere(points: Sequence[Point]) -> set[Choice]:
     return set.intersection(*(set(p.log) for p in points)) if points else set()
 
 
-def _score(choice: Choice, points: Sequence[_Point]) -> float:
+def _score(choice: Choice, points: Sequence[Point]) -> float:
     return math.fsum(p.log[choice] for p in points) / len(points)
 
 
-def _speed(choice: Choice, best: Choice, points: Sequence[_Point]) -> float:
+def _speed(choice: Choice, best: Choice, points: Sequence[Point]) -> float:
     return math.exp(_score(best, points) - _score(choice, points))
 
 
-def _tokens(points: Sequence[_Point]) -> str:
+def _tokens(points: Sequence[Point]) -> str:
     tokens = [str(p.num_tokens) for p in points]
     return ", ".join(tokens) if len(tokens) <= 6 else f"{tokens[0]} ... {tokens[-1]}"
 
 
-# ---- Regret ----
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the candidates, and with them a policy, did at one T.
-
-    Attributes
-    ----------
-    num_tokens, workloads
-        T, and how many workloads it was measured at.
-    slowdown
-        Of each candidate right at all of them, the geometric mean of its latency over the fastest's, as in `Evidence`.
-    regret
-        Of the same candidates, the mean of slowdown - 1, which is what a `RegretSummary` sums up.
-    decision
-        What the policy runs of these candidates; ``None`` if it knows none of them.
-    """
-
-    num_tokens: int
-    workloads: int
-    slowdown: Mapping[Choice, float]
-    regret: Mapping[Choice, float]
-    decision: Decision | None
-
-    @property
-    def policy_regret(self) -> float | None:
-        """Regret of what the policy runs; ``None`` if it knows none of the candidates."""
-        return None if self.decision is None else self.regret[self.decision.choice]
-
-
-def outcomes(policy: Policy, records: Iterable[BenchRecord]) -> list[Outcome]:
-    """How a policy does on records, learned from or not, by the rules of `learn`: one entry a T, sorted.
-
-    The records are of the policy's device and problem and of one timing; peers don't count. A T at which no answer is
-    right has no entry.
-    """
-    found = []
-    for point in _points([r for r in records if not r.is_peer]):
-        known = any(choice in point.log for choice in policy.candidates)
-        found.append(
-            Outcome(
-                num_tokens=point.num_tokens,
-                workloads=len(point.workloads),
-                slowdown={choice: math.exp(value) for choice, value in point.log.items()},
-                regret={choice: _regret(choice, point) for choice in point.log},
-                decision=_decision_at(policy, point) if known else None,
-            )
-        )
-    return found
-
-
-def _decision_at(policy: Policy, point: _Point) -> Decision:
-    # One that wasn't right at this T isn't run there: its backend refuses, or its records are to be learned from.
-    refusals = {c: ("not right at this T",) for c in policy.candidates if c not in point.log}
-    return choose(policy, policy.problem, DeviceKey(policy.device), point.num_tokens, refusals=refusals)
-
-
-def _regret(choice: Choice, point: _Point) -> float:
-    return math.fsum(w.slowdown[choice] for w in point.workloads) / len(point.workloads) - 1
-
-
-def _regret_at(policy: Policy, point: _Point) -> float:
-    return _regret(_decision_at(policy, point).choice, point)
-
-
-def summarise(regrets: Iterable[tuple[int, float]]) -> RegretSummary:
-    """Mean and worst of the regrets at each T, given as ``(T, regret)``; the smallest T of equal worst ones."""
-    found = [(num_tokens, six_digits(regret)) for num_tokens, regret in regrets]
-    worst_tokens, worst = max(found, key=lambda item: (item[1], -item[0]))
-    return RegretSummary(
-        mean=six_digits(math.fsum(regret for _, regret in found) / len(found)),
-        worst=worst,
-        worst_num_tokens=worst_tokens if worst > 0 else None,
-        num_tokens=len(found),
-    )
-
-
-# ---- Checks and provenance ----
-
-
-def check_records(
-    records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
-) -> tuple[str, Verified]:
-    """Device of the records, and what they are good for; refuses those that may not be compared.
-
-    Raises
-    ------
-    ValueError
-        There are none, none passed, or they are of several problems, devices, timings or versions, have both latencies
-        and speedups, or passed by looser bounds than ``tolerance``.
-    """
-    if not records:
-        what = f" timed with {options.timing}" if options.timing else ""
-        raise ValueError(
-            f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
-            "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
-        )
-    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
-    if others:
-        raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
-    devices = _found(r.device for r in records)
-    if "," in devices:
-        raise ValueError(f"records are of several devices: {devices}; name one as device=")
-    timings = _found(r.timing for r in records)
-    if "," in timings:
-        raise ValueError(f"records are timed in several ways: {timings}; name one as timing= of the options (--timing)")
-    passed = [r for r in records if r.status == "passed"]
-    if not passed:
-        raise ValueError(f"none of the {len(records)} records passed; found: {_found(r.status for r in records)}")
-    by_speedup = [r.latency_us is None for r in passed]
-    if any(by_speedup) and not all(by_speedup):
-        raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
-    check_one_version(passed)
-    for record in passed:
-        _check_gate(record, tolerance)
-    return devices, "seed_only" if all(by_speedup) else "measured"
-
-
-def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> None:
+def _check_answers(records: Sequence[BenchRecord], points: Sequence[Point]) -> None:
     wrong: dict[int, set[str]] = defaultdict(set)
     for key, workload in by_workload(records).items():
         if workload.wrong:
@@ -711,43 +479,6 @@ def _check_answers(records: Sequence[BenchRecord], points: Sequence[_Point]) -> 
     if hopeless:
         named = "; ".join(f"T = {t}: {', '.join(sorted(wrong[t]))}" for t in hopeless)
         raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
-
-
-def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
-    """The records that were measured under these versions, see `versions.is_of`; ValueError if there are none."""
-    kept = [r for r in records if is_of(r, where)]
-    if records and not kept:
-        wanted = ", ".join(f"{name}={value}" for name, value in where.items())
-        found = "; ".join(f"{name} {_found(str(r.environment.get(name)) for r in records)}" for name in where)
-        raise ValueError(f"where is {wanted}; the records have {found}")
-    return kept
-
-
-def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
-    gate = record.correctness
-    if gate is None:
-        return
-    pairs = {
-        "rtol": (gate.rtol, tolerance.rtol),
-        "atol": (gate.atol, tolerance.atol),
-        "max_relative_l2": (gate.max_relative_l2, tolerance.max_relative_l2),
-    }
-    looser = [f"{name}={had} above {want}" for name, (had, want) in pairs.items() if had is not None and had > want]
-    ratio, wanted = gate.required_matched_ratio, tolerance.required_matched_ratio
-    if ratio is not None and ratio < wanted:
-        looser.append(f"required_matched_ratio={ratio} below {wanted}")
-    if looser:
-        raise ValueError(
-            f"the record of {record.choice} at T = {record.num_tokens} passed by looser bounds ({', '.join(looser)}): "
-            "measure again with the bounds wanted, or learn with these as tolerance="
-        )
-
-
-def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
-    """Whether a record is about a problem; what the record leaves open is taken from the problem."""
-    return record.problem == problem.definition and problem == problem_of_record(
-        record, num_experts=problem.num_experts, gate_first=problem.gate_first
-    )
 
 
 def preferred_among(prefer: str | None, known: Collection[Choice]) -> frozenset[Choice]:
@@ -774,7 +505,3 @@ def _environment(records: Sequence[BenchRecord]) -> dict[str, str]:
         name: " | ".join(sorted(found)) if len(found) <= 4 else f"{len(found)} different values"
         for name, found in values.items()
     }
-
-
-def _found(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values))) or "none"

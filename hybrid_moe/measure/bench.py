@@ -14,10 +14,12 @@ import torch
 
 from ..api import HybridMoE
 from ..candidate import BackendUnsupportedError, Choice
+from ..device import DeviceKey
+from ..inputs import FP8, MoEInputs
 from ..numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, Tolerance, check
 from ..policy.schema import GraphOrEager
 from ..policy.versions import LIBRARIES, installed_version
-from ..problem import FP8, DeviceKey, MoEInputs, MoEProblem
+from ..problem import MoEProblem
 from ..reference import has_local_work, moe_reference
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
 from .timing import Call, Ceilings, Work, time_eager, time_graph

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..problem import FP8, MoEInputs, MoEProblem
+from ..inputs import FP8, MoEInputs
+from ..problem import MoEProblem
 from ..reference import local_rows_per_expert_and_token
 from .records import Latency
 

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ..problem import FP8, MoEInputs, MoEProblem
+from ..inputs import FP8, MoEInputs
+from ..problem import MoEProblem
 from ..reference import FP8_MAX, route
 
 RoutingLoad = Literal["uniform", "zipf", "concentrated", "none"]

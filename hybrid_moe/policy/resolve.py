@@ -9,10 +9,12 @@ from pathlib import Path
 
 from .. import backends
 from ..candidate import BackendUnsupportedError, Choice
-from ..problem import DeviceKey, MoEProblem
+from ..device import DeviceKey
+from ..problem import MoEProblem
 from .nearest import nearest, scaled
-from .schema import Policy, find_policy, how_to_make_one, known_policies
+from .schema import Policy
 from .select import DecisionTable, resolve
+from .store import find_policy, how_to_make_one, known_policies
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks: the first of these that is supported.

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..candidate import BackendUnsupportedError, Choice
-from ..problem import DeviceKey, MoEProblem
+from ..device import DeviceKey
+from ..problem import MoEProblem
 from .schema import Evidence, Interval, Policy, Regime, expected_regret
 
 Source = Literal["explicit", "regime", "default", "fallback", "no_policy"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
 from .. import backends
 from ..candidate import Choice
-from ..measure.records import BenchRecord
 from .schema import Policy
 from .select import Refusals
 
@@ -39,59 +38,6 @@ def release(version: str, numbers: int | None = None) -> str:
 
 # Packages that some backend uses.
 LIBRARIES = tuple(dict.fromkeys(name for choice in backends.candidates() for name in packages_of(choice)))
-
-
-# ---- Records ----
-
-
-def is_of(record: BenchRecord, where: Mapping[str, str]) -> bool:
-    """Whether a record was measured under these versions, as ``{"triton": "3.6"}``, which 3.6.0 is one of.
-
-    A record that doesn't say is not; a package that its candidate doesn't use may have any version, or be missing.
-    """
-    used = packages_of(record.choice)
-    for name, wanted in where.items():
-        found = record.environment.get(name)
-        if name not in used and name in LIBRARIES:
-            continue
-        text = "" if found is None else str(found)
-        if text != wanted and not text.startswith((f"{wanted}.", f"{wanted}+")):
-            return False
-    return True
-
-
-def check_one_version(records: Iterable[BenchRecord]) -> None:
-    """Refuse records of several versions of what their candidates use: their times may not be compared.
-
-    One without a version, as where the package wasn't installed or noted, goes with any.
-
-    Raises
-    ------
-    ValueError
-        There are several; the message names them and says how to go on.
-    """
-    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for record in records:
-        counting: dict[str, int | None] = {**dict.fromkeys(packages_of(record.choice)), **COMMON}
-        for name, numbers in counting.items():
-            version = record.environment.get(name)
-            if version is not None:
-                found[name][release(str(version), numbers)] += 1
-    mixed = {name: versions for name, versions in sorted(found.items()) if len(versions) > 1}
-    if mixed:
-        listed = "; ".join(
-            f"{name} {', '.join(f'{version} ({count} records)' for version, count in sorted(versions.items()))}"
-            for name, versions in mixed.items()
-        )
-        name, versions = next(iter(mixed.items()))
-        raise ValueError(
-            f"records are measured under several versions: {listed}. Times under one don't hold for another: name one "
-            f"as where= of the options (--where {name}={max(versions, key=lambda v: (versions[v], v))}), or measure "
-            "the rest again"
-        )
-
-
-# ---- A policy on this machine ----
 
 
 class PolicyMismatchWarning(UserWarning):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..problem import Inputs, MoEInputs, RoutedInputs
+from ..inputs import Inputs, MoEInputs, RoutedInputs
 
 
 class Routine(Protocol):

@@ -19,9 +19,11 @@ import torch
 from .. import backends
 from ..backends.base import Runner
 from ..candidate import BackendUnsupportedError, Choice
+from ..device import DeviceKey
+from ..inputs import Inputs
 from ..policy.schema import Policy
 from ..policy.select import Decision, DecisionTable, explicit
-from ..problem import DeviceKey, Inputs, MoEProblem
+from ..problem import MoEProblem
 from .metrics import Counter, Counters, Label
 
 logger = logging.getLogger("hybrid_moe")

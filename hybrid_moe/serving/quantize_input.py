@@ -6,8 +6,9 @@ import functools
 
 import torch
 
+from ..inputs import FP8, Inputs, check_unquantized
 from ..kernels.arena import Layout
-from ..problem import FP8, Inputs, MoEProblem, check_unquantized
+from ..problem import MoEProblem
 from ..reference import quantize_rows
 
 

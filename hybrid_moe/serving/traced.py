@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import api
+from . import call
 
 # Backend and policy are no arguments that an operator can have: traced code holds the number that stands for them.
-handle_of = torch.compiler.assume_constant_result(api.handle_of)
+handle_of = torch.compiler.assume_constant_result(call.handle_of)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..candidate import Choice
-from ..problem import Inputs, MoEInputs, MoEProblem, RoutedInputs
+from ..inputs import Inputs, MoEInputs, RoutedInputs
+from ..problem import MoEProblem
 from .quantize_input import quantize
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import triton
 
-from ...problem import DeviceKey, MoEProblem
+from ...device import DeviceKey
+from ...problem import MoEProblem
 from ..arena import Layout
 from ..pipeline import GroupedGemm, Launch, combine, row_capacity
 from ..plan import Form

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...problem import DeviceKey
+from ...device import DeviceKey
 
 SGL_OP = "fp8_blockwise_scaled_grouped_mm"
 DEEP_GEMM_FUNCTION = "m_grouped_fp8_gemm_nt_contiguous"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...problem import FP8, MoEProblem
+from ...inputs import FP8
+from ...problem import MoEProblem
 from ..arena import Layout
 from ..gather import gather_kernel
 from ..launch import Constants, Kernel

@@ -1,6 +1,6 @@
 """What the report says, as values: a pure function of records and policy.
 
-Regret is reckoned by `learn.outcomes`, so by the rules that the policy was learned with. Latencies are those of the
+Regret is reckoned by `regret.outcomes`, so by the rules that the policy was learned with. Latencies are those of the
 records that stand, in microseconds; several workloads of one T count by their geometric mean.
 """
 
@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...candidate import Choice
+from ...device import DeviceKey
 from ...measure.records import PEER_PREFIX, BenchRecord
-from ...policy.schema import InputDigest, Policy, RegretSummary, Timing, dumps_policy
+from ...policy.schema import InputDigest, Policy, RegretSummary, Timing
 from ...policy.select import Span, resolve
-from ...problem import DeviceKey
-from ..learner import WorkloadKey, outcomes, standing, summarise, workload_key
+from ...policy.store import dumps_policy
+from ..compare import WorkloadKey, standing, workload_key
+from ..regret import outcomes, summarise
 from .letters import assign_letters
 
 # The order in which timings and loads are shown where the policy doesn't say which is its own.
@@ -52,7 +54,7 @@ class Row:
     latency
         Of the candidates and peers that were right at every workload; empty where only speedups are known.
     slowdown, regret
-        As `learn.Outcome` has them.
+        As `regret.Outcome` has them.
     chosen, policy_regret
         What the policy runs, and what that costs; ``None`` if it has none of the candidates measured.
     passed_over

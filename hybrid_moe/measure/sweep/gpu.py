@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ...candidate import Choice
+from ...device import DeviceKey
 from ...policy.schema import GraphOrEager
-from ...problem import DeviceKey, MoEProblem
+from ...problem import MoEProblem
 from ..bench import Case, environment_of, measure, versions
 from ..records import BenchRecord, EnvironmentValue
 from ..timing import Ceilings, measure_ceilings

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from ...problem import MoEProblem
 from ..bench import PACKAGES
-from ..records import BenchRecord, problem_of_record, read_records
+from ..readers import read_records
+from ..records import BenchRecord, problem_of_record
 from .process import Identity
 
 

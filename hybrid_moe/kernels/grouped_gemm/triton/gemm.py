@@ -6,7 +6,9 @@ import functools
 
 import torch
 
-from ....problem import FP8, DeviceKey, MoEProblem
+from ....device import DeviceKey
+from ....inputs import FP8
+from ....problem import MoEProblem
 from ...arena import Layout
 from ...launch import Constants, Kernel
 from ...pipeline import GroupedGemm, Launch, column_chunk, combine, max_row_tiles, pow2, row_capacity

@@ -1,4 +1,4 @@
-"""Runs the layer through the real entry point, checks it and takes a simple time."""
+"""One call of the layer through the real entry point, checked and simply timed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from ..api import fused_moe
 from ..candidate import Choice
-from ..measure.bench import tolerance_of
-from ..measure.timing import event_us
+from ..inputs import MoEInputs
 from ..numerics import Correctness, check
-from ..problem import MoEInputs, MoEProblem
+from ..problem import MoEProblem
 from ..reference import has_local_work, moe_reference
+from .bench import tolerance_of
+from .timing import event_us
 
 # Enough for a simple time; a call that takes longer than this by itself is timed once.
 _BUDGET_S = 0.5

@@ -1,0 +1,318 @@
+"""The ten inputs of a call, and every check of them.
+
+The tensor layouts are those of the flashinfer-bench definition
+``moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from .problem import MoEProblem, RoutingMethod
+
+FP8 = torch.float8_e4m3fn
+_FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16  # looked up in every call
+
+
+class MoEInputs(NamedTuple):
+    """The ten inputs of the definition, in its order.
+
+    Attributes
+    ----------
+    routing_logits
+        ``[T, num_experts]`` float32.
+    routing_bias
+        ``[num_experts]`` bfloat16 or float32, all zeros for none.
+    hidden_states
+        ``[T, H]`` float8_e4m3fn.
+    hidden_states_scale
+        ``[H/128, T]`` float32, any strides.
+    gemm1_weights, gemm1_weights_scale
+        ``[E, 2I, H]`` float8_e4m3fn and ``[E, 2I/128, H/128]`` float32.
+    gemm2_weights, gemm2_weights_scale
+        ``[E, H, I]`` float8_e4m3fn and ``[E, H/128, I/128]`` float32.
+    local_expert_offset
+        Global index of the first local expert.
+    routed_scaling_factor
+        Factor on the normalised routing weights.
+    """
+
+    routing_logits: torch.Tensor
+    routing_bias: torch.Tensor
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor
+    gemm1_weights: torch.Tensor
+    gemm1_weights_scale: torch.Tensor
+    gemm2_weights: torch.Tensor
+    gemm2_weights_scale: torch.Tensor
+    local_expert_offset: int
+    routed_scaling_factor: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.hidden_states.shape[0]
+
+
+class RoutedInputs(NamedTuple):
+    """The ten inputs of a call whose experts are chosen already: `MoEInputs` but for the first two.
+
+    Attributes
+    ----------
+    topk_ids
+        ``[T, top_k]`` int32, global numbers of the chosen experts, in the order in which a token's parts are added up.
+        -1, or any number that is no expert's, is none. An expert that a token names twice gets the sum of the weights.
+    topk_weights
+        ``[T, top_k]`` float32, applied as they are; what stands beside no expert is never used.
+    routed_scaling_factor
+        Not applied: ``topk_weights`` are final.
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor
+    gemm1_weights: torch.Tensor
+    gemm1_weights_scale: torch.Tensor
+    gemm2_weights: torch.Tensor
+    gemm2_weights_scale: torch.Tensor
+    local_expert_offset: int
+    routed_scaling_factor: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.hidden_states.shape[0]
+
+
+# Alike from the third field on, with numbers in the last two and tensors before.
+Inputs: TypeAlias = MoEInputs | RoutedInputs
+
+
+_RANKS = {
+    "routing_logits": 2,
+    "routing_bias": 1,
+    "topk_ids": 2,
+    "topk_weights": 2,
+    "hidden_states": 2,
+    "hidden_states_scale": 2,
+    "gemm1_weights": 3,
+    "gemm1_weights_scale": 3,
+    "gemm2_weights": 3,
+    "gemm2_weights_scale": 3,
+}
+
+
+def check_ranks(arguments: Mapping[str, object]) -> None:
+    """Check that those of the definition's tensors that are given are tensors with the right number of dimensions."""
+    for name, ndim in _RANKS.items():
+        if name not in arguments:
+            continue
+        tensor = arguments[name]
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
+
+
+def check_unquantized(hidden_states: torch.Tensor) -> None:
+    """Check hidden states that are given without scales: bfloat16, ``[T, H]``, in whole 128 blocks."""
+    check_ranks({"hidden_states": hidden_states})
+    if hidden_states.dtype != torch.bfloat16:
+        wanted = "hidden_states_scale" if hidden_states.dtype == FP8 else "torch.bfloat16"
+        raise TypeError(
+            f"hidden_states has dtype {hidden_states.dtype} and hidden_states_scale is None; {wanted} is wanted: "
+            "hidden states without scales are bfloat16, and quantised here"
+        )
+    if hidden_states.shape[1] % 128:
+        raise ValueError(
+            f"hidden_states has shape {list(hidden_states.shape)}; a last size that is a multiple of 128 is wanted"
+        )
+    if hidden_states.shape[0] and hidden_states.stride(1) != 1:
+        raise ValueError(f"hidden_states has strides {list(hidden_states.stride())}; contiguous rows are wanted")
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = False,
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+    if tensor.dtype != dtype and not (isinstance(dtype, tuple) and tensor.dtype in dtype):
+        wanted = " or ".join(map(str, dtype)) if isinstance(dtype, tuple) else dtype
+        raise TypeError(f"{name} has dtype {tensor.dtype}; {wanted} is wanted")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {list(tensor.stride())}; a contiguous tensor is wanted: call .contiguous()"
+        )
+
+
+def problem_of(
+    inputs: Inputs,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    gate_first: bool = False,
+    routing_method: RoutingMethod = "deepseek_v3",
+    num_experts: int | None = None,
+) -> MoEProblem:
+    """Derive the problem from the tensors' shapes and check all ten inputs against it.
+
+    ``num_experts`` is wanted where there are no logits, whose width says it.
+
+    Raises
+    ------
+    ValueError
+        A shape, device, contiguity or range is wrong.
+    TypeError
+        An argument is no tensor, or has the wrong dtype.
+    """
+    # The four whose shapes say what the problem is; the others are then checked against it.
+    sources = (inputs._fields[0], "hidden_states", "gemm1_weights", "gemm2_weights")
+    check_ranks({name: getattr(inputs, name) for name in sources})
+    if isinstance(inputs, MoEInputs):
+        width = inputs.routing_logits.shape[1]
+        if num_experts not in (None, width):
+            raise ValueError(f"num_experts is {num_experts}; {width} is wanted, the width of routing_logits")
+        num_experts = width
+    elif num_experts is None:
+        raise TypeError("num_experts is None; the number of the model's experts is wanted beside topk_ids")
+    for name, size in (("hidden_states", inputs.hidden_states), ("gemm2_weights", inputs.gemm2_weights)):
+        if size.shape[-1] % 128:
+            raise ValueError(f"{name} has shape {list(size.shape)}; a last size that is a multiple of 128 is wanted")
+    experts, hidden_size = inputs.gemm1_weights.shape[0], inputs.hidden_states.shape[1]
+    if inputs.gemm2_weights.shape[:2] != (experts, hidden_size):
+        wanted = [experts, hidden_size, inputs.gemm2_weights.shape[2]]
+        raise ValueError(f"gemm2_weights has shape {list(inputs.gemm2_weights.shape)}; {wanted} is wanted")
+    problem = MoEProblem(
+        num_experts=num_experts,
+        num_local_experts=inputs.gemm1_weights.shape[0],
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        hidden_size=inputs.hidden_states.shape[1],
+        intermediate_size=inputs.gemm2_weights.shape[2],
+        routing_method=routing_method,
+        gate_first=gate_first,
+    )
+    check_weights(inputs, problem)
+    check_activations(inputs, problem)
+    return problem
+
+
+def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
+    """Check the tensors that belong to the layer, its offset and its scaling factor."""
+    device = inputs.gemm1_weights.device
+    e, h, i, b = problem.num_local_experts, problem.hidden_size, problem.intermediate_size, problem.block
+    _check("gemm1_weights", inputs.gemm1_weights, (e, 2 * i, h), FP8, device, contiguous=True)
+    _check("gemm1_weights_scale", inputs.gemm1_weights_scale, (e, 2 * i // b, h // b), torch.float32, device, True)
+    _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
+    _check("gemm2_weights_scale", inputs.gemm2_weights_scale, (e, h // b, i // b), torch.float32, device, True)
+    if isinstance(inputs, MoEInputs):
+        either = (torch.bfloat16, torch.float32)
+        _check("routing_bias", inputs.routing_bias, (problem.num_experts,), either, device, contiguous=True)
+    last, offset = problem.num_experts - e, inputs.local_expert_offset
+    # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
+    if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
+        raise TypeError(f"local_expert_offset is {offset!r}; an int is wanted: it decides the launch")
+    offset = operator.index(offset)
+    if not 0 <= offset <= last:
+        raise ValueError(
+            f"local_expert_offset is {offset}; 0 to {last} is wanted: {e} of {problem.num_experts} experts are local"
+        )
+    factor = inputs.routed_scaling_factor
+    if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):
+        raise TypeError(f"routed_scaling_factor is {factor!r}; a float is wanted")
+    if not math.isfinite(factor):
+        raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
+
+
+def plain_num_tokens(
+    problem: MoEProblem,
+    hidden_states: torch.Tensor,
+    routing_logits: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    output: torch.Tensor | None,
+    device: torch.device,
+) -> int | None:
+    """T if what changes from call to call is plainly right; ``None`` if it needs the checks that say what is wrong.
+
+    Every call pays for this: it takes a microsecond, and `check_activations` with `check_output` three.
+    """
+    if not type(hidden_states) is type(routing_logits) is type(hidden_states_scale) is torch.Tensor:
+        return None
+    shape = hidden_states.shape
+    if len(shape) != 2:
+        return None
+    tokens, hidden = shape
+    plain = (
+        hidden == problem.hidden_size
+        and hidden_states.dtype is FP8
+        and routing_logits.dtype is _FLOAT32
+        and hidden_states_scale.dtype is _FLOAT32
+        and routing_logits.shape == (tokens, problem.num_experts)
+        and hidden_states_scale.shape == (hidden // problem.block, tokens)
+        and hidden_states.device == device
+        and routing_logits.device == device
+        and hidden_states_scale.device == device
+        and hidden_states.stride()[1] == 1
+        and routing_logits.stride()[1] == 1
+        and (
+            output is None
+            or type(output) is torch.Tensor
+            and output.dtype is _BFLOAT16
+            and output.shape == shape
+            and output.device == device
+            and output.is_contiguous()
+        )
+    )
+    return tokens if plain else None
+
+
+def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
+    """Check the tensors that change from call to call."""
+    device = inputs.gemm1_weights.device
+    tokens = inputs.hidden_states.shape[0]
+    if inputs.hidden_states.dtype == torch.bfloat16:
+        raise TypeError(
+            f"hidden_states has dtype torch.bfloat16 beside hidden_states_scale; {FP8} is wanted, or no "
+            "hidden_states_scale (None): they are quantised here then"
+        )
+    _check("hidden_states", inputs.hidden_states, (tokens, problem.hidden_size), FP8, device)
+    rows = {"hidden_states": inputs.hidden_states}
+    if isinstance(inputs, MoEInputs):
+        _check("routing_logits", inputs.routing_logits, (tokens, problem.num_experts), torch.float32, device)
+        rows["routing_logits"] = inputs.routing_logits
+    else:
+        if isinstance(inputs.topk_ids, torch.Tensor) and inputs.topk_ids.dtype == torch.int64:
+            # Taking both would be two kernels to compile before serving, for what a caller converts or never has.
+            raise TypeError("topk_ids has dtype torch.int64; torch.int32 is wanted: call .int()")
+        _check("topk_ids", inputs.topk_ids, (tokens, problem.top_k), torch.int32, device)
+        _check("topk_weights", inputs.topk_weights, (tokens, problem.top_k), torch.float32, device)
+        rows |= {"topk_ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
+    blocks = problem.hidden_size // problem.block
+    _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
+    for name, tensor in rows.items():
+        if tokens and tensor.stride(1) != 1:
+            raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
+
+
+def check_output(output: torch.Tensor, inputs: Inputs, problem: MoEProblem) -> None:
+    """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""
+    shape = (inputs.hidden_states.shape[0], problem.hidden_size)
+    _check("output", output, shape, torch.bfloat16, inputs.hidden_states.device, contiguous=True)

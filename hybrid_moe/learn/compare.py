@@ -1,0 +1,260 @@
+"""Which records may be compared, and what they say of the candidates at a workload and at a T.
+
+A wrong answer stands until a later record (by timestamp) of the same candidate and workload passed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..candidate import Choice
+from ..measure.records import BenchRecord, problem_of_record
+from ..numerics import Tolerance
+from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
+from ..policy.versions import COMMON, LIBRARIES, packages_of, release
+from ..problem import MoEProblem
+
+
+class WorkloadKey(NamedTuple):
+    """What tells one workload from another; the fields are those of a record, ``workload`` empty where it has none."""
+
+    num_tokens: int
+    local_expert_offset: int
+    routing: str
+    seed: int
+    workload: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the candidates did at one workload, by the median of each one's records.
+
+    Attributes
+    ----------
+    slowdown
+        Of each candidate that was right: its latency over that of the fastest.
+    spread
+        `BenchRecord.spread` of the same, where it was measured.
+    wrong
+        Those of which a wrong answer stands.
+    """
+
+    slowdown: Mapping[Choice, float]
+    spread: Mapping[Choice, float]
+    wrong: frozenset[Choice]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One T: its workloads, and the mean log slowdown of each candidate that was right at all of them."""
+
+    num_tokens: int
+    workloads: Sequence[Comparison]
+    log: Mapping[Choice, float]
+
+    def evidence(self) -> Evidence:
+        """The same as a policy keeps it."""
+        slowdown = {str(choice): six_digits(math.exp(value)) for choice, value in self.log.items()}
+        return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
+
+
+def workload_key(record: BenchRecord) -> WorkloadKey:
+    """The workload of a record."""
+    return WorkloadKey(
+        record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
+    )
+
+
+def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
+    """For each candidate and workload, the passed records that stand.
+
+    An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
+    seen. The records are of one device, problem and timing.
+    """
+    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    for record in records:
+        if record.status in ("passed", "failed"):
+            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
+    kept = dict(passed)
+    for key, wrong in failed.items():
+        # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
+        times = [record.timestamp for record in wrong]
+        last = max((time for time in times if time is not None), default=None)
+        kept[key] = [
+            r
+            for r in passed.get(key, [])
+            if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
+        ]
+    return kept
+
+
+def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
+    """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
+    found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
+        found[key][choice] = passed
+    workloads = {}
+    for key, standing_records in sorted(found.items()):
+        right = {choice: rs for choice, rs in standing_records.items() if rs}
+        latency = {choice: statistics.median(r.relative_time for r in rs) for choice, rs in right.items()}
+        best = min(latency.values(), default=1.0)
+        spreads = {choice: [r.spread for r in rs if r.spread is not None] for choice, rs in right.items()}
+        workloads[key] = Comparison(
+            {choice: value / best for choice, value in latency.items()},
+            {choice: statistics.median(known) for choice, known in spreads.items() if known},
+            frozenset(standing_records.keys() - right.keys()),
+        )
+    return workloads
+
+
+def points_of(records: Iterable[BenchRecord]) -> list[Point]:
+    """One entry for each T at which some answer is right, sorted."""
+    by_tokens: dict[int, list[Comparison]] = defaultdict(list)
+    for key, workload in by_workload(records).items():
+        by_tokens[key.num_tokens].append(workload)
+    points = []
+    for num_tokens, measured in sorted(by_tokens.items()):
+        ws = [w for w in measured if w.slowdown]
+        if not ws:
+            continue
+        wrong = set().union(*(w.wrong for w in measured))
+        right = set.intersection(*(set(w.slowdown) for w in ws)) - wrong
+        log = {c: math.fsum(math.log(w.slowdown[c]) for w in ws) / len(ws) for c in sorted(right, key=str)}
+        points.append(Point(num_tokens, ws, log))
+    return points
+
+
+# ---- What may be compared ----
+
+
+def check_records(
+    records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
+) -> tuple[str, Verified]:
+    """Device of the records, and what they are good for; refuses those that may not be compared.
+
+    Raises
+    ------
+    ValueError
+        There are none, none passed, or they are of several problems, devices, timings or versions, have both latencies
+        and speedups, or passed by looser bounds than ``tolerance``.
+    """
+    if not records:
+        what = f" timed with {options.timing}" if options.timing else ""
+        raise ValueError(
+            f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
+            "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
+        )
+    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
+    if others:
+        raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
+    devices = listed(r.device for r in records)
+    if "," in devices:
+        raise ValueError(f"records are of several devices: {devices}; name one as device=")
+    timings = listed(r.timing for r in records)
+    if "," in timings:
+        raise ValueError(f"records are timed in several ways: {timings}; name one as timing= of the options (--timing)")
+    passed = [r for r in records if r.status == "passed"]
+    if not passed:
+        raise ValueError(f"none of the {len(records)} records passed; found: {listed(r.status for r in records)}")
+    by_speedup = [r.latency_us is None for r in passed]
+    if any(by_speedup) and not all(by_speedup):
+        raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
+    check_one_version(passed)
+    for record in passed:
+        _check_gate(record, tolerance)
+    return devices, "seed_only" if all(by_speedup) else "measured"
+
+
+def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
+    gate = record.correctness
+    if gate is None:
+        return
+    pairs = {
+        "rtol": (gate.rtol, tolerance.rtol),
+        "atol": (gate.atol, tolerance.atol),
+        "max_relative_l2": (gate.max_relative_l2, tolerance.max_relative_l2),
+    }
+    looser = [f"{name}={had} above {want}" for name, (had, want) in pairs.items() if had is not None and had > want]
+    ratio, wanted = gate.required_matched_ratio, tolerance.required_matched_ratio
+    if ratio is not None and ratio < wanted:
+        looser.append(f"required_matched_ratio={ratio} below {wanted}")
+    if looser:
+        raise ValueError(
+            f"the record of {record.choice} at T = {record.num_tokens} passed by looser bounds ({', '.join(looser)}): "
+            "measure again with the bounds wanted, or learn with these as tolerance="
+        )
+
+
+def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+    """Whether a record is about a problem; what the record leaves open is taken from the problem."""
+    return record.problem == problem.definition and problem == problem_of_record(
+        record, num_experts=problem.num_experts, gate_first=problem.gate_first
+    )
+
+
+def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+    """The records that were measured under these versions, see `is_of`; ValueError if there are none."""
+    kept = [r for r in records if is_of(r, where)]
+    if records and not kept:
+        wanted = ", ".join(f"{name}={value}" for name, value in where.items())
+        found = "; ".join(f"{name} {listed(str(r.environment.get(name)) for r in records)}" for name in where)
+        raise ValueError(f"where is {wanted}; the records have {found}")
+    return kept
+
+
+def is_of(record: BenchRecord, where: Mapping[str, str]) -> bool:
+    """Whether a record was measured under these versions, as ``{"triton": "3.6"}``, which 3.6.0 is one of.
+
+    A record that doesn't say is not; a package that its candidate doesn't use may have any version, or be missing.
+    """
+    used = packages_of(record.choice)
+    for name, wanted in where.items():
+        found = record.environment.get(name)
+        if name not in used and name in LIBRARIES:
+            continue
+        text = "" if found is None else str(found)
+        if text != wanted and not text.startswith((f"{wanted}.", f"{wanted}+")):
+            return False
+    return True
+
+
+def check_one_version(records: Iterable[BenchRecord]) -> None:
+    """Refuse records of several versions of what their candidates use: their times may not be compared.
+
+    One without a version, as where the package wasn't installed or noted, goes with any.
+
+    Raises
+    ------
+    ValueError
+        There are several; the message names them and says how to go on.
+    """
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for record in records:
+        counting: dict[str, int | None] = {**dict.fromkeys(packages_of(record.choice)), **COMMON}
+        for name, numbers in counting.items():
+            version = record.environment.get(name)
+            if version is not None:
+                found[name][release(str(version), numbers)] += 1
+    mixed = {name: versions for name, versions in sorted(found.items()) if len(versions) > 1}
+    if mixed:
+        listed = "; ".join(
+            f"{name} {', '.join(f'{version} ({count} records)' for version, count in sorted(versions.items()))}"
+            for name, versions in mixed.items()
+        )
+        name, versions = next(iter(mixed.items()))
+        raise ValueError(
+            f"records are measured under several versions: {listed}. Times under one don't hold for another: name one "
+            f"as where= of the options (--where {name}={max(versions, key=lambda v: (versions[v], v))}), or measure "
+            "the rest again"
+        )
+
+
+def listed(values: Iterable[str]) -> str:
+    """The distinct values, sorted, for a message; ``none`` for none."""
+    return ", ".join(sorted(set(values))) or "none"

@@ -1,0 +1,131 @@
+"""A call of `hybrid_moe.fused_moe` from its checked arguments on: the dispatch that all alike calls share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from ..candidate import Choice
+from ..device import DeviceKey
+from ..inputs import Inputs, RoutedInputs, check_output, problem_of
+from ..policy.resolve import as_choice, decision_table
+from ..policy.schema import Policy
+from ..policy.select import DecisionTable
+from ..problem import MoEProblem, RoutingMethod
+from . import custom_ops, quantize_input
+from .dispatch import Dispatch
+from .metrics import Counters
+
+
+class _Identity:
+    """Cache key for a policy argument: a Policy by identity (it isn't hashable), names and None by value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Policy | str | Path | None) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value) if isinstance(self.value, Policy) else hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity):
+            return NotImplemented
+        return self.value is other.value or (not isinstance(self.value, Policy) and self.value == other.value)
+
+
+def new_dispatch(
+    problem: MoEProblem,
+    device: DeviceKey,
+    backend: Choice | None,
+    policy: Policy | str | Path | None,
+    routed: bool,
+    counters: Counters,
+    *,
+    stacklevel: int,
+) -> Dispatch:
+    """By the backend that is named, else by the policy."""
+    decider: DecisionTable | Choice
+    if backend is None:
+        decider = decision_table(problem, device, policy, routed=routed, stacklevel=stacklevel)
+    else:
+        decider = backend
+    return Dispatch(problem, device, decider, counters, policy, routed)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_dispatch(
+    problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity, routed: bool
+) -> Dispatch:
+    return new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
+
+
+@functools.cache
+def _function_counters() -> Counters:
+    """Where calls of `fused_moe` are counted."""
+    return Counters()
+
+
+class Call:
+    """`fused_moe` with its backend and policy given."""
+
+    __slots__ = ("_backend", "_policy", "__weakref__")
+
+    def __init__(self, backend: str | Choice | None, policy: Policy | str | Path | None) -> None:
+        self._backend, self._policy = backend, policy
+
+    def run(
+        self,
+        inputs: Inputs,
+        output: torch.Tensor | None,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        gate_first: bool,
+        routing_method: RoutingMethod,
+        num_experts: int | None,
+    ) -> torch.Tensor:
+        """Check the inputs, choose and run; see `Routine`."""
+        if inputs.hidden_states_scale is None:
+            inputs = quantize_input.quantize(inputs)
+        problem = problem_of(
+            inputs,
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            gate_first=gate_first,
+            routing_method=routing_method,
+            num_experts=num_experts,
+        )
+        if output is None:
+            output = new_output(problem, inputs)
+        else:
+            check_output(output, inputs, problem)
+        device = DeviceKey.of(inputs.hidden_states.device)
+        # A backend that is named never looks at the policy.
+        backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
+        if inputs.num_tokens:
+            dispatch.run(inputs.num_tokens, inputs, output)
+        return output
+
+
+def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
+    """What stands for `fused_moe` with this backend and policy in a compiled graph."""
+    handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
+    return handle
+
+
+@functools.cache
+def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, Call]:
+    # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
+    call = Call(backend, policy.value)
+    return custom_ops.register(call), call
+
+
+def new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
+    """An unwritten ``[T, H]`` bfloat16 tensor beside the inputs."""
+    hidden = inputs.hidden_states
+    return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)

@@ -26,7 +26,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hybrid_moe.kernels.grouped_gemm.sm90.many_rows_kernels import LINE, PLAIN
+from hybrid_moe.kernels.grouped_gemm.sm90.common import LINE, PLAIN
 
 # Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
 KERNELS = (

@@ -3,7 +3,7 @@
 Run as a script, since the compiled and the interpreted kernels can't live in one process:
 ``python tests/compile_pipeline.py 90`` prints one JSON object a kernel: its name, arguments, shared memory, registers,
 spills, and which matrix instructions its PTX holds. With the names of models (``90 kimi-k2``) it is
-their layers, at the T that take the most intricate tiles, and without what stands around a library's GEMM.
+their layers, at the T that take the most intricate tiles, and without what surrounds a library's GEMM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import unittest.mock
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -129,9 +130,9 @@ class AroundDeepGemm(DeepGemmGroupedGemm):
 
 
 def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS, libraries: bool = True):
-    """Yield each kernel compiled, once for each specialisation. Leaves this process unable to launch.
+    """Return (name, options, compiled kernel), once for each specialisation. Leaves this process unable to launch.
 
-    Without ``libraries`` those that stand around a library's grouped GEMM are left out.
+    Without ``libraries`` those that surround a library's grouped GEMM are left out.
     """
     triton.runtime.driver.set_active(AbsentDriver(capability))
     compiled: dict[str, tuple[str, dict, object]] = {}
@@ -165,12 +166,19 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         for other in others:
             run_all(problem, gemm, other, output, launch)
             external_inputs(other, problem, launch)
-    for name, options, kernel in compiled.values():
-        yield {"kernel": name, "options": options, **resources(kernel, capability)}
+    JITFunction.run = run
+    return list(compiled.values())
+
+
+def compile_layers(capability: int, models: Sequence[str]):
+    """`compile_all` for the layers of these models, or in full for DeepSeek-V3's if none is named."""
+    layers = [(MODELS[model], MODEL_TOKEN_COUNTS, False) for model in models] or [(MoEProblem(), TOKEN_COUNTS, True)]
+    for layer in layers:
+        yield from compile_all(capability, *layer)
 
 
 if __name__ == "__main__":
     capability, *models = sys.argv[1:]
-    layers = [(MODELS[model], MODEL_TOKEN_COUNTS, False) for model in models] or [(MoEProblem(), TOKEN_COUNTS, True)]
-    for row in (row for layer in layers for row in compile_all(int(capability), *layer)):
+    for name, options, kernel in compile_layers(int(capability), models):
+        row = {"kernel": name, "options": options, **resources(kernel, int(capability))}
         print(json.dumps(row), flush=True)

@@ -1,0 +1,290 @@
+"""What the warp-specialised kernels share: the tile scheduler, the pipeline's stages, and what they are compiled for.
+
+Without ``from __future__ import annotations``: Triton compares the fields of an aggregate with their annotations.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate
+
+from ....problem import MoEProblem
+from ...launch import Constants
+from ...pipeline import Launch, pow2
+from ...steps import Tiles
+from ..completion import Signals
+
+# Renamed between the Triton releases 3.6 and 3.9.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.constexpr_function
+def _set_fields(self, **fields):
+    for name, value in fields.items():
+        setattr(self, name, value if isinstance(value, gl.base_value) else gl.constexpr(value))
+
+
+def aggregate(cls):
+    """Triton's aggregate, constructed by keyword: Triton 3.6 wants an ``__init__``, 3.9 makes one."""
+    cls.__init__ = _set_fields
+    return _aggregate(cls)
+
+
+@aggregate
+class Tile:
+    """Where a tile is. An expert of E or more says that there is no such tile."""
+
+    expert: gl.tensor
+    rows: gl.tensor  # of the expert
+    rows_before: gl.tensor  # of all experts before it
+    row_tiles_before: gl.tensor
+    m: gl.tensor  # row tile of the expert
+    n: gl.tensor  # column tile
+
+
+@aggregate
+class TileScheduler:
+    """A program's first tile has the program's number; the producer draws the next ones from a counter of all programs.
+
+    It publishes them in shared memory. Nobody frees a slot: the pipeline holds the producer back before it gets around,
+    see `channel_slots`.
+    """
+
+    tokens_per_expert_ptr: gl.tensor
+    tile_counter_ptr: gl.tensor
+    numbers: gl.shared_memory_descriptor  # [SLOTS, 1] int32
+    published: gl.shared_memory_descriptor  # [SLOTS, 1] barriers, 1 arrival
+    BLOCK_M: gl.constexpr
+    TILES_N: gl.constexpr
+    E: gl.constexpr
+    E_POW2: gl.constexpr
+    SLOTS: gl.constexpr
+
+    @gluon.jit
+    def load_tokens_per_expert(self, CACHE: gl.constexpr):
+        """The experts' numbers and their numbers of tokens, int32; zeros from E on."""
+        # Every warp has the whole vector, so that no sum leaves the warp.
+        PER_THREAD: gl.constexpr = self.E_POW2 // 32 if self.E_POW2 > 32 else 1
+        layout: gl.constexpr = gl.BlockedLayout([PER_THREAD], [32], [4], [0])
+        expert = gl.arange(0, self.E_POW2, layout=layout)
+        at = self.tokens_per_expert_ptr + expert
+        return expert, gl.load(at, mask=expert < self.E, other=0, cache_modifier=CACHE)
+
+    @gluon.jit
+    def locate(self, number, expert, tokens):
+        """The tile of a number. The tiles of an expert follow one another, its row tiles fastest."""
+        row_tiles = (tokens + (self.BLOCK_M - 1)) // self.BLOCK_M
+        ends = gl.associative_scan(row_tiles, 0, _add) * self.TILES_N
+        at = gl.sum((ends <= number).to(gl.int32), axis=0)
+        rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
+        rows_before = gl.sum(gl.where(expert < at, tokens, 0), axis=0)
+        row_tiles_before = gl.sum(gl.where(expert < at, row_tiles, 0), axis=0)
+        inside = number - row_tiles_before * self.TILES_N
+        height = gl.maximum((rows + (self.BLOCK_M - 1)) // self.BLOCK_M, 1)
+        inside = gl.where(at < self.E, inside, 0)
+        return Tile(
+            expert=at,
+            rows=rows,
+            rows_before=rows_before,
+            row_tiles_before=row_tiles_before,
+            m=inside % height,
+            n=inside // height,
+        )
+
+    @gluon.jit
+    def publish_tile(self, turn):
+        """Draw the tile after this program's tile number ``turn``, and tell the consumers."""
+        # Tiles cost more and less: whoever is done takes the next one.
+        number = gl.num_programs(0) + gl.atomic_add(self.tile_counter_ptr, 1, sem="relaxed")
+        slot = turn % self.SLOTS
+        self.numbers.index(slot).store(gl.full([1], 0, gl.int32, layout=LINE) + number)
+        mbarrier.arrive(self.published.index(slot), count=1)
+        return number
+
+    @gluon.jit
+    def next_tile(self, turn):
+        """The number that was published after tile number ``turn``."""
+        slot = turn % self.SLOTS
+        mbarrier.wait(self.published.index(slot), (turn // self.SLOTS) & 1)
+        return gl.sum(self.numbers.index(slot).load(LINE), axis=0)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def make_scheduler(
+    tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr, E: gl.constexpr,
+    E_POW2: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """A `TileScheduler` with its shared memory."""
+    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], PLAIN)
+    published = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(published.index(slot), count=1)
+    return TileScheduler(
+        tokens_per_expert_ptr=tokens_per_expert_ptr,
+        tile_counter_ptr=tile_counter_ptr,
+        numbers=numbers,
+        published=published,
+        BLOCK_M=BLOCK_M,
+        TILES_N=TILES_N,
+        E=E,
+        E_POW2=E_POW2,
+        SLOTS=SLOTS,
+    )
+
+
+@gluon.constexpr_function
+def channel_slots(STAGES, K_BLOCKS):
+    """Slots of the tile scheduler: none is written again before both consumers have read it.
+
+    At turn t the producer has filled block ``(t + 1) * K_BLOCKS - 1`` of all, so the block STAGES before it was
+    released and, by the other consumer where they take turns, the one before that: both are past the slot's last tile.
+    """
+    return max(4, -(-(STAGES + 2) // K_BLOCKS))
+
+
+@aggregate
+class Pipeline:
+    """STAGES of a 128 block of the sum each. A step counts blocks over all tiles of a program."""
+
+    x: gl.shared_memory_descriptor  # [STAGES, rows, 128] e4m3
+    x_scale: gl.shared_memory_descriptor  # [STAGES, rows] float32
+    weight: gl.shared_memory_descriptor  # [STAGES * parts, weight rows, 128] e4m3
+    full: gl.shared_memory_descriptor  # 129 arrivals: the bytes of TMA, and 128 threads' cp.async
+    empty: gl.shared_memory_descriptor  # an arrival of each consumer that reads the stage
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def producer_acquire(self, step, BYTES: gl.constexpr):
+        """Wait until a step's stage is empty, and say how many bytes TMA will bring."""
+        stage = step % self.STAGES
+        mbarrier.wait(self.empty.index(stage), ((step // self.STAGES) & 1) ^ 1)
+        mbarrier.expect(self.full.index(stage), BYTES)
+
+    @gluon.jit
+    def producer_commit(self, step):
+        """The stage is full when the copies that this thread has started are through (cp.async)."""
+        async_copy.mbarrier_arrive(self.full.index(step % self.STAGES), increment_count=False)
+
+    @gluon.jit
+    def consumer_wait(self, step, pred=True):
+        """Wait until a step's stage is full."""
+        mbarrier.wait(self.full.index(step % self.STAGES), (step // self.STAGES) & 1, pred=pred)
+
+    @gluon.jit
+    def consumer_release(self, step):
+        """The stage may be filled again."""
+        mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
+
+
+@gluon.jit
+def make_pipeline(
+    ROWS: gl.constexpr, WEIGHT_ROWS: gl.constexpr, PARTS: gl.constexpr, READERS: gl.constexpr, STAGES: gl.constexpr
+):
+    """A `Pipeline` with PARTS of WEIGHT_ROWS weight rows in a stage, which READERS consumers read."""
+    x = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], E4M3)
+    x_scale = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], PLAIN)
+    weight = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * PARTS, WEIGHT_ROWS, 128], E4M3)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=129)
+        mbarrier.init(empty.index(stage), count=READERS)
+    return Pipeline(x=x, x_scale=x_scale, weight=weight, full=full, empty=empty, STAGES=STAGES)
+
+
+class Resources(NamedTuple):
+    """Of a program: a producer and two consumers, four warps each.
+
+    Parameters
+    ----------
+    stages
+        128 blocks of the sum in shared memory at once.
+    consumer_registers, producer_registers
+        Of each thread, once the groups have shared what the program started with. The first consumer has what is left.
+    registers
+        Of each thread at the start; None for a program that has all 65,536 of a multiprocessor.
+    """
+
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {"num_warps": 4} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
+class SwizzledTiles(Tiles):
+    """Tiles of all matrices' rows under one another, with the layout in shared memory that Gluon wants to be told."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows."""
+        return self.matrices * self.rows, self.inner
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of all rows."""
+        return self.inner, 1
+
+    def descriptor(self, base: Any) -> TensorDescriptor:
+        """Gluon's description of it."""
+        return TensorDescriptor(base, list(self.shape), list(self.strides), [self.box_rows, 128], E4M3.value)
+
+
+@functools.lru_cache(maxsize=256)
+def gemm1_constants(problem: MoEProblem, launch: Launch, resources: Resources, stride_hidden: int) -> Constants:
+    """What the first GEMM's kernels are compiled for."""
+    arguments = {
+        "STRIDE_HIDDEN": stride_hidden,
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "GATE_FIRST": problem.gate_first,
+        **_shared_arguments(problem, launch, resources),
+    }
+    return Constants(arguments, {**launch.options, **resources.options})
+
+
+@functools.lru_cache(maxsize=256)
+def gemm2_constants(
+    problem: MoEProblem, launch: Launch, resources: Resources, columns: int, first: Signals
+) -> Constants:
+    """The same for the second GEMM; ``first`` are the signals of the step that computed the activation."""
+    arguments = {
+        "HIDDEN": problem.hidden_size,
+        "INTERMEDIATE": problem.intermediate_size,
+        "COLUMNS": columns,
+        "FIRST_M": first.block_m,
+        "SIGNALS": first.per_row_tile,
+        **_shared_arguments(problem, launch, resources),
+    }
+    return Constants(arguments, {**launch.options, **resources.options})
+
+
+def _shared_arguments(problem: MoEProblem, launch: Launch, resources: Resources) -> dict[str, int | bool]:
+    return {
+        "E": problem.num_local_experts,
+        # A lane of a warp without a value would cost it registers.
+        "E_POW2": max(32, pow2(problem.num_local_experts)),
+        "STAGES": resources.stages,
+        "CONSUMER_REGISTERS": resources.consumer_registers,
+        "PRODUCER_REGISTERS": resources.producer_registers,
+        "PDL": launch.pdl,
+    }

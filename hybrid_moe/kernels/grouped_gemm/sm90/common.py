@@ -4,7 +4,7 @@ Without ``from __future__ import annotations``: Triton compares the fields of an
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, dataclass_transform
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +34,7 @@ def _set_fields(self, **fields):
         setattr(self, name, value if isinstance(value, gl.base_value) else gl.constexpr(value))
 
 
+@dataclass_transform(kw_only_default=True)
 def aggregate(cls):
     """Triton's aggregate, constructed by keyword: Triton 3.6 wants an ``__init__``, 3.9 makes one."""
     cls.__init__ = _set_fields

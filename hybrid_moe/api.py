@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from .inputs import (
     check_activations,
     check_output,
     check_ranks,
+    check_unquantized,
     plain_num_tokens,
     problem_of,
 )
@@ -28,11 +30,11 @@ from .policy.schema import Policy
 from .policy.select import Decision
 from .problem import MoEProblem, RoutingMethod
 from .serving import custom_ops, quantize_input, warmup
-from .serving.call import Call, new_dispatch, new_output
+from .serving.call import Call, launch, new_dispatch, new_output
 from .serving.dispatch import Dispatch
 from .serving.metrics import Counters, Sample
 from .serving.warmup import WarmedUp
-from .serving.workspace import Piece, Workspaces
+from .serving.workspace import Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
 
@@ -365,30 +367,14 @@ class HybridMoE:
 
     def run(self, inputs: Inputs, output: torch.Tensor | None = None) -> torch.Tensor:
         """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
-        if self._workspaces is None or (piece := self._piece(inputs[2])) is None:
-            return self._run(inputs, output, None)
-        with piece.lock:
-            return self._run(inputs, output, piece.memory)
-
-    def _piece(self, hidden_states: torch.Tensor) -> Piece | None:
-        """The workspace for a call with these; None if it reserves its own memory."""
-        assert self._workspaces is not None and self.max_num_tokens is not None
-        # They aren't checked yet: what is wrong goes on to where it is named.
-        if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim != 2:
-            return None
-        tokens, width = hidden_states.shape
-        fits = 0 < tokens <= self.max_num_tokens and width == self.problem.hidden_size
-        return self._workspaces.piece() if fits else None
-
-    def _run(self, inputs: Inputs, output: torch.Tensor | None, memory: torch.Tensor | None) -> torch.Tensor:
         problem = self.problem
-        if inputs[3] is None:  # hidden_states_scale
-            inputs = quantize_input.quantize(inputs, memory)
         logits, _, hidden, scale, *_ = inputs
         tokens = None
         if type(inputs) is MoEInputs:
             tokens = plain_num_tokens(problem, hidden, logits, scale, output, self._device)
         if tokens is None:
+            if scale is None:
+                check_unquantized(hidden)
             check_activations(inputs, problem)
             if output is not None:
                 check_output(output, inputs, problem)
@@ -396,8 +382,17 @@ class HybridMoE:
         if output is None:
             output = new_output(problem, inputs)
         if tokens:
-            self._dispatch.run(tokens, inputs, output, memory)
+            self._launch(self._dispatch.counted(tokens), inputs, output)
         return output
+
+    def _launch(self, runner: Runner, inputs: Inputs, output: torch.Tensor) -> None:
+        spaces = self._workspaces
+        fits = spaces is not None and self.max_num_tokens is not None and inputs[2].shape[0] <= self.max_num_tokens
+        piece = spaces.piece() if spaces is not None and fits else None
+        if piece is None:
+            launch(runner, inputs, output)
+        else:
+            piece.run(functools.partial(launch, runner, inputs, output))
 
     def choice(self, num_tokens: int) -> Choice:
         """What runs at ``num_tokens``."""
@@ -460,19 +455,12 @@ class HybridMoE:
             output = new_output(self.problem, inputs)
             warmup.synchronize(self._device)
             begin = time.perf_counter()
-            self._warm_up(dispatch.runner(tokens), inputs, output)
+            self._launch(dispatch.runner(tokens), inputs, output)
             warmup.synchronize(self._device)
             done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
             if progress is not None:
                 progress(done[-1])
         return tuple(done)
-
-    def _warm_up(self, runner: Runner, inputs: Inputs, output: torch.Tensor) -> None:
-        if self._workspaces is None or (piece := self._piece(inputs.hidden_states)) is None:
-            runner.run(inputs, output)
-            return
-        with piece.lock:
-            runner.run_in(inputs, output, piece.memory)
 
     def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
         """Take another policy from the next call on, as after `hybrid-moe regenerate`.

@@ -285,15 +285,17 @@ def plain_num_tokens(
 
 
 def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
-    """Check the tensors that change from call to call."""
+    """Check the tensors that change from call to call; without scales, hidden states are bfloat16."""
     device = inputs.gemm1_weights.device
-    tokens = inputs.hidden_states.shape[0]
-    if inputs.hidden_states.dtype == torch.bfloat16:
+    tokens, dtype = inputs.hidden_states.shape[0], inputs.hidden_states.dtype
+    unquantized = inputs.hidden_states_scale is None and dtype == torch.bfloat16
+    if dtype == torch.bfloat16 and not unquantized:
         raise TypeError(
             f"hidden_states has dtype torch.bfloat16 beside hidden_states_scale; {FP8} is wanted, or no "
             "hidden_states_scale (None): they are quantised here then"
         )
-    _check("hidden_states", inputs.hidden_states, (tokens, problem.hidden_size), FP8, device)
+    wanted = torch.bfloat16 if unquantized else FP8
+    _check("hidden_states", inputs.hidden_states, (tokens, problem.hidden_size), wanted, device)
     rows = {"hidden_states": inputs.hidden_states}
     if isinstance(inputs, MoEInputs):
         _check("routing_logits", inputs.routing_logits, (tokens, problem.num_experts), torch.float32, device)
@@ -305,8 +307,9 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
         _check("topk_ids", inputs.topk_ids, (tokens, problem.top_k), torch.int32, device)
         _check("topk_weights", inputs.topk_weights, (tokens, problem.top_k), torch.float32, device)
         rows |= {"topk_ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
-    blocks = problem.hidden_size // problem.block
-    _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
+    if not unquantized:
+        blocks = problem.hidden_size // problem.block
+        _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
     for name, tensor in rows.items():
         if tokens and tensor.stride(1) != 1:
             raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")

@@ -66,14 +66,14 @@ def test_a_counter_is_exact_whatever_threads_do(switching):
     assert counter.totals() == (80_000, 4 * sum(range(20_000)))
     assert len(first) == 1
     assert max(seen) <= counter.totals()
-    assert len(counter._pending) == 0
+    assert len(counter._items) <= metrics._BATCH
 
 
 def test_a_counter_keeps_few_calls_waiting():
     counter = Counter()
     for _ in range(3 * metrics._BATCH):
         counter.add(2)
-        assert len(counter._pending) <= metrics._BATCH
+        assert len(counter._items) <= metrics._BATCH
     assert counter.totals() == (3 * metrics._BATCH, 6 * metrics._BATCH)
 
 
@@ -129,7 +129,8 @@ def test_counts_outlive_their_layer(weights):
         del layer
         gc.collect()
         assert counts(metrics.snapshot()) == {("one", None): (number, 7 * number)}
-    assert metrics._PROCESS._owners == []
+    Counters()
+    assert len(metrics._PROCESS.owners) <= 2  # buried when the next one joins
 
 
 def test_owners_come_and_go_while_counts_are_read(switching):

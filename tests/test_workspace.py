@@ -51,7 +51,7 @@ class SpyRunner(Runner):
         output.zero_()
 
     def run_in(self, inputs, output, memory):
-        assert Workspaces.of(CPU).piece().lock.locked()
+        assert Workspaces.of(CPU).piece().busy
         self.spy.memories.append(memory)
         output.zero_()
 
@@ -113,7 +113,7 @@ def test_memory_goes_with_the_last_layer(spy):
     assert Workspaces.of(CPU).piece().memory is spy.memories[0]
     layers.clear()
     gc.collect()
-    assert Workspaces.of(CPU)._pieces == {}
+    assert Workspaces.of(CPU)._state == (0, {})
 
 
 def test_warming_up_reserves_it(spy):
@@ -140,7 +140,7 @@ def test_wrong_inputs_are_named_as_ever(spy):
         layer(inputs.routing_logits, [1])
     with pytest.raises(ValueError, match="hidden_states has shape"):
         layer(inputs.routing_logits, torch.zeros(2, 384, dtype=torch.bfloat16))
-    assert not Workspaces.of(CPU).piece().lock.locked()
+    assert not Workspaces.of(CPU).piece().busy
 
 
 def test_a_capture_takes_none(monkeypatch):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..backends.base import Runner
 from ..candidate import Choice
 from ..device import DeviceKey
-from ..inputs import Inputs, RoutedInputs, check_output, problem_of
+from ..inputs import Inputs, RoutedInputs, check_output, check_unquantized, problem_of
 from ..policy.resolve import as_choice, decision_table
 from ..policy.schema import Policy
 from ..policy.select import DecisionTable
@@ -89,7 +90,7 @@ class Call:
     ) -> torch.Tensor:
         """Check the inputs, choose and run; see `Routine`."""
         if inputs.hidden_states_scale is None:
-            inputs = quantize_input.quantize(inputs)
+            check_unquantized(inputs.hidden_states)
         problem = problem_of(
             inputs,
             top_k=top_k,
@@ -108,7 +109,7 @@ class Call:
         backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
         dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
         if inputs.num_tokens:
-            dispatch.run(inputs.num_tokens, inputs, output)
+            launch(dispatch.counted(inputs.num_tokens), inputs, output)
         return output
 
 
@@ -129,3 +130,16 @@ def new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
     """An unwritten ``[T, H]`` bfloat16 tensor beside the inputs."""
     hidden = inputs.hidden_states
     return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)
+
+
+def launch(runner: Runner, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+    """Quantise hidden states that come in bfloat16, and run; the inputs were checked before.
+
+    ``memory`` is for both: see `Runner.run_in`.
+    """
+    if inputs[3] is None:  # hidden_states_scale
+        inputs = quantize_input.quantize(inputs, memory)
+    if memory is None:
+        runner.run(inputs, output)
+    else:
+        runner.run_in(inputs, output, memory)

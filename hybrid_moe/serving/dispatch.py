@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 from .. import backends
 from ..backends.base import Runner
 from ..candidate import BackendUnsupportedError, Choice
 from ..device import DeviceKey
-from ..inputs import Inputs
 from ..policy.schema import Policy
 from ..policy.select import Decision, DecisionTable, explicit
 from ..problem import MoEProblem
@@ -84,22 +80,19 @@ class Dispatch:
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 
-    def run(self, num_tokens: int, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
-        """Run and count what was chosen for ``num_tokens``, at least 1; the inputs were checked before.
+    def counted(self, num_tokens: int) -> Runner:
+        """The runner for a call at ``num_tokens``, at least 1, which is counted, and logged if it is a first one.
 
-        ``memory`` is for `Runner.run_in`.
+        Call it with no lock held: a log handler may do anything.
         """
         # All that is done here is added to every call.
         at = bisect_right(self.starts, num_tokens) - 1
         if self._counters[at].add(num_tokens):
             _announce(self._labels[at], self._decide(num_tokens))
-        if memory is None:
-            self._runners[at].run(inputs, output)
-        else:
-            self._runners[at].run_in(inputs, output, memory)
+        return self._runners[at]
 
     def runner(self, num_tokens: int) -> Runner:
-        """What `run` calls at ``num_tokens``."""
+        """What `counted` returns, uncounted."""
         return self._runners[bisect_right(self.starts, num_tokens) - 1]
 
     def reserved_bytes(self, max_num_tokens: int) -> int:
@@ -131,18 +124,15 @@ class _Announced:
     """What the process's log has said: a model's layers are alike, and their first decisions too."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._labels: set[Label] = set()
+        self._labels: dict[Label, object] = {}
 
     def is_new(self, label: Label) -> bool:
-        with self._lock:
-            new = label not in self._labels
-            self._labels.add(label)
-        return new
+        """True for one caller of each label."""
+        mine = object()
+        return self._labels.setdefault(label, mine) is mine
 
     def forget(self) -> None:
-        with self._lock:
-            self._labels.clear()
+        self._labels.clear()
 
 
 _ANNOUNCED = _Announced()

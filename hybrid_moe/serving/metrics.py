@@ -6,17 +6,19 @@ is. Count replays where they are launched.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..candidate import Choice
 from ..policy.schema import Interval
 from ..policy.select import Source
 from ..problem import MoEProblem
+
+T = TypeVar("T")
 
 # Calls that a counter notes before it adds them up.
 _BATCH = 4096
@@ -71,45 +73,76 @@ class Sample:
         }
 
 
+class _Log(Generic[T]):
+    """A list of items with the total of all earlier ones at its head; nobody waits for a lock here.
+
+    Adding, copying and replacing the beginning are one operation on the list each, and so atomic: whoever copies it has
+    every item once, under its head or behind it. That holds in a signal handler that interrupts a fold, and in a child
+    that was forked while another thread folded.
+    """
+
+    __slots__ = ("items", "_folding")
+
+    def __init__(self, head: T) -> None:
+        self.items: list[T] = [head]
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a forked child: the thread that held it may be gone."""
+        self._folding = threading.Lock()
+
+    def fold(self, shorter: Callable[[list[T]], list[T]]) -> None:
+        """Put what ``shorter`` makes of all items in their place, unless somebody is at it already."""
+        if not self._folding.acquire(blocking=False):
+            return
+        try:
+            taken = self.items.copy()
+            self.items[: len(taken)] = shorter(taken)  # other threads go on appending behind
+        finally:
+            self._folding.release()
+
+
 class Counter:
     """Calls and tokens of one label, exact whatever threads call at once.
 
-    A call only appends to a deque, which is atomic; a lock at every call would cost it three times as much. What was
-    appended is added up under the lock, once in many calls and when somebody asks.
+    A call only appends to a list; a lock at every call would cost it three times as much. What was appended is added up
+    once in many calls.
     """
 
-    __slots__ = ("_pending", "_limit", "_lock", "_calls", "_tokens")
+    __slots__ = ("_log", "_items", "_limit", "_first")
 
     def __init__(self) -> None:
-        self._pending: deque[int] = deque()
-        self._limit = 1  # so that the first call is noticed
-        self._lock = threading.Lock()
-        self._calls = self._tokens = 0
+        self._log: _Log[int | tuple[int, int]] = _Log((0, 0))
+        self._items = self._log.items
+        self._limit = 2  # so that the first call is noticed
+        self._first = [True]  # taken once
 
     def add(self, tokens: int) -> bool:
         """Count a call of ``tokens``; whether it's the first, which is true exactly once."""
-        pending = self._pending
-        pending.append(tokens)
-        return len(pending) >= self._limit and self._noticed()
+        items = self._items
+        items.append(tokens)
+        return len(items) >= self._limit and self._noticed()
 
     def totals(self) -> tuple[int, int]:
         """Calls and tokens so far."""
-        with self._lock:
-            self._add_up()
-            return self._calls, self._tokens
+        return _added_up(self._items.copy())
+
+    def renew_lock(self) -> None:
+        """See `_Log`."""
+        self._log.renew_lock()
 
     def _noticed(self) -> bool:
-        with self._lock:
-            first = self._limit == 1
-            self._limit = _BATCH
-            self._add_up()
-        return first
+        self._limit = _BATCH
+        try:
+            return self._first.pop()
+        except IndexError:
+            self._log.fold(lambda items: [_added_up(items)])
+            return False
 
-    def _add_up(self) -> None:
-        # No more than there are now: other threads go on appending.
-        for _ in range(len(self._pending)):
-            self._tokens += self._pending.popleft()
-            self._calls += 1
+
+def _added_up(items: list[Any]) -> tuple[int, int]:
+    (calls, tokens), *added = items
+    return calls + len(added), tokens + sum(added)
 
 
 class Counters:
@@ -129,32 +162,41 @@ class Counters:
 
 
 class _Process:
-    """All owners there are, and what is left of those that are gone."""
+    """All owners there are, and at the head what is left of those that are gone."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owners: list[tuple[weakref.ref[Counters], dict[Label, Counter]]] = []
-        self._gone: dict[Label, tuple[int, int]] = {}
+        self._log: _Log[Any] = _Log({})
 
     def join(self, owner: Counters, counters: dict[Label, Counter]) -> None:
-        with self._lock:
-            self._bury()
-            self._owners.append((weakref.ref(owner), counters))
+        self._log.items.append((weakref.ref(owner), counters))
+        self._log.fold(_bury)
 
     def snapshot(self) -> tuple[Sample, ...]:
-        with self._lock:
-            self._bury()
-            return _samples(_totals([counters for _, counters in self._owners], self._gone))
+        gone, *owners = self._log.items.copy()
+        return _samples(_totals([counters for _, counters in owners], gone))
 
-    def _bury(self) -> None:
-        # Here and not in a callback of the reference, which could come while the lock is held.
-        alive = []
-        for owner, counters in self._owners:
-            if owner() is None:
-                self._gone = _totals([counters], self._gone)
-            else:
-                alive.append((owner, counters))
-        self._owners = alive
+    @property
+    def owners(self) -> list[dict[Label, Counter]]:
+        """The counters of each owner that isn't buried."""
+        return [counters for _, counters in self._log.items.copy()[1:]]
+
+    def renew_locks(self) -> None:
+        self._log.renew_lock()
+        for counters in self.owners:
+            for counter in counters.values():
+                counter.renew_lock()
+
+
+def _bury(items: list[Any]) -> list[Any]:
+    # Here and not in a callback of the reference, which could come anywhere.
+    gone, *owners = items
+    alive = []
+    for owner, counters in owners:
+        if owner() is None:  # nobody counts any more
+            gone = _totals([counters], gone)
+        else:
+            alive.append((owner, counters))
+    return [gone, *alive]
 
 
 def _totals(
@@ -162,7 +204,7 @@ def _totals(
 ) -> dict[Label, tuple[int, int]]:
     totals = dict(start or {})
     for counters in owners:
-        for label, counter in list(counters.items()):
+        for label, counter in counters.copy().items():
             calls, tokens = counter.totals()
             before = totals.get(label, (0, 0))
             totals[label] = before[0] + calls, before[1] + tokens
@@ -174,6 +216,8 @@ def _samples(totals: Mapping[Label, tuple[int, int]]) -> tuple[Sample, ...]:
 
 
 _PROCESS = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _PROCESS.renew_locks())
 
 
 def snapshot() -> tuple[Sample, ...]:

@@ -24,6 +24,11 @@ def latency_us(choice, num_tokens, costs=COSTS):
     return fixed + each * num_tokens
 
 
+class _Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("an exception without a message")
+
+
 @dataclass
 class FakeBench:
     """``bad`` says how candidates misbehave: kind by name, or by workload as ``fake_a@16 zipf``."""
@@ -66,11 +71,20 @@ class FakeBench:
                 time.sleep(1e6)
             elif kind == "exit":
                 os._exit(7)
+            elif kind == "leave a child":  # which has this process's pipes, and would keep them open
+                if os.fork() == 0:
+                    time.sleep(30)
+                    os._exit(0)
+                os._exit(5)
             elif kind == "segfault":
                 ctypes.string_at(0)
             elif kind in ("raise", "break"):
                 self.broken = kind == "break"
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            elif kind == "unencodable":
+                raise RuntimeError("\udcff\x1b[2J")
+            elif kind == "mute":
+                raise _Mute()
             elif kind in ("wrong", "refuse"):
                 status, reason = ("failed", "relative_l2 is 0.7") if kind == "wrong" else ("unsupported", "no such GPU")
                 yield BenchRecord(**common, timing=timing, status=status, reason=reason)

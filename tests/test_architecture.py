@@ -25,6 +25,7 @@ SPINE = (
     "device",
     "problem",
     "files",
+    "text",
     "version",
 )
 

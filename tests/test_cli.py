@@ -205,10 +205,20 @@ def test_learn_bad_input_leaves_the_file_alone(tmp_path, content, arguments, wan
     source, path = tmp_path / "records", tmp_path / "policy.json"
     if content is not None:
         source.write_text(content.read_text() if isinstance(content, Path) else content)
-    path.write_text("before")
+    before = '{"schema_version": 1, "device": "x"}'
+    path.write_text(before)
     assert wanted in fails("learn", source, "-o", path, *arguments)
-    assert path.read_text() == "before"
+    assert path.read_text() == before
     assert {p.name for p in tmp_path.iterdir()} <= {"records", "policy.json", "user_data"}
+
+
+def test_learn_eats_no_input_and_replaces_policies_alone(tmp_path):
+    source, other = tmp_path / "r.md", tmp_path / "other.jsonl"
+    source.write_bytes(DATA.read_bytes())
+    other.write_text("measured elsewhere\n")
+    assert "--output is" in fails("learn", source, "-o", source)
+    assert "isn't a policy" in fails("learn", source, "-o", other)
+    assert source.read_bytes() == DATA.read_bytes() and other.read_text() == "measured elsewhere\n"
 
 
 def test_learn_wants_a_file_name(tmp_path):

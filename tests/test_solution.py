@@ -449,7 +449,7 @@ def test_the_command_for_a_candidate_and_a_file(tmp_path, monkeypatch):
         (["--candidate", "triton_fused", "--name", "flashinfer_trtllm"], "not triton_fused[gemm=triton]"),
         (["--device", "nvidia_b200", "--author", " "], "author is ' '; a name is wanted"),
         (["--device", "nvidia_b200", "--policy", "missing.json"], "policy file missing.json doesn't exist"),
-        (["--device", "nvidia_b200", "--definition", "s.json"], "to be both the Solution and the Definition"),
+        (["--device", "nvidia_b200", "--definition", "s.json"], "--definition is s.json, which is --output as well"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, tmp_path, monkeypatch):
@@ -459,5 +459,5 @@ def test_the_command_says_what_is_wrong(arguments, message, tmp_path, monkeypatc
 
 
 def test_no_half_written_file(tmp_path):
-    assert "is a folder; a file name is wanted" in fails("solution", "--device", "nvidia_b200", "-o", tmp_path)
+    assert "is a folder; expected a file name" in fails("solution", "--device", "nvidia_b200", "-o", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,13 @@
 """Sweeps and the policy made from them, with a bench that needs no GPU."""
 
+import contextlib
 import fcntl
 import functools
 import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,6 +290,8 @@ def test_a_hanging_process_does_not_outlive_a_killed_sweep(tmp_path):
         ("raise", "failed", "RuntimeError: CUDA error"),
         ("break", "failed", "RuntimeError: CUDA error"),
         ("wrong", "failed", "relative_l2 is 0.7"),
+        ("unencodable", "failed", r"RuntimeError: \udcff\x1b[2J"),
+        ("mute", "failed", "_Mute: (its message can't be made: RuntimeError)"),
     ],
 )
 def test_one_bad_workload_costs_its_own_records(tmp_path, kind, status, reason):
@@ -304,6 +308,27 @@ def test_one_bad_workload_costs_its_own_records(tmp_path, kind, status, reason):
     assert swept(path, plan, FakeBench()).added == 0
     again = swept(path, plan, FakeBench(), retry=True)
     assert [(r.choice, r.num_tokens, r.status) for r in again.records[len(outcome.records) :]] == [(B, 4, "passed")] * 2
+
+
+def test_a_grandchild_that_outlives_its_process_does_not_hide_how_that_ended(tmp_path):
+    begun = time.monotonic()
+    pids = tmp_path / "pids"
+    bench = FakeBench(bad={"fake_b@4 uniform": "leave a child"}, pids=pids)
+    outcome = swept(tmp_path / "records.jsonl", small_plan(max_tokens=4), bench, limit_s=20.0)
+    assert time.monotonic() - begun < 15
+    bad = [(r.status, r.reason) for r in outcome.records if r.status != "passed"]
+    assert bad == [("failed", "its process ended with exit code 5")] * 2
+    # Nobody is left of the groups: the next timing has the GPU to itself.
+    assert not running_in_groups(set(pids.read_text().split()))
+
+
+def running_in_groups(groups):
+    running = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+            running += [stat.parent.name] if group in groups and state != "Z" else []
+    return running
 
 
 @pytest.mark.parametrize("kind", ["refuse", "exit"])
@@ -423,6 +448,104 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="line 1 is no benchmark record"):
         swept(path, small_plan(), FakeBench())
     assert path.read_bytes() == before
+
+
+# Whole or cut short, with or without lines of ours: none of this was written by a sweep.
+_RECORD = b'{"schema_version":1,"device":"cpu","problem":"p","backend":"b","num_tokens":1,"local_expert_offset":0,'
+_RECORD += b'"routing":"uniform","seed":0,"status":"failed","reason":"r","timing":"eager"}'
+FOREIGN = {
+    "a picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4,
+    "one JSON line": b'{"a": 1}',
+    "a whole JSON line": b'{"a": 1}\n',
+    "text": b"dear diary,\n\ntoday",
+    "a policy": b'{"schema_version":1,"device":"cpu","problem":{"num_experts":256},"definition":"d"}',
+    "a policy cut short": b'{"schema_version":1,"device":"cpu","problem":{"num_ex',
+    "a record and a JSON value": _RECORD + b'\n{"a": 1}',
+    "a record and text": _RECORD + b"\ndear diary",
+    "a record with an unknown status": _RECORD.replace(b"failed", b"fine") + b"\n",
+    "spaces": b"   ",
+    "zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_is_not_ours_is_refused_and_untouched(tmp_path, content):
+    path = tmp_path / "precious"
+    path.write_bytes(content)
+    before = os.stat(path)
+    with pytest.raises(ValueError, match="precious, line . is no benchmark record.*nothing was changed"):
+        task(path).perform(FakeBench(costs=REAL_COSTS), FORK)
+    for attempt in (journal.mend, lambda p: journal.resume(p, Identity("cpu", {}), SMALL)):
+        with pytest.raises(ValueError, match="precious, line"):
+            attempt(path)
+    assert path.read_bytes() == content and os.stat(path).st_mtime_ns == before.st_mtime_ns
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+@pytest.mark.parametrize("kind", ["a picture", "text", "a policy", "a policy cut short", "zeros"])
+def test_only_records_are_set_aside(tmp_path, kind):
+    path = tmp_path / "precious"
+    path.write_bytes(FOREIGN[kind])
+    with pytest.raises(ValueError, match="no benchmark record"):
+        task(path, fresh=True).perform(FakeBench(costs=REAL_COSTS), FORK)
+    assert os.listdir(tmp_path) == ["precious"] and path.read_bytes() == FOREIGN[kind]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_every_beginning_of_a_record_is_known_as_one(tmp_path, kept):
+    path = tmp_path / "records.jsonl"
+    swept(path, small_plan(max_tokens=1), FakeBench())
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = b"".join(lines[:kept])
+    for cut in range(1, len(lines[kept]) - 1):
+        for zeros in (b"", bytes(7)):
+            path.write_bytes(whole + lines[kept][:cut] + zeros)
+            assert "cut off" in journal.mend(path)
+            assert path.read_bytes() == whole
+
+
+def test_a_link_to_the_records_is_followed(tmp_path):
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(real)
+    result = task(link, REAL[:1]).perform(FakeBench(costs=REAL_COSTS), FORK)
+    assert link.is_symlink() and result.records == real
+    task(link, REAL[:1], fresh=True).perform(FakeBench(costs=REAL_COSTS), FORK)
+    assert link.is_symlink() and len(list(tmp_path.glob("real.until-*.jsonl"))) == 1
+
+
+def test_links_and_pipes_in_the_place_of_files_of_ours(tmp_path):
+    path, precious = tmp_path / "records.jsonl", tmp_path / "precious"
+    precious.write_bytes(b"data")
+    for name in (".records.jsonl.lock", "records.jsonl.log", "records.unverified.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(precious)
+        with pytest.raises((ValueError, SweepError)):
+            task(path).perform(FakeBench(costs=REAL_COSTS), FORK)
+        assert precious.read_bytes() == b"data"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="FIFO"):
+        task(path).perform(FakeBench(costs=REAL_COSTS), FORK)
+
+
+def test_the_records_are_not_the_policy(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with pytest.raises(ValueError, match="--output is .* read as well"):
+        task(path, output=path).perform(FakeBench(costs=REAL_COSTS), FORK)
+    (tmp_path / "photo.json").write_bytes(FOREIGN["a picture"])
+    with pytest.raises(ValueError, match="isn't a policy"):
+        task(path, output=tmp_path / "photo.json").perform(FakeBench(costs=REAL_COSTS), FORK)
+    assert (tmp_path / "photo.json").read_bytes() == FOREIGN["a picture"] and not path.exists()
+
+
+@pytest.mark.parametrize("seconds", [b"null", b"NaN", b'"7"', b"-5", b"true", b"1e999", b"9" * 4000, b"[]"])
+def test_durations_that_are_none_count_nothing(tmp_path, seconds):
+    path, plan = tmp_path / "records.jsonl", small_plan(max_tokens=2)
+    swept(path, plan, FakeBench())
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(re.sub(rb'"seconds":[0-9.e-]+', b'"seconds":' + seconds, first) + b"".join(rest))
+    assert seconds in path.read_bytes()
+    outcome = swept(path, plan, FakeBench(), budget_s=1e9)
+    assert 0 <= outcome.spent_s < 60 and outcome.added == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import warnings
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +17,7 @@ from ..measure.sweep.process import SweepError
 from ..policy.select import NoBackendError
 from ..version import __version__
 from . import demo, doctor, evaluate, explain, learn, regenerate, report, run, solution, verify
-from .common import err
+from .common import err, show_warning
 
 # What a person can put right: bad input, an unusable file (PolicyError is a ValueError), a device that can't run it.
 # Anything else is a bug, and keeps its traceback.
@@ -74,4 +77,8 @@ for _module in (demo, run, explain, regenerate, learn, verify, evaluate, report,
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that isn't UTF-8 still gets all of it
+    warnings.showwarning = show_warning  # type: ignore[assignment]
     app(prog_name="hybrid-moe")

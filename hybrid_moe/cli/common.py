@@ -9,15 +9,16 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from ..device import DeviceKey
@@ -26,10 +27,21 @@ from ..policy import resolve
 from ..policy.schema import Policy
 from ..policy.store import find_policy, how_to_make_one, known_policies, load_policy
 from ..problem import MoEProblem, RoutingMethod
+from ..text import printable, printable_json
+
+
+class PrintableConsole(Console):
+    """A console on which text that came from a file can't move the cursor, hide what was printed, or fail to encode."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As ``Console.render``, with what isn't a style of ours made `printable`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
 
 # A pipe has no width: 80 columns would fold the tables.
-out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-err = Console(stderr=True, highlight=False)
+out = PrintableConsole(width=None if sys.stdout is not None and sys.stdout.isatty() else 120, highlight=False)
+err = PrintableConsole(stderr=True, highlight=False)
 
 NumExperts = Annotated[int | None, typer.Option(min=1, help="Experts of the whole model. [default: 256]")]
 NumLocalExperts = Annotated[int | None, typer.Option(min=1, help="Experts of this rank. [default: 32]")]
@@ -152,7 +164,7 @@ def _wanted_device(device: str | None, path: Path | None) -> str:
 
 def print_json(value: object) -> None:
     """Print ``value``; figures that aren't finite, which JSON doesn't have, become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    print(printable_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def _finite(value: Any) -> Any:
@@ -194,4 +206,9 @@ def warnings_shown() -> Iterator[None]:
         warnings.simplefilter("default")
         yield
     for message in dict.fromkeys(str(warning.message) for warning in caught):
-        err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+        show_warning(message)
+
+
+def show_warning(message: Warning | str, *_place: object) -> None:
+    """Print a warning in one line, in place of ``warnings.showwarning``."""
+    err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)

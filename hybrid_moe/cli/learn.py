@@ -9,6 +9,7 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
+from ..files import POLICY, check_outputs, check_target
 from ..learn.learner import learn_from_files
 from ..measure.records import problem_of_definition
 from ..policy.schema import LearnerOptions, Policy, describe
@@ -60,6 +61,9 @@ def learn(
     wanted = None
     if problem is not None:
         wanted = problem_of_definition(problem, num_experts=num_experts, gate_first=gate_first)
+    check_outputs({"--output": output}, records)
+    if output is not None:
+        check_target(output, POLICY)
     with warnings_shown():
         policy = learn_from_files(records, options, wanted, device)
     path = policy_path(user_policy_dir(), policy.device, policy.problem) if output is None else output

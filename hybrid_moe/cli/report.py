@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..files import write_whole
+from ..files import PAGE, PICTURE, Kind, check_outputs, check_target, write_whole
 from ..learn.compare import is_about
 from ..learn.report import data
 from ..measure.readers import read_with_digest
@@ -50,9 +50,12 @@ def report(
     records and policy give the same bytes. The records need not be those that the policy was learned from.
     """
     _require("matplotlib", "jinja2")
-    for path in (output, png):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} is a folder; a file name is wanted")
+    page_path = Path("report.html") if output is None and png is None else output
+    outputs = {"--output": (page_path, PAGE), "--png": (png, PICTURE)}
+    for path, kind in outputs.values():
+        if path is not None:
+            check_target(path, kind)
+    check_outputs({option: path for option, (path, _) in outputs.items()}, [*(records or ()), policy])
     if records:
         read: Read = [read_with_digest(path) for path in records]
         found, where = _policy_for([r for rs, _ in read for r in rs], policy, device)
@@ -66,13 +69,13 @@ def report(
     # Both are made before either is written.
     from ..learn.report import draw, page
 
-    files: dict[Path, bytes] = {}
+    files: dict[Path, tuple[bytes, Kind]] = {}
     if png is not None:
-        files[png] = draw.png(result, result.loads[0])
-    if output is not None or png is None:
-        files[output or Path("report.html")] = page.html(result).encode()
-    for path, content in files.items():
-        write_whole(path, content)
+        files[png] = draw.png(result, result.loads[0]), PICTURE
+    if page_path is not None:
+        files[page_path] = page.html(result).encode(errors="backslashreplace"), PAGE
+    for path, (content, kind) in files.items():
+        write_whole(path, content, kind)
 
     sentence = page.verdict(result)
     if as_json:

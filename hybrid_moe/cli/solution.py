@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..candidate import Choice
-from ..files import write_whole
+from ..files import DEFINITION, SOLUTION, check_outputs, check_target, write_whole
 from ..flashinfer_bench.definition import definition_of
 from ..flashinfer_bench.solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
 from ..measure.workloads import DEEPSEEK_V3
@@ -88,14 +88,11 @@ def solution(
         found, _ = wanted_policy(device, problem, policy)
         made = policy_solution(found, name=name, author=author)
     path = Path(f"{made['name']}.json") if output is None else output
-    for target in filter(None, (path, definition)):
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder; a file name is wanted, as {target / made['name']}.json")
+    check_outputs({"--output": path, "--definition": definition}, [policy])
+    check_target(path, SOLUTION)
     if definition is not None:
-        if definition.resolve() == path.resolve():
-            raise ValueError(f"{path} is to be both the Solution and the Definition; two files are wanted")
-        write_whole(definition, (json.dumps(definition_of(problem), indent=2) + "\n").encode())
-    write_whole(path, dumps_solution(made).encode())
+        write_whole(definition, (json.dumps(definition_of(problem), indent=2) + "\n").encode(), DEFINITION)
+    write_whole(path, dumps_solution(made).encode(), SOLUTION)
     if as_json:
         print_json({"path": str(path), **{key: value for key, value in made.items() if key != "sources"}})
         return

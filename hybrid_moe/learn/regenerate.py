@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import backends
 from ..candidate import Choice
+from ..files import POLICY, check_outputs, check_target
 from ..measure.readers import read_with_digest
 from ..measure.records import BenchRecord
 from ..measure.sweep import journal
@@ -192,11 +193,14 @@ class Regeneration:
             Nothing can be measured.
         """
         observer = observer or Observer()
-        log = self.records or journal.user_records_dir() / "measuring"
+        given = None if self.records is None else Path(os.path.realpath(self.records))
+        if given is not None:
+            journal.check(given, fresh=self.fresh)  # before anything is written next to it
+        log = given or journal.user_records_dir() / "measuring"
         with Worker(bench, log.with_name(f"{log.name}.log"), context) as worker:
             identity = worker.identify()
             target = self._target(identity.device)  # before anything is measured: whether it can be written
-            path = self.records or journal.default_path(identity.device, self.plan.problem)
+            path = given or journal.default_path(identity.device, self.plan.problem)
             with journal.locked(path):
                 outcome = self._measure(worker, identity, path, observer)
                 worker.close()  # its memory is wanted for the verification
@@ -235,20 +239,20 @@ class Regeneration:
             raise NoBackendError("\n".join([f"no candidate can run on {device}:", *lines]))
         policy = self._learn(path)
         # Kept before it is tried: if trying it ends this process, the file is there to look at.
-        tried = path.with_name(f"{path.stem}.unverified.json")
+        tried, failed, kept = _beside(path)
         save_policy(policy, tried)
         policy = load_policy(tried)
         findings = verify_policy(policy, observer.verification)
         installed = False
         if any(finding.status != "verified" for finding in findings):
-            target = path.with_name(f"{path.stem}.failed-verification.json")
+            target = failed
             os.replace(tried, target)
         elif self.install:
             save_policy(policy, target)
             tried.unlink()
             installed = True
         else:
-            target = path.with_name(f"{path.stem}.policy.json")
+            target = kept
             os.replace(tried, target)
         return Result(policy, target, installed, findings, left_out, path, outcome)
 
@@ -267,8 +271,9 @@ class Regeneration:
     def _target(self, device: str) -> Path:
         """Where the policy goes; ValueError if something else is there."""
         path = self.output or policy_path(user_policy_dir(), device, self.plan.problem)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; a file name is wanted as --output")
+        check_outputs({"--output": path}, [self.records])
+        for target in [*([path] if self.install else []), *(_beside(self.records) if self.records else [])]:
+            check_target(target, POLICY)
         try:
             there = load_policy(path) if self.install and path.exists() else None
         except PolicyError:
@@ -279,6 +284,13 @@ class Regeneration:
                 "as --output"
             )
         return path
+
+
+def _beside(records: Path) -> tuple[Path, Path, Path]:
+    """Where a policy is kept next to its records: while it is tried, if that fails, and if it isn't to be installed."""
+    ends = ("unverified", "failed-verification", "policy")
+    tried, failed, kept = (records.with_name(f"{records.stem}.{end}.json") for end in ends)
+    return tried, failed, kept
 
 
 def failures_of(records: Sequence[BenchRecord]) -> list[BenchRecord]:

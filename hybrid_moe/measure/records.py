@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..candidate import PEER_PREFIX, Choice, ConfigValue
+from ..files import append_line
 from ..policy.schema import SLUG, Timing
 from ..problem import MoEProblem, problem_of_definition
 
@@ -157,26 +157,8 @@ class BenchRecord(_Model):
 
 
 def append_record(path: str | Path, record: BenchRecord) -> None:
-    """Add one line to a file of records, in one write, and wait until it is on the disk; makes missing folders.
-
-    Raises
-    ------
-    ValueError
-        The file ends in the middle of a line: what is added would be lost with it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = record.model_dump_json(exclude_none=True).encode() + b"\n"
-    # Unbuffered: one write is one line, so that runs which share a file don't mix theirs.
-    with open(path, "a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                raise ValueError(f"{path} ends in the middle of a line: delete its last line first")
-        written = file.write(line)
-        if written != len(line):
-            raise OSError(f"{path} took {written} of {len(line)} bytes; is the disk full?")
-        os.fsync(file.fileno())
+    """Add one line to a file of records, see `files.append_line`."""
+    append_line(path, record.model_dump_json(exclude_none=True).encode() + b"\n")
 
 
 def problem_of_record(record: BenchRecord, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:

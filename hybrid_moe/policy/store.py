@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 from pydantic import ValidationError
 
-from ..files import write_whole
+from ..files import POLICY, write_whole
 from ..problem import MoEProblem
 from .schema import SCHEMA_VERSION, Policy, PolicyError, describe
 
@@ -67,8 +67,8 @@ def load_policy(path: str | Path) -> Policy:
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a policy file, whole or not at all; makes the folders that are missing."""
-    write_whole(path, dumps_policy(policy).encode())
+    """Write a policy file, whole or not at all, in place of nothing but a policy; see `files.write_whole`."""
+    write_whole(path, dumps_policy(policy).encode(), POLICY)
 
 
 def user_policy_dir() -> Path:

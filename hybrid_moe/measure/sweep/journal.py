@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,8 @@ from pathlib import Path
 import platformdirs
 from pydantic import ValidationError
 
+from ... import files
+from ...policy.schema import describe
 from ...problem import MoEProblem
 from ..bench import PACKAGES
 from ..readers import read_records
@@ -38,17 +40,48 @@ def locked(path: Path) -> Iterator[None]:
     ValueError
         Another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A file beside it, as the file itself may be set aside meanwhile. It stays: to remove it would be a race.
-    with open(path.with_name(f".{path.name}.lock"), "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    # A file next to it, as the file itself may be set aside meanwhile.
+    with files.locked(path.with_name(f".{path.name}.lock")) as had:
+        if not had:
             raise ValueError(
                 f"another run is writing {path}: wait until it ends, or write elsewhere with --records FILE "
                 "(two at once on one GPU would spoil each other's timing)"
-            ) from None
+            )
         yield
+
+
+# How `append_record` begins every line. A policy's file may have the same first two fields.
+_START, _SLUG, _NEXT = b'{"schema_version":1,"device":"', re.compile(rb"[a-z0-9_]*"), b'","problem":"'
+
+
+def check(path: Path, *, fresh: bool = False) -> bytes:
+    """Look whether a file may be gone on with, or set aside (``fresh``); changes nothing.
+
+    Returns
+    -------
+    bytes
+        What is left of a last line that is half written, or lacks its newline.
+
+    Raises
+    ------
+    ValueError
+        It isn't a file of records, or its last line isn't what is left of one.
+    """
+    if not path.exists():
+        return b""
+    lines = files.Lines(path)
+    number, rest = 0, b""
+    for number, line in lines:
+        # The way out of a damaged file: it only has to begin as one of ours.
+        if fresh and _begins_as_record(line):
+            return b""
+        if not lines.complete:
+            rest = line
+        elif line.strip():
+            _parse(path, number, line)
+    if rest and not _is_rest(rest, alone=number == 1):
+        _parse(path, number, rest)
+    return rest
 
 
 def mend(path: Path) -> str:
@@ -58,19 +91,20 @@ def mend(path: Path) -> str:
     -------
     str
         For people: what was done; empty if nothing.
+
+    Raises
+    ------
+    ValueError
+        As `check`; the file stays as it is.
     """
-    if not path.exists():
-        return ""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    rest = content[whole:]
+    rest = check(path)
     if not rest:
         return ""
     try:
         BenchRecord.model_validate_json(rest)
     except ValidationError:
         with open(path, "r+b") as file:
-            file.truncate(whole)
+            file.truncate(path.stat().st_size - len(rest))
             os.fsync(file.fileno())
         return f"{path} ended in the middle of a line: cut off its last {len(rest)} bytes; that one is measured again"
     with open(path, "ab") as file:
@@ -80,10 +114,48 @@ def mend(path: Path) -> str:
     return f"{path} lacked the newline after its last record: added"
 
 
+def _parse(path: Path, number: int, line: bytes) -> None:
+    try:
+        BenchRecord.model_validate_json(line)
+    except ValidationError as error:
+        raise ValueError(
+            f"{path}, line {number} is no benchmark record ({describe(error, most=1)}); nothing was changed: name "
+            "another file as --records, or delete that line"
+        ) from error
+
+
+def _is_rest(rest: bytes, alone: bool) -> bool:
+    """Whether this can be left of a record: its beginning, with zeros for what wasn't on the disk yet.
+
+    More is wanted where nothing before it (``alone``) says that the file is a journal.
+    """
+    rest = rest.rstrip(b"\0")
+    with contextlib.suppress(ValueError):
+        files.parse_json(files.decode(rest))
+        return False  # a whole value, but no record
+    return _begins_as_record(rest) if alone else not rest or rest.startswith(b"{")
+
+
+def _begins_as_record(text: bytes) -> bool:
+    if not text.startswith(_START):
+        return bool(text) and _START.startswith(text)
+    slug = _SLUG.match(text, len(_START))
+    assert slug is not None
+    after = text[slug.end() :]
+    return after.startswith(_NEXT) or _NEXT.startswith(after)
+
+
 def set_aside(path: Path) -> Path | None:
-    """Give a file of records another name, with the time in it, and say which; ``None`` if there is no file."""
+    """Give a file of records another name, with the time in it, and say which; ``None`` if there is no file.
+
+    Raises
+    ------
+    ValueError
+        It isn't a file of records; it keeps its name.
+    """
     if not path.exists():
         return None
+    check(path, fresh=True)
     stem = f"{path.stem}.until-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     number, target = 1, path.with_name(stem + path.suffix)
     while target.exists():

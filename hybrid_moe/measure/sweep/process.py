@@ -7,24 +7,28 @@ what they like). The sweep ends it where it takes too long, and starts another.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from ...candidate import Choice
+from ...files import open_log, read_tail
 from ...policy.schema import GraphOrEager
+from ...text import describe_exception, printable
 from ..records import BenchRecord, EnvironmentValue
 from ..workloads import Workload
 from .plan import Job
@@ -32,6 +36,7 @@ from .plan import Job
 # Imports of torch and of a library from a slow disk; weights, inputs and reference of the largest workload.
 START_LIMIT_S, LOAD_LIMIT_S = 300.0, 600.0
 _CLOSE_LIMIT_S = 10.0
+_LOOK_S = 0.1  # how often it is looked whether the process still lives
 _PR_SET_PDEATHSIG = 1
 
 
@@ -105,6 +110,7 @@ class _Raised:
 
 def _serve(bench: Bench, connection: Connection, log: Path) -> None:
     """The process itself: jobs come in, records go out, until ``None`` comes or the other end is closed."""
+    os.setpgid(0, 0)  # so that what it starts can be ended with it
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     _output_to(log)
@@ -121,7 +127,7 @@ def _serve(bench: Bench, connection: Connection, log: Path) -> None:
         # Whatever a backend raises costs that backend its record and no more; the log has where it came from.
         except Exception as error:
             traceback.print_exc()
-            raised = _Raised(f"{type(error).__name__}: {error}", bench.usable())
+            raised = _Raised(describe_exception(error), bench.usable())
             connection.send(raised)
             if not raised.usable:
                 return
@@ -141,7 +147,7 @@ def _die_with_parent() -> None:
 
 def _output_to(log: Path) -> None:
     # The descriptors themselves: libraries and compilers don't print through Python.
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_log(log)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(descriptor, 1)
@@ -254,10 +260,14 @@ class Worker(AbstractContextManager["Worker"]):
     def _receive(self, limit_s: float) -> object:
         """The next message; after `CandidateLost` the process is gone."""
         assert self._connection is not None and self._process is not None
-        ready = wait([self._connection, self._process.sentinel], limit_s)
-        if not ready:
-            self.close()
-            raise CandidateLost(f"no result in {limit_s:g} s: its process was ended", timeout=True)
+        end = time.monotonic() + limit_s
+        while not self._connection.poll(max(0.0, min(_LOOK_S, end - time.monotonic()))):
+            # Asked of the system: processes that it started may keep its pipes open after its own end.
+            if self._has_ended():
+                break
+            if time.monotonic() >= end:
+                self.close()
+                raise CandidateLost(f"no result in {limit_s:g} s: its process was ended", timeout=True)
         try:
             # What was sent before the end is still to be had; after that comes the end of file.
             if self._connection.poll():
@@ -266,29 +276,57 @@ class Worker(AbstractContextManager["Worker"]):
             raise self._crash() from error
         raise self._crash()
 
+    def _has_ended(self) -> bool:
+        """Whether the process has; it stays a zombie, so that its group's number isn't given to others yet."""
+        assert self._process is not None and self._process.pid is not None
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # somebody else has taken its exit code
+            return True
+
+    def _end_group(self) -> None:
+        """End the process and what it started, but for what made itself a group of its own."""
+        assert self._process is not None and self._process.pid is not None
+        with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
+            # Only as long as its number is its own: after its exit code was taken, the group may be anybody's.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(self._process.pid, signal.SIGKILL)  # it may not have got to make the group yet
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def _crash(self) -> CandidateLost:
         assert self._process is not None
+        # The end of the pipe comes a moment before that of the process, whose own code is wanted.
+        end = time.monotonic() + _CLOSE_LIMIT_S
+        while not self._has_ended() and time.monotonic() < end:
+            time.sleep(0.001)
+        self._end_group()
         self._process.join(_CLOSE_LIMIT_S)
         code = self._process.exitcode
         self.close()
         if code is not None and code < 0:
-            return CandidateLost(f"its process was ended by {signal.Signals(-code).name}", crashed=True)
+            return CandidateLost(f"its process was ended by {_signal_name(-code)}", crashed=True)
         return CandidateLost(f"its process ended with exit code {code}", crashed=True)
 
     def _explain(self, what: str, lost: CandidateLost) -> str:
         try:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = read_tail(self._log).decode(errors="replace").split("\n")
         except FileNotFoundError:
             lines = []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))
         return f"{what}: {lost.reason}{f' ({last})' if last else ''}; its output is in {self._log}"
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process and what it started, whatever they do."""
         if self._process is None or self._connection is None:
             return
         self._connection.close()
-        if self._process.is_alive():
-            self._process.kill()
+        self._end_group()
         self._process.join(_CLOSE_LIMIT_S)
         self._process = self._connection = None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

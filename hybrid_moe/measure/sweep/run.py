@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...text import printable
 from ..bench import record_fields
 from ..records import BenchRecord, append_record
 from ..workloads import Workload
@@ -61,7 +62,15 @@ def spent_s(records: Sequence[BenchRecord]) -> float:
 
     It counts making workloads ready and failures, not what a run did after its last record before it was killed.
     """
-    return sum(float((record.model_extra or {}).get("seconds", 0.0)) for record in records)
+    return sum(_seconds((record.model_extra or {}).get("seconds")) for record in records)
+
+
+def _seconds(noted: object) -> float:
+    # A field of ours in a file that anybody may edit: what is no duration says nothing, and must not end the sweep or
+    # let it go on for ever (every comparison with NaN is false).
+    if isinstance(noted, bool) or not isinstance(noted, int | float) or not 0 <= noted < 1e9:
+        return 0.0
+    return float(noted)
 
 
 def sweep(
@@ -150,6 +159,6 @@ def _lost_record(plan: Plan, identity: Identity, job: Job, timing: str, lost: Ca
         **record_fields(identity.device, plan.problem, job.workload, job.choice, identity.environment),
         timing=timing,  # type: ignore[arg-type]
         status="timeout" if lost.timeout else "failed",
-        reason=lost.reason,
+        reason=printable(lost.reason),
         **extra,  # type: ignore[arg-type]
     )

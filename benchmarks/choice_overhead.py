@@ -26,7 +26,7 @@ import torch
 
 from hybrid_moe import HybridMoE, MoEInputs, MoEProblem, Policy, backends, fused_moe
 from hybrid_moe.backends.base import Backend, ConfigValue, Runner
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance
@@ -67,7 +67,7 @@ class _IdleRunner(Runner):
 
 def make_policy(device: DeviceKey, regimes: int) -> Policy:
     """Regimes of 8 tokens each, of the two variants in turn: more bounds than any measured policy has."""
-    variants = [Choice(Idle.name, config) for config in Idle().configs()]
+    variants = [Candidate(Idle.name, config) for config in Idle().configs()]
     return Policy(
         device=device.name,
         problem=PROBLEM,

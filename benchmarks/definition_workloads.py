@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hybrid_moe import backends
-from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.measure.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
@@ -37,8 +37,8 @@ from hybrid_moe.measure.workloads import (
 MODEL_TOKENS = (1, 16, 80, 901, 4096)
 BETWEEN = (3, 24, 128, 200, 400, 2048, 4096)
 SKEWED = (32, 901, 4096)
-OURS = tuple(Choice("triton_fused", {"gemm": gemm}) for gemm in ("triton", "sgl_kernel", "deep_gemm"))
-FLASHINFER = (Choice("flashinfer_trtllm"), Choice("flashinfer_cutlass"))
+OURS = tuple(Candidate("triton_fused", {"gemm": gemm}) for gemm in ("triton", "sgl_kernel", "deep_gemm"))
+FLASHINFER = (Candidate("flashinfer_trtllm"), Candidate("flashinfer_cutlass"))
 SAMPLED_TOKENS = 1024
 
 
@@ -111,14 +111,14 @@ def main() -> None:
         torch.ops.load_library(options.load_library)
         package, _, version = options.version_of_library.partition("=")
         environment[package] = version
-    candidates = [Choice.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
+    candidates = [Candidate.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
     if options.all:
         # A peer runs where its library does, which our pipeline around the same library knows.
         device = DeviceKey.of("cuda")
         supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(problem, device, c)]
         gemms = [c.config.get("gemm") for c in supported]
         candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
-        candidates += [Choice(name) for name in peers if name.removeprefix("peer:") in gemms]
+        candidates += [Candidate(name) for name in peers if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
     copies = [random_weights(problem, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
@@ -165,7 +165,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def show(case: Case, choice: Choice, graph: BenchRecord, eager: BenchRecord) -> None:
+def show(case: Case, choice: Candidate, graph: BenchRecord, eager: BenchRecord) -> None:
     """Print one row of the table."""
     work = case.work
     head = (

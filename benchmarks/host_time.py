@@ -33,7 +33,7 @@ from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.policy import resolve
 
-CHOICE = resolve.as_choice("triton_fused[gemm=triton]")
+CHOICE = resolve.as_candidate("triton_fused[gemm=triton]")
 
 
 def median(times: list[float]) -> str:

@@ -6,7 +6,7 @@ Importing this package imports no kernel library; backends load theirs when they
 from __future__ import annotations
 
 from .api import HybridMoE, fused_moe
-from .candidate import BackendUnsupportedError, Choice
+from .candidate import BackendUnsupportedError, Candidate, Choice
 from .device import DeviceKey
 from .inputs import MoEInputs, RoutedInputs
 from .policy.schema import Policy, PolicyError
@@ -19,6 +19,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "BackendUnsupportedError",
+    "Candidate",
     "Choice",
     "Decision",
     "DeviceKey",

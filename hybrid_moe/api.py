@@ -12,7 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .backends.base import Runner
-from .candidate import Choice
+from .candidate import Candidate
 from .device import DeviceKey
 from .inputs import (
     Inputs,
@@ -25,7 +25,7 @@ from .inputs import (
     plain_num_tokens,
     problem_of,
 )
-from .policy.resolve import as_choice
+from .policy.resolve import as_candidate
 from .policy.schema import Policy
 from .policy.select import Decision
 from .problem import MoEProblem, RoutingMethod
@@ -60,7 +60,7 @@ def fused_moe(
     topk_weights: torch.Tensor | None = None,
     num_experts: int | None = None,
     output: torch.Tensor | None = None,
-    backend: str | Choice | None = None,
+    backend: str | Candidate | None = None,
     policy: Policy | str | Path | None = None,
 ) -> torch.Tensor:
     """Run the FP8 block-scale MoE layer on the backend that was measured fastest for this GPU and token count.
@@ -98,7 +98,7 @@ def fused_moe(
     output
         ``[T, H]`` bfloat16 to write into; a new tensor if not given.
     backend
-        A name (``"triton_fused"``), ``"name[key=value]"`` or a `Choice`. It runs, or raises: never falls back.
+        A name (``"triton_fused"``), ``"name[key=value]"`` or a `Candidate`. It runs, or raises: never falls back.
     policy
         A `Policy`, a policy file or a directory of them; by default the user's own, then the shipped one. Files are
         read once in a process.
@@ -196,7 +196,7 @@ class HybridMoE:
         topk_group: int = 4,
         gate_first: bool = False,
         routing_method: RoutingMethod = "deepseek_v3",
-        backend: str | Choice | None = None,
+        backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
     ) -> None:
@@ -248,10 +248,10 @@ class HybridMoE:
         self.max_num_tokens = max_num_tokens
         self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
-        self._dispatch = self._dispatch_of(None if backend is None else as_choice(backend), policy)
+        self._dispatch = self._dispatch_of(None if backend is None else as_candidate(backend), policy)
         self._handle = custom_ops.register(self)
 
-    def _dispatch_of(self, backend: Choice | None, policy: Policy | str | Path | None) -> Dispatch:
+    def _dispatch_of(self, backend: Candidate | None, policy: Policy | str | Path | None) -> Dispatch:
         routed = self._routing_bias is None
         dispatch = new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=5)
         if self._workspaces is not None:
@@ -289,7 +289,7 @@ class HybridMoE:
         inputs: Inputs,
         problem: MoEProblem,
         *,
-        backend: str | Choice | None = None,
+        backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
     ) -> HybridMoE:
@@ -394,7 +394,7 @@ class HybridMoE:
         else:
             piece.run(functools.partial(launch, runner, inputs, output))
 
-    def choice(self, num_tokens: int) -> Choice:
+    def choice(self, num_tokens: int) -> Candidate:
         """What runs at ``num_tokens``."""
         return self._dispatch.choice(num_tokens)
 
@@ -437,7 +437,7 @@ class HybridMoE:
         Returns
         -------
         tuple of WarmedUp
-            Choice, T and seconds of each call, by T.
+            Candidate, T and seconds of each call, by T.
 
         Raises
         ------

@@ -15,7 +15,7 @@ PEER_PREFIX = "peer:"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Candidate:
     """A backend and its configuration: one candidate, or what was chosen.
 
     Parameters
@@ -39,12 +39,14 @@ class Choice:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Choice):
+        if not isinstance(other, Candidate):
             return NotImplemented
         return self.backend == other.backend and dict(self.config) == dict(other.config)
 
-    def __reduce__(self) -> tuple[type[Choice], tuple[str, dict[str, ConfigValue]]]:  # a mappingproxy can't be pickled
-        return Choice, (self.backend, dict(self.config))
+    def __reduce__(
+        self,
+    ) -> tuple[type[Candidate], tuple[str, dict[str, ConfigValue]]]:  # a mappingproxy can't be pickled
+        return Candidate, (self.backend, dict(self.config))
 
     def __str__(self) -> str:
         if not self.config:
@@ -52,7 +54,7 @@ class Choice:
         return f"{self.backend}[{','.join(f'{k}={v}' for k, v in self.config.items())}]"
 
     @classmethod
-    def parse(cls, text: str) -> Choice:
+    def parse(cls, text: str) -> Candidate:
         """Read ``str(choice)`` back: ``name`` or ``name[key=value,...]``; values are strings."""
         name, bracket, rest = text.partition("[")
         if bracket and not rest.endswith("]"):
@@ -69,7 +71,10 @@ class Choice:
 class BackendUnsupportedError(RuntimeError):
     """A backend was asked for that cannot run this problem on this device; the message lists why."""
 
-    def __init__(self, choice: Choice, reasons: Sequence[str]) -> None:
+    def __init__(self, choice: Candidate, reasons: Sequence[str]) -> None:
         self.choice = choice
         self.reasons = list(reasons)
         super().__init__(f"backend {choice} can't run here: " + "; ".join(self.reasons))
+
+
+Choice = Candidate  # its earlier name

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli.demo import SMALL
 from hybrid_moe.measure.bench import record_fields
 from hybrid_moe.measure.records import BenchRecord, RecordCorrectness
@@ -15,7 +15,7 @@ from hybrid_moe.measure.sweep.process import Identity
 from hybrid_moe.problem import MoEProblem
 
 # Microseconds a + b * T: from T = 50 on B is faster than A, from T = 1889 on C faster than B.
-A, B, C = (Choice(name) for name in ("fake_a", "fake_b", "fake_c"))
+A, B, C = (Candidate(name) for name in ("fake_a", "fake_b", "fake_c"))
 COSTS = {A: (10.0, 0.5), B: (30.0, 0.1), C: (200.0, 0.01)}
 
 
@@ -36,7 +36,7 @@ class FakeBench:
     problem: MoEProblem = SMALL
     device: str = "cpu"
     environment: Mapping[str, str] = field(default_factory=lambda: {"torch": "1.0"})
-    costs: Mapping[Choice, tuple[float, float]] = field(default_factory=lambda: COSTS)
+    costs: Mapping[Candidate, tuple[float, float]] = field(default_factory=lambda: COSTS)
     bad: Mapping[str, str] = field(default_factory=dict)
     pause_s: float = 0.0
     pids: Path | None = None

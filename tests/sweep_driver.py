@@ -13,13 +13,13 @@ from pathlib import Path
 
 from fake_bench import SMALL, A, B, C, FakeBench
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.measure.sweep import journal
 from hybrid_moe.measure.sweep.plan import Plan
 from hybrid_moe.measure.sweep.process import Worker
 from hybrid_moe.measure.sweep.run import sweep
 
-REFUSED, CRASHING = Choice("refused"), Choice("crashing")
+REFUSED, CRASHING = Candidate("refused"), Candidate("crashing")
 PLAN = Plan.make(SMALL, [A, REFUSED, B, CRASHING, C], quick=True, loads=("uniform", "zipf"), max_tokens=128)
 BAD = {
     "refused": "refuse",

@@ -16,7 +16,7 @@ import torch
 import hybrid_moe
 from hybrid_moe import (
     BackendUnsupportedError,
-    Choice,
+    Candidate,
     DeviceKey,
     HybridMoE,
     MoEProblem,
@@ -43,7 +43,7 @@ PROBLEM = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=3, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
 )
 ROUTING = dict(top_k=3, n_group=4, topk_group=2)
-REFERENCE = Choice("torch_reference")
+REFERENCE = Candidate("torch_reference")
 ACTIVATIONS = ("routing_logits", "hidden_states", "hidden_states_scale")
 
 
@@ -107,13 +107,13 @@ def make_policy(problem=PROBLEM, device="cpu", **changes):
 
     def regime(low, high, name):
         fields = dict(verdict="best", verified="measured", reason="r", expected_regret=0.0, evidence=[])
-        return Regime(min_tokens=low, max_tokens=high, choice=Choice(name), **fields)
+        return Regime(min_tokens=low, max_tokens=high, choice=Candidate(name), **fields)
 
     fields = dict(
         device=device,
         problem=problem,
         definition=problem.definition,
-        candidates=[Choice("one"), Choice("two"), REFERENCE],
+        candidates=[Candidate("one"), Candidate("two"), REFERENCE],
         default=REFERENCE,
         default_reason="measured most",
         default_evidence=[],
@@ -183,7 +183,7 @@ def test_a_process_without_the_interpreter():
         from hybrid_moe.policy import resolve
         table = resolve.decision_table(MoEProblem(), DeviceKey("cpu"))
         try:
-            backends.prepare(MoEProblem(), DeviceKey("cpu"), resolve.as_choice("triton_fused"))
+            backends.prepare(MoEProblem(), DeviceKey("cpu"), resolve.as_candidate("triton_fused"))
         except BackendUnsupportedError as error:
             reasons = error.reasons
         print(json.dumps([str(table.choice(16)), reasons, "hybrid_moe.kernels.pipeline" in sys.modules]))
@@ -235,7 +235,7 @@ def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, 
     for run in (lambda: fused_moe(*inputs, **ROUTING, backend=backend), lambda: layer_of(inputs, backend=backend)):
         with pytest.raises(BackendUnsupportedError) as caught:
             run()
-        assert caught.value.choice == resolve.as_choice(backend)
+        assert caught.value.choice == resolve.as_candidate(backend)
         assert caught.value.reasons
         assert any("10.0" in reason for reason in caught.value.reasons)
         for reason in [backend.split("[")[0], "cpu", *caught.value.reasons]:
@@ -246,11 +246,15 @@ def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, 
     ("backend", "error", "words"),
     [
         ("triton", ValueError, ["'triton'", "flashinfer_trtllm, triton_fused, flashinfer_cutlass, torch_reference"]),
-        (Choice("nothing"), ValueError, ["'nothing'", "wanted"]),
+        (Candidate("nothing"), ValueError, ["'nothing'", "wanted"]),
         ("torch_reference[", ValueError, ["]"]),
         ("torch_reference[x]", ValueError, ["'x'", "key=value"]),
         ("torch_reference[x=1]", BackendUnsupportedError, ["option 'x' is unknown"]),
-        (Choice("triton_fused", {"gemm": "cublas"}), BackendUnsupportedError, ["gemm='cublas' is unknown", "triton"]),
+        (
+            Candidate("triton_fused", {"gemm": "cublas"}),
+            BackendUnsupportedError,
+            ["gemm='cublas' is unknown", "triton"],
+        ),
     ],
     ids=str,
 )
@@ -262,7 +266,7 @@ def test_a_backend_that_is_none(inputs, backend, error, words):
             assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("backend", ["one", "one[]", Choice("one")], ids=str)
+@pytest.mark.parametrize("backend", ["one", "one[]", Candidate("one")], ids=str)
 def test_an_explicit_backend_comes_before_the_policy(spies, inputs, backend):
     assert bool((fused_moe(*inputs, **ROUTING, backend=backend, policy=make_policy()) == 1).all())
     assert bool((call(layer_of(inputs, backend=backend, policy=make_policy()), inputs) == 1).all())
@@ -287,22 +291,22 @@ def test_a_policy_decides_by_the_number_of_tokens(spies, weights, tmp_path, wher
 
 def test_another_policy_object_is_another_policy(spies, inputs):
     assert bool((fused_moe(*inputs, **ROUTING, policy=make_policy()) == 2).all())
-    assert bool((fused_moe(*inputs, **ROUTING, policy=make_policy(default=Choice("one"), regimes=[])) == 1).all())
+    assert bool((fused_moe(*inputs, **ROUTING, policy=make_policy(default=Candidate("one"), regimes=[])) == 1).all())
 
 
 def test_a_regime_that_cannot_run_gives_way_to_the_default(spies, inputs):
     spies[1].reasons = ["no such card"]
-    layer = layer_of(inputs, policy=make_policy(default=Choice("one")))
+    layer = layer_of(inputs, policy=make_policy(default=Candidate("one")))
     assert bool((call(layer, inputs) == 1).all())
     decision = layer.explain(7)
-    assert (decision.choice, decision.source, decision.regime) == (Choice("one"), "default", (5, 9))
+    assert (decision.choice, decision.source, decision.regime) == (Candidate("one"), "default", (5, 9))
     assert any("two passed over" in reason and "no such card" in reason for reason in decision.reasons)
 
 
 def test_nothing_can_run(spies, inputs):
     for spy in spies:
         spy.reasons = [f"{spy.name} is asleep", "and old"]
-    policy = make_policy(candidates=[Choice("one"), Choice("two")], default=Choice("one"))
+    policy = make_policy(candidates=[Candidate("one"), Candidate("two")], default=Candidate("one"))
     for run in (lambda: fused_moe(*inputs, **ROUTING, policy=policy), lambda: layer_of(inputs, policy=policy)):
         with pytest.raises(NoBackendError) as caught:
             run()
@@ -540,8 +544,8 @@ def test_the_layer_prepares_once_all_that_can_be_chosen(spies, inputs):
 def test_the_layer_explains_itself(spies, inputs):
     layer = layer_of(inputs, policy=make_policy())
     for tokens, choice, source, regime in (
-        (0, Choice("one"), "regime", (0, 4)),
-        (7, Choice("two"), "regime", (5, 9)),
+        (0, Candidate("one"), "regime", (0, 4)),
+        (7, Candidate("two"), "regime", (5, 9)),
         (10, REFERENCE, "default", None),
     ):
         decision = layer.explain(tokens)
@@ -574,18 +578,18 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
     """A library may be installed and not load: that is known when it is prepared, and the next candidate runs."""
 
     def refuse(self, problem, device, config):
-        raise BackendUnsupportedError(Choice(self.name, config), ["its library doesn't load"])
+        raise BackendUnsupportedError(Candidate(self.name, config), ["its library doesn't load"])
 
     stub = backends.BACKENDS["flashinfer_trtllm"]
     monkeypatch.setattr(type(stub), "not_supported_reasons", lambda *_: [])
     monkeypatch.setattr(type(stub), "prepare", refuse)
-    monkeypatch.setattr(resolve, "CPU_ORDER", (Choice("flashinfer_trtllm"), resolve.as_choice("torch_reference")))
+    monkeypatch.setattr(resolve, "CPU_ORDER", (Candidate("flashinfer_trtllm"), resolve.as_candidate("torch_reference")))
     backends.not_supported_reasons.cache_clear()
     try:
         decision = layer_of(inputs).explain(7)
     finally:
         backends.not_supported_reasons.cache_clear()
-    assert decision.choice == resolve.as_choice("torch_reference")
+    assert decision.choice == resolve.as_candidate("torch_reference")
     assert any("its library doesn't load" in reason for reason in decision.reasons)
 
 

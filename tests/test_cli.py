@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hybrid_moe import backends
 from hybrid_moe.backends.base import Backend, Runner
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json
 from hybrid_moe.cli.demo import SMALL
@@ -77,7 +77,7 @@ def fails(*arguments):
 )
 def test_explain_b200(num_tokens, backend, config, regime):
     found = cli_json("explain", "--device", "nvidia_b200", "--num-tokens", num_tokens)
-    decision = Decision(Choice("any"), 1, None, "explicit", (), (), None)
+    decision = Decision(Candidate("any"), 1, None, "explicit", (), (), None)
     assert list(found) == list(decision.to_dict())
     assert (found["backend"], found["config"], found["regime"]) == (backend, config, regime)
     assert found["num_tokens"] == num_tokens
@@ -458,7 +458,7 @@ def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
     monkeypatch.setattr(call, "_cached_dispatch", call._cached_dispatch.__wrapped__)
     cpu = torch.device("cpu")
     for first in ("torch_reference", _Broken.name):
-        monkeypatch.setattr(resolve, "CPU_ORDER", (Choice(first), Choice("flashinfer_trtllm")))
+        monkeypatch.setattr(resolve, "CPU_ORDER", (Candidate(first), Candidate("flashinfer_trtllm")))
         failures = demo._run_all(SMALL, demo.SMALL_WORKLOADS, [None], DeviceKey.of(cpu), cpu)
         shown = capsys.readouterr().out
         assert shown.count(first) == len(demo.SMALL_WORKLOADS)

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from test_learn import PROBLEM, learned, measurements, record, table
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.learn.evaluate import evaluate
 from hybrid_moe.learn.learner import learn
 from hybrid_moe.measure.readers import read_records
 from hybrid_moe.policy.schema import LearnerOptions
 
 ROOT = Path(__file__).parents[1]
-A, B, C = Choice("a"), Choice("b"), Choice("c")
+A, B, C = Candidate("a"), Candidate("b"), Candidate("c")
 # a up to T = 10, b from 11 on.
 POLICY = learned(table(a={1: 1, 10: 1, 11: 2, 20: 2}, b={1: 2, 10: 2, 11: 1, 20: 1}), tie_margin=0.0)
 LOADS = ("uniform", "zipf", "concentrated")

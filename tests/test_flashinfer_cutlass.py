@@ -18,7 +18,7 @@ from given_routing import random_choice
 from hybrid_moe import HybridMoE, backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
 from hybrid_moe.backends.flashinfer_cutlass import FlashinferCutlass, layer_arguments, passed
-from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import FP8, MoEInputs, RoutedInputs
 from hybrid_moe.kernels import pipeline
@@ -266,7 +266,7 @@ def test_a_release_out_of_the_range_is_refused_without_importing_it(fake_flashin
 
 
 def test_packages_that_its_speed_hangs_on():
-    assert packages_of(Choice("flashinfer_cutlass")) == ("torch", "triton", "flashinfer-python")
+    assert packages_of(Candidate("flashinfer_cutlass")) == ("torch", "triton", "flashinfer-python")
 
 
 def test_without_nvcc(fake_flashinfer, tools, monkeypatch, tmp_path):

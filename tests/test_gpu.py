@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid_moe import Choice, DeviceKey, HybridMoE, backends, fused_moe
+from hybrid_moe import Candidate, DeviceKey, HybridMoE, backends, fused_moe
 from hybrid_moe.inputs import FP8
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
@@ -19,7 +19,9 @@ from hybrid_moe.reference import has_local_work, moe_reference
 
 pytestmark = pytest.mark.gpu
 
-CHOICES = [resolve.as_choice(Choice("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()]
+CHOICES = [
+    resolve.as_candidate(Candidate("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()
+]
 # Against the reference that quantises the activation too. The libraries round GEMM1's result to bfloat16 first, and so
 # some more of the activation to the other side.
 TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01), Tolerance(max_relative_l2=0.02)
@@ -150,7 +152,7 @@ def test_rows_that_start_at_odd_places(weights, tokens):
     strided = inputs._replace(hidden_states=wide.view(FP8)[:, :7168])
     assert strided.hidden_states.stride() == (7176, 1)
     for _ in range(20):
-        assert_right(inputs, run(strided, Choice("triton_fused", {"gemm": "triton"})))
+        assert_right(inputs, run(strided, Candidate("triton_fused", {"gemm": "triton"})))
 
 
 def test_two_streams_at_once(weights, choice):

@@ -19,7 +19,7 @@ from hybrid_moe.serving.quantize_input import quantize
 
 pytestmark = pytest.mark.gpu
 
-TRITON = resolve.as_choice("triton_fused")
+TRITON = resolve.as_candidate("triton_fused")
 GRAPHS = (1, 16, 80, 901)
 REPLAYS = 1000
 
@@ -360,7 +360,7 @@ def choice_of(inputs):
 @pytest.fixture(scope="module", params=["policy", *map(str, backends.candidates())])
 def routed_layer(request, weights):
     """By this GPU's policy, and by each backend that can run here and takes chosen experts."""
-    backend = None if request.param == "policy" else resolve.as_choice(request.param)
+    backend = None if request.param == "policy" else resolve.as_candidate(request.param)
     if backend is not None:
         if backend.backend == "torch_reference":
             pytest.skip("not for CUDA graphs")

@@ -27,7 +27,7 @@ from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token
 from hybrid_moe.serving.call import _cached_dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHOICE = resolve.as_choice("triton_fused")
+CHOICE = resolve.as_candidate("triton_fused")
 REFUSALS = backends.not_supported_reasons(MoEProblem(), DeviceKey.of(DEVICE), CHOICE)
 pytestmark = [
     pytest.mark.skipif(bool(REFUSALS), reason=f"triton_fused can't run here: {'; '.join(REFUSALS)}"),

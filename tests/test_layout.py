@@ -53,7 +53,7 @@ def test_all_that_is_counted_with_is_cleared_together(tokens):
 
 def test_workspace_bytes():
     problem = MODELS["deepseek-v3"]
-    runner = backends.prepare(problem, DeviceKey("gpu_x", (9, 0)), resolve.as_choice("triton_fused"))
+    runner = backends.prepare(problem, DeviceKey("gpu_x", (9, 0)), resolve.as_candidate("triton_fused"))
     for tokens in TOKENS:
         assert (
             runner.workspace_bytes(tokens) == pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).layout(tokens).bytes

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.compare import points_of
 from hybrid_moe.learn.learner import _Learner, _right_everywhere, learn, learn_from_files, parse_regimes
@@ -23,8 +23,8 @@ from hybrid_moe.problem import MoEProblem
 
 SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 PROBLEM = MoEProblem()
-TRITON = Choice("triton_fused", {"gemm": "sgl_kernel"})
-FLASHINFER = Choice("flashinfer_trtllm")
+TRITON = Candidate("triton_fused", {"gemm": "sgl_kernel"})
+FLASHINFER = Candidate("flashinfer_trtllm")
 
 
 def record(name, num_tokens, latency, status="passed", spread=None, **changes):
@@ -123,7 +123,7 @@ def test_best_tie_and_unsure():
     given_regimes = "1,10,100"
     policy = learned(records, regimes=given_regimes, tie_margin=0.0)
     assert shape(policy) == [("1", "b", "best"), ("10", "b", "best"), ("100", "a", "best")]
-    assert policy.default == Choice("a")
+    assert policy.default == Candidate("a")
     policy = learned(records, regimes=given_regimes, tie_margin=0.05)
     assert shape(policy) == [("1", "a", "unsure"), ("10", "b", "best"), ("100", "a", "best")]
     policy = learned(records, regimes=given_regimes, tie_margin=0.05, prefer="c")
@@ -134,7 +134,7 @@ def test_best_tie_and_unsure():
 def test_the_preferred_fastest_is_no_tie():
     records = table(a={1: 99, 10: 50}, b={1: 98, 10: 100})
     policy = learned(records, regimes="1", prefer="b")
-    assert policy.default == Choice("a")
+    assert policy.default == Candidate("a")
     assert shape(policy) == [("1", "b", "best")]
     assert [e.num_tokens for e in policy.default_evidence] == [10]
 
@@ -145,8 +145,8 @@ def test_prefer_names_a_candidate_or_a_backend():
         record("b", 1, 102.0, config={"x": 1}),
         record("b", 1, 103.0, config={"x": 2}),
     ]
-    assert learned(records, regimes="1", prefer="b").regimes[0].choice == Choice("b", {"x": 1})
-    assert learned(records, regimes="1", prefer="b[x=2]").regimes[0].choice == Choice("b", {"x": 2})
+    assert learned(records, regimes="1", prefer="b").regimes[0].choice == Candidate("b", {"x": 1})
+    assert learned(records, regimes="1", prefer="b[x=2]").regimes[0].choice == Candidate("b", {"x": 2})
     with pytest.raises(ValueError, match=r"prefer is 'd'.* a, b\[x=1\], b\[x=2\]"):
         learned(records, prefer="d")
 
@@ -163,7 +163,7 @@ def test_each_num_tokens_weighs_once():
     for seed in range(20):
         records += [record("a", 1, 12.0, seed=seed), record("b", 1, 10.0, seed=seed)]
     policy = learned(records, regimes="1-3", tie_margin=0.0)
-    assert policy.regimes[0].choice == Choice("a")
+    assert policy.regimes[0].choice == Candidate("a")
     assert policy.regimes[0].evidence[0].workloads == 20
 
 
@@ -200,7 +200,7 @@ def test_bounds_between_neighbours():
     policy = learned(records, tie_margin=0.0)
     # 12 and 100 are too far apart; so are 100 and 200 at a largest ratio of 1.5, but not at 2.
     assert [r.label for r in policy.regimes] == ["1-12", "100", "200-"]
-    assert policy.default == Choice("a")
+    assert policy.default == Candidate("a")
     policy = learned(records, tie_margin=0.0, max_gap=2.0)
     assert [r.label for r in policy.regimes] == ["1-12", "100-141", "142-"]
 
@@ -235,15 +235,15 @@ def test_a_candidate_is_chosen_only_where_it_was_right():
         assert "b" in policy.regimes[0].reason.partition("not right, or not measured")[2]
         policy = learned(right + missing, tie_margin=0.0)
         assert [(r.label, r.choice.backend) for r in policy.regimes] == [("1-10", "b"), ("11-12", "a"), ("13-", "b")]
-        assert runs(policy, 12) == Choice("a")
+        assert runs(policy, 12) == Candidate("a")
         assert "b" not in policy.regimes[1].evidence[0].slowdown
 
 
 def test_one_wrong_workload_is_enough():
     records = [record(name, 10, us, routing=r) for name, us in (("a", 100.0), ("b", 50.0)) for r in ("uniform", "zipf")]
     policy = learned([*records, record("b", 10, 0, "failed", routing="concentrated")])
-    assert runs(policy, 10) == Choice("a")
-    assert policy.candidates == (Choice("a"),)
+    assert runs(policy, 10) == Candidate("a")
+    assert policy.candidates == (Candidate("a"),)
 
 
 def test_a_wrong_answer_stands_until_a_later_record_passes():
@@ -251,9 +251,9 @@ def test_a_wrong_answer_stands_until_a_later_record_passes():
     older = record("b", 10, 0, "failed", timestamp="2026-01-01")
     newer = record("b", 10, 0, "failed", timestamp="2026-01-03")
     unknown = record("b", 10, 0, "failed")
-    assert runs(learned([*records, older]), 10) == Choice("b")
+    assert runs(learned([*records, older]), 10) == Candidate("b")
     for wrong in (newer, unknown):
-        assert runs(learned([*records, wrong]), 10) == Choice("a")
+        assert runs(learned([*records, wrong]), 10) == Candidate("a")
 
 
 def test_nothing_right_is_an_error():
@@ -295,7 +295,7 @@ def test_mixed_records_are_refused():
     with pytest.raises(ValueError, match="latency_us and others speedup_vs_reference"):
         learned([*one, speedup])
     both = [*one, record("a", 1, 1.0, timing="eager"), record("b", 1, 0.5, timing="eager")]
-    assert learned(both, timing="eager").candidates == (Choice("b"), Choice("a"))
+    assert learned(both, timing="eager").candidates == (Candidate("b"), Candidate("a"))
 
 
 def test_files_are_filtered_and_digested(tmp_path):
@@ -319,12 +319,12 @@ def test_files_are_filtered_and_digested(tmp_path):
 def test_peers_are_not_learned_from():
     peer = record("peer:fast", 1, 0.1, device="gpu_y", timing="eager")
     policy = learned([*table(a={1: 1.0}), peer])
-    assert policy.candidates == (Choice("a"),)
+    assert policy.candidates == (Candidate("a"),)
 
 
 def test_repeated_records_count_by_their_median():
     records = [record("a", 1, us) for us in (1.0, 100.0, 3.0)] + [record("b", 1, 2.0)]
-    assert learned(records, tie_margin=0.0).default == Choice("b")
+    assert learned(records, tie_margin=0.0).default == Candidate("b")
 
 
 def test_measured_spread_widens_the_margin():
@@ -369,7 +369,7 @@ def test_regret_counts_every_workload_of_a_num_tokens():
     records = [record("a", 1, 10.0), record("b", 1, 20.0)]
     records += [record("a", 1, 15.0, routing="zipf"), record("b", 1, 10.0, routing="zipf")]
     policy = learned(records, tie_margin=0.0)
-    assert policy.default == Choice("a")
+    assert policy.default == Candidate("a")
     assert policy.training_regret.mean == pytest.approx(0.25)
 
 
@@ -383,13 +383,13 @@ def test_the_loads_of_a_num_tokens_decide_together():
     ]
     policy = learned(records, regimes="8", tie_margin=0.0)
     (evidence,) = policy.regimes[0].evidence
-    assert (policy.regimes[0].choice, evidence.workloads) == (Choice("a"), 3)
+    assert (policy.regimes[0].choice, evidence.workloads) == (Candidate("a"), 3)
     assert evidence.slowdown == {"a": pytest.approx(1.65 ** (1 / 3), 1e-5), "b": pytest.approx(2 ** (1 / 3), 1e-5)}
     # Regret is the mean over the loads; no choice by T alone has none here.
     assert policy.training_regret.mean == pytest.approx((0.5 + 0.1 + 0) / 3, rel=1e-5)
     # Each load alone would say something else.
     alone = [r for r in records if r.routing != "concentrated"]
-    assert learned(alone, regimes="8", tie_margin=0.0).default == Choice("b")
+    assert learned(alone, regimes="8", tie_margin=0.0).default == Candidate("b")
 
 
 def test_noise_of_several_loads_is_their_median():
@@ -485,7 +485,7 @@ def test_found_regimes_cost_the_least(rows, margin):
 
     def cost(assignment):
         switches = sum(x != y for x, y in itertools.pairwise(assignment))
-        regret = sum(p.log[Choice(n)] for p, n in zip(points, assignment, strict=True))
+        regret = sum(p.log[Candidate(n)] for p, n in zip(points, assignment, strict=True))
         return regret + math.log(1 + margin) * switches
 
     best = min(map(cost, itertools.product(names, repeat=len(rows))))
@@ -501,7 +501,7 @@ def test_found_regimes_cost_the_least(rows, margin):
         {},
         Tolerance(),
     )
-    parts = list(learner._partition(points, Choice("a")))
+    parts = list(learner._partition(points, Candidate("a")))
     assert [p for part in parts for p in part] == points
     found = [learner._best(part, _right_everywhere(part)).backend for part in parts for _ in part]
     assert cost(found) == pytest.approx(best, abs=1e-9)

@@ -9,7 +9,7 @@ import threading
 import pytest
 from test_api import PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, fused_moe
+from hybrid_moe import Candidate, fused_moe
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.serving import call as calling
 from hybrid_moe.serving import dispatch, metrics
@@ -189,7 +189,10 @@ def test_the_first_decision_of_each_regime_is_logged_once(weights, caplog):
 @pytest.mark.usefixtures("spies")
 def test_threads_log_a_first_decision_once(weights, switching, caplog):
     caplog.set_level(logging.INFO, "hybrid_moe")
-    layers, inputs = [layer_of(inputs_of(weights, 1), backend=Choice("one")) for _ in range(8)], inputs_of(weights, 3)
+    layers, inputs = (
+        [layer_of(inputs_of(weights, 1), backend=Candidate("one")) for _ in range(8)],
+        inputs_of(weights, 3),
+    )
     waiting, start = iter(layers), threading.Barrier(8)
 
     def work():

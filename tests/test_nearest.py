@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_api import PROBLEM, REFERENCE, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, DeviceKey, MoEProblem, NoBackendError, save_policy
+from hybrid_moe import Candidate, DeviceKey, MoEProblem, NoBackendError, save_policy
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.policy import resolve as lookup
 from hybrid_moe.policy.nearest import distance, nearest, scaled
@@ -83,9 +83,9 @@ def test_every_t_is_decided_as_the_t_with_its_rows(experts, top_k, bounds, token
 
 def test_it_says_that_nothing_was_measured():
     problem = changed(num_experts=32)
-    found = scaled(make_policy(), problem, [Choice("three")])
+    found = scaled(make_policy(), problem, [Candidate("three")])
     assert found.problem == problem and found.definition == problem.definition
-    assert found.candidates == (Choice("one"), Choice("two"), REFERENCE, Choice("three"))
+    assert found.candidates == (Candidate("one"), Candidate("two"), REFERENCE, Candidate("three"))
     table = resolve(found, problem, CPU, note="scaled")
     for tokens, choice in ((3, "one"), (12, "two"), (20, "torch_reference")):
         decision = table.decision(tokens)
@@ -128,7 +128,7 @@ def test_what_cannot_run_is_passed_over_for_what_can(spies):  # noqa: F811
     for spy in spies:
         spy.reasons = ["asleep"]
     other = changed(num_experts=32)
-    policy = make_policy(other, candidates=[Choice("one"), Choice("two")], default=Choice("two"))
+    policy = make_policy(other, candidates=[Candidate("one"), Candidate("two")], default=Candidate("two"))
     save_policy(policy, policy_path(user_policy_dir(), "cpu", other))
     decision = layer_of(inputs_of(random_weights(PROBLEM, "cpu"), 2)).explain(2)
     assert (decision.choice, decision.source) == (REFERENCE, "fallback")

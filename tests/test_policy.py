@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy import store
@@ -20,7 +20,7 @@ from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, PolicyErr
 from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policies_in, policy_path, save_policy
 from hybrid_moe.problem import MoEProblem
 
-A, B = Choice("a"), Choice("b", {"x": 1, "flag": True, "name": "n"})
+A, B = Candidate("a"), Candidate("b", {"x": 1, "flag": True, "name": "n"})
 REGRET = RegretSummary(mean=0.01, worst=0.2, worst_num_tokens=16, num_tokens=19)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.measure.readers import read_any, read_records, read_seed_table, read_with_digest
 from hybrid_moe.measure.records import BenchRecord, append_record, problem_of_definition, problem_of_record
 from hybrid_moe.measure.workloads import QWEN3_235B
@@ -53,7 +53,7 @@ def test_json_round_trip(median, config, routing):
     assert "\n" not in line
     again = BenchRecord.model_validate_json(line)
     assert again.model_dump(exclude_none=True) == record.model_dump(exclude_none=True)
-    assert again.choice == record.choice == Choice("triton_fused", config)
+    assert again.choice == record.choice == Candidate("triton_fused", config)
     assert hash(again.key) == hash(record.key) and again.key == record.key
 
 

@@ -18,7 +18,7 @@ from matplotlib.markers import CARETUP
 from typer.testing import CliRunner
 
 from hybrid_moe import backends
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app, view
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn, learn_from_files
@@ -33,7 +33,7 @@ from hybrid_moe.problem import MoEProblem
 ROOT = Path(__file__).parents[1]
 B200 = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 PROBLEM = MoEProblem()
-FAST_SMALL, FAST_LARGE = Choice("small"), Choice("large", {"tile": 64})
+FAST_SMALL, FAST_LARGE = Candidate("small"), Candidate("large", {"tile": 64})
 NO_DIGEST = InputDigest(name="records.jsonl", sha256="0" * 64, records=0)
 
 
@@ -177,7 +177,7 @@ def test_repeated_measurements_count_by_their_median():
 
 
 def test_failed_and_unsupported():
-    refused = Choice("trtllm")
+    refused = Candidate("trtllm")
     records = two_candidates()
     policy = learned(records)
     records = [r for r in records if not (r.choice == FAST_LARGE and r.num_tokens == 1000)]
@@ -219,14 +219,14 @@ def test_a_t_without_a_right_answer_is_left_out():
 
 
 def test_a_policy_that_knows_none_of_the_candidates():
-    found = data.report([record(Choice("new"), t, 10) for t in (1, 2)], learned(two_candidates()))
+    found = data.report([record(Candidate("new"), t, 10) for t in (1, 2)], learned(two_candidates()))
     own = found.overall[0].policy
     assert own.regret is None and "knows none" in page.verdict(found)
     assert "new" in page.html(found)
 
 
 def test_peers_are_drawn_and_not_judged():
-    peer = Choice("peer:other")
+    peer = Candidate("peer:other")
     records = [*two_candidates(), *(record(peer, t, 1) for t in (1, 10))]
     found = data.report(records, learned(records))
     assert found.peers == [peer]
@@ -245,7 +245,7 @@ def test_what_the_records_say_of_their_environment():
     assert found["sm_clock_mhz"] == "1001 to 1008" and found["host_us, median"] == "5.5"
 
 
-@pytest.mark.parametrize("records", [[], [record(FAST_SMALL, 1, 0, "failed")], [record(Choice("peer:x"), 1, 5)]])
+@pytest.mark.parametrize("records", [[], [record(FAST_SMALL, 1, 0, "failed")], [record(Candidate("peer:x"), 1, 5)]])
 def test_nothing_to_draw(records):
     with pytest.raises(ValueError, match="nothing to draw"):
         data.report(records, learned(two_candidates()))
@@ -323,10 +323,10 @@ def test_the_users_settings_of_matplotlib_change_nothing():
 
 def test_every_string_of_the_records_is_escaped():
     evil = "<script>alert('x')</script>\"&$\\frac{$"
-    bad = Choice(evil, {"<b>": "</svg>"})
+    bad = Candidate(evil, {"<b>": "</svg>"})
     records = [
         *[record(bad, t, 10, environment={"gpu": evil, evil: evil}, routing=evil) for t in (1, 2, 3)],
-        *[record(Choice("peer:" + evil), t, 20, routing=evil) for t in (1, 2, 3)],
+        *[record(Candidate("peer:" + evil), t, 20, routing=evil) for t in (1, 2, 3)],
         record(FAST_LARGE, 1, 0, "failed", reason=evil, routing=evil),
     ]
     found = data.report(records, learned(records), [InputDigest(name="<i>.jsonl", sha256="1" * 64, records=4)])
@@ -359,7 +359,7 @@ def test_one_t_alone():
 
 
 def test_many_candidates_keep_their_colours_and_letters():
-    choices = [Choice(f"backend_{i:02}") for i in range(30)]
+    choices = [Candidate(f"backend_{i:02}") for i in range(30)]
     records = [record(c, t, 10 + i) for i, c in enumerate(choices) for t in (1, 5)]
     found = data.report(records, learned(records))
     assert len(set(found.letters.values())) == 30
@@ -408,7 +408,7 @@ def test_png_has_content():
 
 def test_a_slow_candidate_or_peer_is_cut_off_and_says_so():
     floor = {"floor_us": 10.0}
-    times = {FAST_SMALL: 12.0, FAST_LARGE: 40.0, Choice("peer:slow"): 900.0}
+    times = {FAST_SMALL: 12.0, FAST_LARGE: 40.0, Candidate("peer:slow"): 900.0}
     records = [record(choice, t, us, **floor) for t in (1, 8) for choice, us in times.items()]
     found = data.report(records, learned([r for r in records if not r.is_peer]))
     axes = _axes(found, "floor")

@@ -23,7 +23,7 @@ from test_kernels import routed as tensors_after_routing
 
 from hybrid_moe import (
     BackendUnsupportedError,
-    Choice,
+    Candidate,
     DeviceKey,
     HybridMoE,
     MoEProblem,
@@ -268,15 +268,15 @@ def test_the_policy_is_that_of_calls_with_logits(spies, weights, routed):  # noq
 
 def test_what_chooses_by_itself_is_passed_over_when_prepared(spies, monkeypatch, weights, routed):  # noqa: F811
     Choosing(spies[1], monkeypatch)
-    policy = make_policy(default=Choice("one"))
+    policy = make_policy(default=Candidate("one"))
     layer = layer_of(routed, policy=policy)
     decision = layer.explain(7)
-    assert (decision.choice, decision.source, decision.regime) == (Choice("one"), "default", (5, 9))
+    assert (decision.choice, decision.source, decision.regime) == (Candidate("one"), "default", (5, 9))
     assert any("two passed over" in r and "two chooses by itself" in r for r in decision.reasons)
     assert bool((call(layer, routed) == 1.0).all()) and bool((call_function(routed, policy=policy) == 1.0).all())
     # With logits it runs, before and after.
     with_logits = layer_of(inputs_of(weights, 7), policy=policy)
-    assert with_logits.choice(7) == Choice("two")
+    assert with_logits.choice(7) == Candidate("two")
     assert bool((fused_moe(*inputs_of(weights, 7), **ROUTING, policy=policy) == 2.0).all())
     layer.reload_policy(make_policy(default=REFERENCE))
     assert layer.choice(7) == REFERENCE

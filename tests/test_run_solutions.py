@@ -12,7 +12,7 @@ from flashinfer_bench.compile import BuilderRegistry
 from flashinfer_bench.data import EvaluationStatus, Solution, Trace, load_jsonl_file
 from test_kernels import SMALL
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.flashinfer_bench.solution import candidate_solution
 from hybrid_moe.measure.readers import read_any
 from hybrid_moe.measure.workloads import Workload
@@ -20,7 +20,7 @@ from hybrid_moe.problem import MoEProblem
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "run_solutions.py"
 WORKLOADS = [Workload(6, 4, uuid="late"), Workload(1, 4)]
-TRITON, REFERENCE = Choice("triton_fused", {"gemm": "triton"}), Choice("torch_reference")
+TRITON, REFERENCE = Candidate("triton_fused", {"gemm": "triton"}), Candidate("torch_reference")
 LATENCY_MS = {"hybrid_moe_triton_fused_gemm_triton": 0.1, "hybrid_moe_torch_reference": 0.5, "other": 0.5}
 
 
@@ -99,7 +99,7 @@ def test_it_goes_on_where_it_was(script, without_a_gpu, tmp_path, capsys):
 @pytest.mark.interpreter
 def test_what_fails_is_a_trace_and_what_breaks_is_passed_over(script, without_a_gpu, tmp_path, capsys):
     config, trace_set = prepared(script, tmp_path)
-    refused = solution(Choice("triton_fused", {"gemm": "deep_gemm"}))
+    refused = solution(Candidate("triton_fused", {"gemm": "deep_gemm"}))
     broken = solution(TRITON, name="broken", sources=[{"path": "main.py", "content": "import nothing_such"}])
     run, output = script.through_evaluator(config, "cpu"), tmp_path / "traces.jsonl"
     calls = []

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, Regime, RegretSummary
 from hybrid_moe.policy.select import NoBackendError, choose, explicit, resolve
 from hybrid_moe.problem import MoEProblem
 
-A, B, C = Choice("a"), Choice("b", {"x": 1}), Choice("c")
+A, B, C = Candidate("a"), Candidate("b", {"x": 1}), Candidate("c")
 PROBLEM, DEVICE = MoEProblem(), DeviceKey("gpu_x", (9, 0))
 
 
@@ -82,7 +82,7 @@ def test_then_the_next_candidate():
 def test_then_an_error_with_every_reason():
     refusals = {A: ["no1", "no2"], B: ["no3"], C: ["no4"]}
     with pytest.raises(NoBackendError) as error:
-        choose(make_policy(), PROBLEM, DEVICE, 8, refusals=refusals, fallback_order=[Choice("d")])
+        choose(make_policy(), PROBLEM, DEVICE, 8, refusals=refusals, fallback_order=[Candidate("d")])
     for text in ("gpu_x", "a: no1; no2", "b[x=1]: no3", "c: no4", "able to run: d"):
         assert text in str(error.value)
     with pytest.raises(NoBackendError):

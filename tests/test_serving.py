@@ -13,7 +13,7 @@ from test_api import PROBLEM, REFERENCE, call, forget, inputs_of, layer_of, make
 
 from hybrid_moe import (
     BackendUnsupportedError,
-    Choice,
+    Candidate,
     DeviceKey,
     NoBackendError,
     PolicyError,
@@ -48,7 +48,7 @@ def test_every_regime_is_warmed_up_at_its_bounds(weights, spies):  # noqa: F811
     layer = layer_of(inputs_of(weights, 1), policy=make_policy())
     seen = []
     done = layer.warm_up(max_num_tokens=40, progress=seen.append)
-    one, two = Choice("one"), Choice("two")
+    one, two = Candidate("one"), Candidate("two")
     wanted = [(1, one), (2, one), (4, one), (5, two), (8, two), (9, two), (10, REFERENCE), (16, REFERENCE)]
     wanted += [(32, REFERENCE), (40, REFERENCE)]
     assert [(w.num_tokens, w.choice) for w in done] == wanted
@@ -137,7 +137,7 @@ def test_the_t_to_warm_up(starts, bound, wanted):
 
 def other_policy(**changes):
     """The reverse of `make_policy`: ``two`` runs at every T."""
-    return make_policy(default=Choice("two"), regimes=[], **changes)
+    return make_policy(default=Candidate("two"), regimes=[], **changes)
 
 
 def value_of(layer, inputs):
@@ -153,7 +153,7 @@ def test_a_layer_takes_another_policy(weights, spies, tmp_path):  # noqa: F811
     for policy in (other_policy(), tmp_path / "other.json", str(tmp_path / "other.json")):
         layer.reload_policy(policy)
         assert value_of(layer, inputs) == 2.0
-        assert layer.choice(3) == layer.explain(3).choice == Choice("two")
+        assert layer.choice(3) == layer.explain(3).choice == Candidate("two")
         assert layer.workspace_bytes(3) == 30
         layer.reload_policy(make_policy())
         assert value_of(layer, inputs) == 1.0
@@ -215,7 +215,7 @@ def test_an_explicit_backend_is_not_changed_by_a_policy(weights, spies):  # noqa
     layer = layer_of(inputs_of(weights, 3), backend="one")
     with pytest.raises(ValueError, match="policy is given to a layer with backend=one; a layer without is wanted"):
         layer.reload_policy(make_policy())
-    assert layer.choice(3) == Choice("one")
+    assert layer.choice(3) == Candidate("one")
 
 
 def test_compiled_code_takes_the_new_policy(weights, spies):  # noqa: F811

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn_from_files
 from hybrid_moe.policy.select import choose, resolve
@@ -50,9 +50,9 @@ def b200():
 
 def test_b200_runs_triton_from_14_to_32_alone(b200):
     table = resolve(b200, b200.problem, DeviceKey(B200))
-    triton = [t for t in range(20001) if table.choice(t) == Choice("triton_fused", {"gemm": "sgl_kernel"})]
+    triton = [t for t in range(20001) if table.choice(t) == Candidate("triton_fused", {"gemm": "sgl_kernel"})]
     assert triton == list(range(14, 33))
-    assert set(table.choices) == {Choice("flashinfer_trtllm"), Choice("triton_fused", {"gemm": "sgl_kernel"})}
+    assert set(table.choices) == {Candidate("flashinfer_trtllm"), Candidate("triton_fused", {"gemm": "sgl_kernel"})}
 
 
 @pytest.mark.parametrize(

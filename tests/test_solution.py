@@ -23,7 +23,7 @@ from test_traces import trace, trace_of, written
 from hybrid_moe import fused_moe
 from hybrid_moe.backends import BACKENDS
 from hybrid_moe.backends.flashinfer_trtllm import FlashinferTrtllm
-from hybrid_moe.candidate import BackendUnsupportedError, Choice
+from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.flashinfer_bench.bundle import NETWORK, BundleError, bundle, check_sources, third_party_imports
 from hybrid_moe.flashinfer_bench.definition import definition_of
@@ -47,9 +47,9 @@ DEPENDENCIES = {
     "nvidia_h100_80gb_hbm3": ["torch", "triton"],
     "nvidia_h200": ["torch", "triton", "sgl-deep-gemm"],
 }
-TRITON = Choice("triton_fused", {"gemm": "triton"})
-DEEP = Choice("triton_fused", {"gemm": "deep_gemm"})
-CANDIDATES = [Choice(name, config) for name, backend in BACKENDS.items() for config in backend.configs()]
+TRITON = Candidate("triton_fused", {"gemm": "triton"})
+DEEP = Candidate("triton_fused", {"gemm": "deep_gemm"})
+CANDIDATES = [Candidate(name, config) for name, backend in BACKENDS.items() for config in backend.configs()]
 TRACE_APPLY = json.loads((ROOT / "tests" / "data" / "flashinfer_trace_apply.json").read_text())
 CPU_POLICY = make_policy(
     device="cpu", problem=SMALL, definition=SMALL.definition, candidates=[TRITON, DEEP], default=TRITON,
@@ -153,7 +153,7 @@ def test_the_table_is_the_policy(device):
             row = rows.pop(0)
         wanted = choose(policy, policy.problem, DeviceKey(device), tokens).choice
         # T = 0 runs nothing: the row that holds T = 1 begins there.
-        assert tokens == 0 or Choice(*row[1:]) == wanted, tokens
+        assert tokens == 0 or Candidate(*row[1:]) == wanted, tokens
     assert not rows
 
 
@@ -260,7 +260,7 @@ def test_bundle_keeps_what_is_named():
     sources = bundle({"candidate": ["BackendUnsupportedError"]})
     assert list(sources) == ["candidate.py"]
     names = {n.name for n in ast.parse(sources["candidate.py"]).body if hasattr(n, "name")}
-    assert names == {"Choice", "BackendUnsupportedError"}  # the error's annotation names Choice
+    assert names == {"Candidate", "BackendUnsupportedError"}  # the error's annotation names Candidate
     assert (
         "PEER_PREFIX" not in sources["candidate.py"] and "# Of the backends of records" not in sources["candidate.py"]
     )

@@ -25,7 +25,7 @@ from rich.console import Console
 from test_cli import SMALL_OPTIONS, cli, fails
 
 from hybrid_moe import backends
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import watch
 from hybrid_moe.cli.regenerate import Shown, print_result
 from hybrid_moe.device import DeviceKey
@@ -616,7 +616,7 @@ def more_backends(monkeypatch):
         monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
 
 
-REAL = (Choice("torch_reference"), Choice(Twin.name))
+REAL = (Candidate("torch_reference"), Candidate(Twin.name))
 REAL_COSTS = {REAL[0]: (10.0, 4.0), REAL[1]: (20.0, 0.1)}  # from T = 3 on the second is faster
 
 
@@ -655,7 +655,7 @@ def test_regenerate_makes_verifies_and_installs(capsys):
 
 
 def test_a_policy_that_fails_its_verification_is_not_installed(tmp_path, capsys):
-    wrong = Choice(Wrong.name)
+    wrong = Candidate(Wrong.name)
     task(tmp_path / "old.jsonl", REAL[:1]).perform(FakeBench(costs=REAL_COSTS), FORK)
     before = cpu_policy_path().read_bytes()
     result = task(tmp_path / "new.jsonl", (*REAL[:1], wrong)).perform(
@@ -803,8 +803,8 @@ def test_bad_arguments(arguments, wanted):
 
 def test_candidates():
     every = candidates_of(None)
-    assert Choice("triton_fused", {"gemm": "sgl_kernel"}) in every and Choice("torch_reference") not in every
-    triton = Choice("triton_fused", {"gemm": "triton"})
+    assert Candidate("triton_fused", {"gemm": "sgl_kernel"}) in every and Candidate("torch_reference") not in every
+    triton = Candidate("triton_fused", {"gemm": "triton"})
     assert candidates_of(["triton_fused[gemm=triton]", "torch_reference"]) == [triton, REAL[0]]
     assert {c.backend for c in candidates_of(["triton_fused"])} == {"triton_fused"} and len(every) > 1
 
@@ -836,7 +836,7 @@ def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
     identity = measuring.identify()
     assert identity.environment["weight_copies"] == 2
     path = tmp_path / "records.jsonl"
-    for choice in (REAL[0], Choice(Wrong.name), Choice("flashinfer_trtllm")):
+    for choice in (REAL[0], Candidate(Wrong.name), Candidate("flashinfer_trtllm")):
         for load in ("uniform", "zipf", "concentrated"):
             measuring.load(Workload(4, 8, load))
             for r in measuring.measure(choice, TIMINGS):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.measure import timing
 from hybrid_moe.measure.bench import poisoned_output, tolerance_of
 from hybrid_moe.measure.timing import Ceilings, Work, summarize
@@ -42,7 +42,7 @@ def test_the_first_two_runs_do_not_count(monkeypatch):
 
 def test_the_tighter_gate_is_for_our_own_kernels():
     bounds = {
-        name: tolerance_of(Choice(name)).max_relative_l2 for name in ("triton_fused", "flashinfer_trtllm", "peer:x")
+        name: tolerance_of(Candidate(name)).max_relative_l2 for name in ("triton_fused", "flashinfer_trtllm", "peer:x")
     }
     assert bounds == {"triton_fused": 0.03, "flashinfer_trtllm": 0.05, "peer:x": 0.05}
 

@@ -10,7 +10,7 @@ import torch
 from given_routing import routed_of
 from test_api import ACTIVATIONS, PROBLEM, REFERENCE, ROUTING, call, forget, inputs_of, layer_of, make_policy, spies  # noqa: F401
 
-from hybrid_moe import Choice, HybridMoE, fused_moe, save_policy
+from hybrid_moe import Candidate, HybridMoE, fused_moe, save_policy
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.serving import call as calling
 from hybrid_moe.serving import custom_ops
@@ -231,7 +231,7 @@ def test_compiled_code_takes_the_choice_of_each_t(weights):
 @pytest.mark.usefixtures("spies")
 @pytest.mark.parametrize("kind", ["object", "text", "path"])
 def test_the_function_compiled_with_policies(weights, tmp_path, kind):
-    policies = [make_policy(), make_policy(default=Choice("one"), regimes=[])]
+    policies = [make_policy(), make_policy(default=Candidate("one"), regimes=[])]
     given = []
     for number, policy in enumerate(policies):
         path = tmp_path / f"{number}.json"
@@ -248,7 +248,7 @@ def test_the_function_compiled_with_policies(weights, tmp_path, kind):
 def test_the_function_compiled_with_backends(weights):
     run, _ = compiled(lambda inputs, backend: fused_moe(*inputs, **ROUTING, backend=backend))
     inputs = inputs_of(weights, 7)
-    for backend, value in (("one", 1.0), (Choice("two"), 2.0), (Choice("one"), 1.0), ("two", 2.0)):
+    for backend, value in (("one", 1.0), (Candidate("two"), 2.0), (Candidate("one"), 1.0), ("two", 2.0)):
         assert bool((run(inputs, backend) == value).all())
 
 
@@ -297,7 +297,7 @@ def test_a_copy_of_a_layer_has_a_handle_of_its_own(weights, copied):
     run = torch.compile(lambda *tensors: other(*tensors), backend="aot_eager", fullgraph=True)
     assert torch.equal(run(*activations(inputs)), wanted)
     explicit = copied(layer_of(inputs, backend="one"))
-    assert explicit.explain(7).source == "explicit" and explicit.choice(7) == Choice("one")
+    assert explicit.explain(7).source == "explicit" and explicit.choice(7) == Candidate("one")
 
 
 def test_threads_register_and_call_layers_at_once(weights):

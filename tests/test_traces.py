@@ -20,7 +20,7 @@ from flashinfer_bench.data import (
 )
 
 from hybrid_moe.backends import BACKENDS
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.flashinfer_bench.traces import candidate_of, is_trace, solution_name
 from hybrid_moe.learn.learner import learn, learn_from_files
 from hybrid_moe.measure.readers import read_any, read_records, read_with_digest
@@ -31,9 +31,9 @@ from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "nvidia_h200" / "definition.jsonl"
-TRITON = Choice("triton_fused", {"gemm": "triton"})
-SGL = Choice("triton_fused", {"gemm": "sgl_kernel"})
-DEEP = Choice("triton_fused", {"gemm": "deep_gemm"})
+TRITON = Candidate("triton_fused", {"gemm": "triton"})
+SGL = Candidate("triton_fused", {"gemm": "sgl_kernel"})
+DEEP = Candidate("triton_fused", {"gemm": "deep_gemm"})
 OPTIONS = dict(tie_margin=0.03, max_gap=2.5, prefer="triton_fused[gemm=triton]")
 
 
@@ -182,7 +182,7 @@ def test_two_workloads_of_one_size_are_two(tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_names_of_candidates(backend):
     for config in BACKENDS[backend].configs():
-        choice = Choice(backend, config)
+        choice = Candidate(backend, config)
         assert candidate_of(str(choice), {}) == candidate_of(solution_name(choice), {}) == choice
         assert solution_name(choice).replace("_", "").isalnum()
 
@@ -191,9 +191,9 @@ def test_other_names_need_to_be_said():
     assert solution_name(TRITON) == "hybrid_moe_triton_fused_gemm_triton"
     assert candidate_of("triton_fused", {}) == TRITON  # the default option is filled in
     for name in ("flashinfer_moe", "triton_fused[gemm=cublas]", "triton_fused[", "hybrid_moe_nvidia_b200", "a=b"):
-        assert candidate_of(name, {}) == Choice(f"peer:{name}")
+        assert candidate_of(name, {}) == Candidate(f"peer:{name}")
     given = {"flashinfer_moe": "flashinfer_trtllm", "triton_fused": "triton_fused[gemm=deep_gemm]"}
-    assert candidate_of("flashinfer_moe", given) == Choice("flashinfer_trtllm")
+    assert candidate_of("flashinfer_moe", given) == Candidate("flashinfer_trtllm")
     assert candidate_of("triton_fused", given) == DEEP
     with pytest.raises(ValueError, match=r"'x' is said to be 'fast'; one of these is wanted: .*triton_fused\[gemm=tri"):
         candidate_of("x", {"x": "fast"})

@@ -8,7 +8,7 @@ from test_learn import PROBLEM, learned, record
 from test_policy import make_policy, make_regime
 
 from hybrid_moe import backends
-from hybrid_moe.candidate import Choice
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.compare import check_one_version, is_of
 from hybrid_moe.learn.learner import learn, learn_from_files
@@ -18,9 +18,9 @@ from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.store import dumps_policy
 from hybrid_moe.policy.versions import PolicyMismatchWarning, installed_versions, mismatch, packages_of, release
 
-TRITON = Choice("triton_fused", {"gemm": "triton"})
-SGL = Choice("triton_fused", {"gemm": "sgl_kernel"})
-DEEP = Choice("triton_fused", {"gemm": "deep_gemm"})
+TRITON = Candidate("triton_fused", {"gemm": "triton"})
+SGL = Candidate("triton_fused", {"gemm": "sgl_kernel"})
+DEEP = Candidate("triton_fused", {"gemm": "deep_gemm"})
 HERE = {"torch": "2.11.0", "triton": "3.6.0", "sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1"}
 
 
@@ -33,9 +33,9 @@ def test_every_candidate_says_what_it_uses():
     assert packages_of(TRITON) == ("torch", "triton")
     assert packages_of(SGL) == ("torch", "triton", "sglang-kernel")
     assert packages_of(DEEP) == ("torch", "triton", "sgl-deep-gemm")
-    assert packages_of(Choice("triton_fused")) == ("torch", "triton")
-    assert packages_of(Choice("flashinfer_trtllm")) == ("torch", "flashinfer-python")
-    assert packages_of(Choice("of another release")) == ("torch",)
+    assert packages_of(Candidate("triton_fused")) == ("torch", "triton")
+    assert packages_of(Candidate("flashinfer_trtllm")) == ("torch", "flashinfer-python")
+    assert packages_of(Candidate("of another release")) == ("torch",)
     assert set(installed_versions()) == {"torch", "triton", "sglang-kernel", "sgl-deep-gemm", "flashinfer-python"}
     assert installed_versions()["torch"] is not None
 
@@ -179,9 +179,9 @@ def test_hard_mismatches():
 
 
 def test_it_is_said_once_a_policy(monkeypatch):
-    reference = Choice("torch_reference")
+    reference = Candidate("torch_reference")
     problem = dataclasses.replace(PROBLEM, hidden_size=256)
-    missing = Choice("flashinfer_trtllm")
+    missing = Candidate("flashinfer_trtllm")
     policy = make_policy(
         device="cpu",
         problem=problem,

@@ -6,7 +6,7 @@ import functools
 
 from ..device import DeviceKey
 from ..problem import MoEProblem
-from .base import Backend, BackendUnsupportedError, Choice, Runner
+from .base import Backend, BackendUnsupportedError, Candidate, Runner
 from .flashinfer_cutlass import FlashinferCutlass
 from .flashinfer_trtllm import FlashinferTrtllm
 from .torch_reference import TorchReference
@@ -26,31 +26,31 @@ def get_backend(name: str) -> Backend:
         raise ValueError(f"backend is {name!r}; one of {', '.join(BACKENDS)} is wanted") from None
 
 
-def complete(choice: Choice) -> Choice:
+def complete(choice: Candidate) -> Candidate:
     """The same choice with the backend's default options filled in."""
-    return Choice(choice.backend, {**get_backend(choice.backend).default_config, **choice.config})
+    return Candidate(choice.backend, {**get_backend(choice.backend).default_config, **choice.config})
 
 
-def candidates() -> list[Choice]:
+def candidates() -> list[Candidate]:
     """Every backend with each configuration worth measuring, in the order of rank."""
-    return [complete(Choice(name, config)) for name, backend in BACKENDS.items() for config in backend.configs()]
+    return [complete(Candidate(name, config)) for name, backend in BACKENDS.items() for config in backend.configs()]
 
 
 @functools.lru_cache(maxsize=1024)
-def not_supported_reasons(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
+def not_supported_reasons(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> tuple[str, ...]:
     """Why ``choice`` can't run; empty if it can. Memoised: asked once for each problem and device."""
     choice = complete(choice)
     return tuple(get_backend(choice.backend).not_supported_reasons(problem, device, choice.config))
 
 
-def routed_reasons(problem: MoEProblem, choice: Choice) -> tuple[str, ...]:
+def routed_reasons(problem: MoEProblem, choice: Candidate) -> tuple[str, ...]:
     """Why ``choice`` can't run a layer whose experts are chosen before the call; empty if it can."""
     choice = complete(choice)
     return tuple(get_backend(choice.backend).routed_reasons(problem, choice.config))
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> Runner:
+def prepare(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> Runner:
     """The runner of ``choice``, made once for each problem and device; raises BackendUnsupportedError."""
     choice = complete(choice)
     return get_backend(choice.backend).prepare(problem, device, choice.config)
@@ -60,7 +60,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendUnsupportedError",
-    "Choice",
+    "Candidate",
     "Runner",
     "candidates",
     "complete",

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ..candidate import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Candidate, ConfigValue
 from ..device import DeviceKey
 from ..inputs import Inputs
 from ..problem import MoEProblem
@@ -90,7 +90,7 @@ class Backend(ABC):
         """Raise `BackendUnsupportedError` unless `not_supported_reasons` is empty."""
         reasons = self.not_supported_reasons(problem, device, config)
         if reasons:
-            raise BackendUnsupportedError(Choice(self.name, config), reasons)
+            raise BackendUnsupportedError(Candidate(self.name, config), reasons)
 
     def unknown_config_reasons(self, config: Mapping[str, ConfigValue], allowed: Mapping[str, tuple]) -> list[str]:
         """Reasons for options that this backend doesn't have, or values that they can't take."""

@@ -53,7 +53,7 @@ from typing import Any
 
 import torch
 
-from ..candidate import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Candidate, ConfigValue
 from ..device import DeviceKey
 from ..inputs import Inputs
 from ..problem import MoEProblem
@@ -123,7 +123,7 @@ class FlashinferCutlass(Backend):
         self.refuse_if_unsupported(problem, device, config)
         moe, reasons = flashinfer_package.load("cutlass_fused_moe", passed(problem))
         if moe is None or reasons:
-            raise BackendUnsupportedError(Choice(self.name, config), reasons)
+            raise BackendUnsupportedError(Candidate(self.name, config), reasons)
         return _CutlassRunner(moe, problem)
 
 

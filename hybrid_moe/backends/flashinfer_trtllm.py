@@ -62,7 +62,7 @@ from typing import Any
 
 import torch
 
-from ..candidate import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Candidate, ConfigValue
 from ..device import DeviceKey
 from ..inputs import Inputs, MoEInputs
 from ..problem import MoEProblem
@@ -130,7 +130,7 @@ class FlashinferTrtllm(Backend):
         self.refuse_if_unsupported(problem, device, config)
         moe, reasons = flashinfer_package.load("trtllm_fp8_block_scale_moe", _passed(problem))
         if moe is None or reasons:
-            raise BackendUnsupportedError(Choice(self.name, config), reasons)
+            raise BackendUnsupportedError(Candidate(self.name, config), reasons)
         return _TrtllmRunner(moe, problem)
 
 

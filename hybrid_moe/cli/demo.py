@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..learn.learner import learn_from_files
 from ..measure.bench import poisoned_output
@@ -101,11 +101,11 @@ def _without_gpu() -> list[str]:
     out.print(chosen)
 
     out.rule("3. Run and check", align="left")
-    candidates = [Choice("torch_reference")]
+    candidates = [Candidate("torch_reference")]
     if importlib.util.find_spec("triton") is not None:
         # Triton reads this when it is imported, which happens below for the first time.
         os.environ["TRITON_INTERPRET"] = "1"
-        candidates.append(Choice("triton_fused", {"gemm": "triton"}))
+        candidates.append(Candidate("triton_fused", {"gemm": "triton"}))
         how = "The Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1): their times mean nothing."
     else:
         how = "Triton isn't installed, so its kernels are left out."
@@ -142,7 +142,7 @@ def _learn_b200(failures: list[str]) -> Policy:
 def _run_all(
     problem: MoEProblem,
     workloads: tuple[Workload, ...],
-    candidates: list[Choice] | list[None],
+    candidates: list[Candidate] | list[None],
     key: DeviceKey,
     device: torch.device,
 ) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from rich.markup import escape
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import policy_or_nearest
@@ -125,7 +125,7 @@ def _print(report: dict[str, Any]) -> None:
     for row in report["backends"]:
         works = "[green]yes[/]" if row["works"] else "[yellow]no[/]"
         said = "\n".join([*row["reasons"], *row["remarks"]])
-        table.add_row(escape(str(Choice(row["backend"], row["config"]))), works, escape(said))
+        table.add_row(escape(str(Candidate(row["backend"], row["config"]))), works, escape(said))
     out.print(table)
 
     out.print("Policies are looked up in this order:")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..learn.report.letters import assign_letters
 from ..measure.workloads import DEEPSEEK_V3
@@ -126,7 +126,7 @@ def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
 
 def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool) -> None:
     out.print(f"[bold]{policy.device}[/], {policy.definition}\n{escape(where)}", soft_wrap=True)
-    runs_here: dict[str, Choice] | None = None
+    runs_here: dict[str, Candidate] | None = None
     if here:
         runs_here = {regime.label: table.choice(regime.min_tokens) for regime in policy.regimes}
         runs_here["otherwise"] = table.choice(policy.first_outside)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..files import DEFINITION, SOLUTION, check_outputs, check_target, write_whole
 from ..flashinfer_bench.definition import definition_of
 from ..flashinfer_bench.solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
@@ -83,7 +83,7 @@ def solution(
     if candidate is not None:
         if device is not None or policy is not None:
             raise ValueError(f"--candidate {candidate} runs on any device and has no policy: leave out the others")
-        made = candidate_solution(Choice.parse(candidate), problem, name=name, author=author)
+        made = candidate_solution(Candidate.parse(candidate), problem, name=name, author=author)
     else:
         found, _ = wanted_policy(device, problem, policy)
         made = policy_solution(found, name=name, author=author)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..learn.report.letters import index
 from ..measure.single import SimpleTime
 from ..measure.timing import Work
@@ -38,7 +38,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def regimes(policy: Policy, runs_here: dict[str, Choice] | None = None) -> Table:
+def regimes(policy: Policy, runs_here: dict[str, Candidate] | None = None) -> Table:
     """The regimes of a policy, and its default; with ``runs_here`` by regime label, what runs on this machine."""
     extra = [] if runs_here is None else ["runs here"]
     result = table(">T", "choice", "verdict", ">expected regret", ">T with results", "verified", *extra)
@@ -64,7 +64,7 @@ def regimes(policy: Policy, runs_here: dict[str, Choice] | None = None) -> Table
     return result
 
 
-def strip(spans: Sequence[Span], letters: Mapping[Choice, str], width: int) -> Text:
+def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int) -> Text:
     """What runs over T as a strip of letters on a logarithmic axis, with its ticks and a legend.
 
     Small letters are where no regime of the policy holds T. Every span that starts on the axis has at least one column.
@@ -132,7 +132,7 @@ def regret(name: str, summary: RegretSummary | None) -> str:
     return f"{name}: mean {percent(summary.mean)}{worst} (over {summary.num_tokens} T)"
 
 
-def evidence(items: Sequence[Evidence], chosen: Choice | None = None) -> Table:
+def evidence(items: Sequence[Evidence], chosen: Candidate | None = None) -> Table:
     """The slowdown of each candidate at each T; the fastest in green, ``chosen`` in bold."""
     names = sorted({name for item in items for name in item.slowdown})
     result = table(">T", ">workloads", *(f">{escape(name)}" for name in names))
@@ -160,7 +160,7 @@ def checks() -> Table:
 
 
 def add_check(
-    to: Table, num_tokens: int, offset: int, load: Work, choice: Choice, correctness: Correctness, time: SimpleTime
+    to: Table, num_tokens: int, offset: int, load: Work, choice: Candidate, correctness: Correctness, time: SimpleTime
 ) -> None:
     """Add a row to `checks`."""
     to.add_row(

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..measure.records import BenchRecord
 from ..measure.sweep.plan import Plan, Results
 from ..measure.sweep.run import Progress
@@ -75,7 +75,7 @@ class _Lines:
         self._progress, self._records = None, []
         if progress is None:
             return
-        parts: dict[Choice, list[str]] = {}
+        parts: dict[Candidate, list[str]] = {}
         for record in records:
             text = (
                 f"{record.latency_us.median:.1f} us {record.timing}"

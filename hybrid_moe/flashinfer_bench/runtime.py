@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends.base import Backend, Runner
-from ..candidate import BackendUnsupportedError, Choice, ConfigValue
+from ..candidate import BackendUnsupportedError, Candidate, ConfigValue
 from ..device import DeviceKey
 from ..inputs import MoEInputs, check_activations, check_ranks, check_weights
 from ..problem import MoEProblem
@@ -46,8 +46,8 @@ class BakedLayer:
         self._problem = MoEProblem(**problem)
         self._known = dict(problem)
         self._starts = [first for first, _, _ in table]
-        self._choices = [Choice(backend, config) for _, backend, config in table]
-        self._otherwise = [Choice(backend, config) for backend, config in otherwise]
+        self._choices = [Candidate(backend, config) for _, backend, config in table]
+        self._otherwise = [Candidate(backend, config) for backend, config in otherwise]
         self._backends = {backend.name: backend for backend in backends}
         self._runners: dict[torch.device, list[Runner]] = {}
 
@@ -87,8 +87,8 @@ class BakedLayer:
 
     def _prepare(self, device: torch.device) -> list[Runner]:
         key = DeviceKey.of(device)
-        prepared: dict[Choice, Runner] = {}
-        refusals: dict[Choice, str] = {}
+        prepared: dict[Candidate, Runner] = {}
+        refusals: dict[Candidate, str] = {}
         for choice in dict.fromkeys([*self._choices, *self._otherwise]):
             try:
                 prepared[choice] = self._backends[choice.backend].prepare(self._problem, key, choice.config)

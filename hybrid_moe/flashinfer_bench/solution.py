@@ -31,7 +31,7 @@ from typing import Any
 
 from .. import backends
 from ..backends.triton_fused import GEMMS, provider_module
-from ..candidate import PEER_PREFIX, Choice
+from ..candidate import PEER_PREFIX, Candidate
 from ..device import DeviceKey
 from ..inputs import MoEInputs
 from ..policy.schema import Policy
@@ -46,13 +46,13 @@ ENTRY = "main.py"
 # Of `main.py`, where the modules of this package are: names that can't be taken for an installed package's.
 FOLDER = "hybrid_moe"
 
-Table = tuple[tuple[int, Choice], ...]
+Table = tuple[tuple[int, Candidate], ...]
 
 
 def policy_table(policy: Policy) -> Table:
     """The policy's choices: ``(first T, choice)``, sorted; each holds up to the next one's first T."""
     spans = resolve(policy, policy.problem, DeviceKey(policy.device)).spans()
-    table: list[tuple[int, Choice]] = []
+    table: list[tuple[int, Candidate]] = []
     for span in spans:
         choice = backends.complete(span.decision.choice)
         if not table or table[-1][1] != choice:
@@ -91,7 +91,7 @@ def policy_solution(policy: Policy, *, name: str | None = None, author: str = AU
     order = [backends.complete(choice) for choice in (policy.default, *policy.candidates)]
     otherwise = [choice for choice in dict.fromkeys(order) if choice in chosen]
     candidate = candidate_of(name, {})
-    if candidate != Choice(PEER_PREFIX + name) and chosen != {candidate}:
+    if candidate != Candidate(PEER_PREFIX + name) and chosen != {candidate}:
         raise ValueError(
             f"name is {name!r}, which is what the candidate {candidate} is called in traces; "
             f"this solution runs {', '.join(map(str, otherwise))}"
@@ -101,7 +101,7 @@ def policy_solution(policy: Policy, *, name: str | None = None, author: str = AU
 
 
 def candidate_solution(
-    choice: Choice, problem: MoEProblem, *, name: str | None = None, author: str = AUTHOR
+    choice: Candidate, problem: MoEProblem, *, name: str | None = None, author: str = AUTHOR
 ) -> dict[str, Any]:
     """The Solution that runs one candidate at every T, and raises where it can't.
 
@@ -117,11 +117,11 @@ def candidate_solution(
     choice = backends.complete(choice)
     known = list(backends.get_backend(choice.backend).configs())
     if dict(choice.config) not in [dict(config) for config in known]:
-        listed = ", ".join(str(Choice(choice.backend, config)) for config in known)
+        listed = ", ".join(str(Candidate(choice.backend, config)) for config in known)
         raise ValueError(f"candidate is {choice}; one of {listed} is wanted")
     name = solution_name(choice) if name is None else name
     candidate = candidate_of(name, {})
-    if candidate not in (choice, Choice(PEER_PREFIX + name)):
+    if candidate not in (choice, Candidate(PEER_PREFIX + name)):
         raise ValueError(f"name is {name!r}, which is what the candidate {candidate} is called in traces; not {choice}")
     return _solution(name, author, f"the candidate {choice}", problem, ((0, choice),), [])
 
@@ -132,7 +132,7 @@ def dumps_solution(solution: Mapping[str, Any]) -> str:
 
 
 def _solution(
-    name: str, author: str, about: str, problem: MoEProblem, table: Table, otherwise: Sequence[Choice]
+    name: str, author: str, about: str, problem: MoEProblem, table: Table, otherwise: Sequence[Candidate]
 ) -> dict[str, Any]:
     # It becomes the name of folders and logs.
     if re.fullmatch(r"[\w.,=+\[\]-]+", name) is None:
@@ -178,18 +178,18 @@ def _spans(table: Table) -> list[str]:
     return found
 
 
-def _description(about: str, table: Table, otherwise: Sequence[Choice]) -> str:
+def _description(about: str, table: Table, otherwise: Sequence[Candidate]) -> str:
     text = f"hybrid_moe {__version__}, {about}. {'; '.join(_spans(table))}."
     if otherwise:
         text += f" Where a choice can't run, the first that can of {', '.join(map(str, otherwise))}, with a warning."
     return text
 
 
-def _main(about: str, problem: MoEProblem, table: Table, otherwise: Sequence[Choice], kinds: Sequence[type]) -> str:
+def _main(about: str, problem: MoEProblem, table: Table, otherwise: Sequence[Candidate], kinds: Sequence[type]) -> str:
     def literal(value: object) -> str:
         return json.dumps(value) if isinstance(value, str) else repr(value)
 
-    def candidate(choice: Choice) -> str:
+    def candidate(choice: Candidate) -> str:
         config = ", ".join(f"{literal(key)}: {literal(value)}" for key, value in choice.config.items())
         return f"{literal(choice.backend)}, {{{config}}}"
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import backends
-from ..candidate import PEER_PREFIX, Choice
+from ..candidate import PEER_PREFIX, Candidate
 from ..device import device_slug
 from ..problem import problem_of_definition
 
@@ -137,7 +137,7 @@ def record_fields(line: bytes, solutions: Mapping[str, str]) -> dict[str, Any] |
     return fields | {"status": "passed", "latency_us": latency}
 
 
-def candidate_of(solution: str, solutions: Mapping[str, str]) -> Choice:
+def candidate_of(solution: str, solutions: Mapping[str, str]) -> Candidate:
     """Which candidate a solution is.
 
     What ``solutions`` says of its name, or else the candidate that is called so: ``triton_fused[gemm=triton]``, or
@@ -157,10 +157,10 @@ def candidate_of(solution: str, solutions: Mapping[str, str]) -> Choice:
             names = ", ".join(map(str, candidates))
             raise ValueError(f"solution {solution!r} is said to be {given!r}; one of these is wanted: {names}")
         return found
-    return known.get(_completed(solution)) or Choice(PEER_PREFIX + solution)
+    return known.get(_completed(solution)) or Candidate(PEER_PREFIX + solution)
 
 
-def solution_name(choice: Choice) -> str:
+def solution_name(choice: Candidate) -> str:
     """What a candidate is called as a solution: ``hybrid_moe_triton_fused_gemm_triton``."""
     return "hybrid_moe_" + re.sub(r"[^a-z0-9]+", "_", str(choice).lower()).strip("_")
 
@@ -168,7 +168,7 @@ def solution_name(choice: Choice) -> str:
 def _completed(text: str) -> str:
     """A candidate's full text, with the options that it leaves out; any other text as it is."""
     try:
-        return str(backends.complete(Choice.parse(text)))
+        return str(backends.complete(Candidate.parse(text)))
     except ValueError:
         return text
 

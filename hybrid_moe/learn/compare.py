@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..measure.records import BenchRecord, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
@@ -44,9 +44,9 @@ class Comparison:
         Those of which a wrong answer stands.
     """
 
-    slowdown: Mapping[Choice, float]
-    spread: Mapping[Choice, float]
-    wrong: frozenset[Choice]
+    slowdown: Mapping[Candidate, float]
+    spread: Mapping[Candidate, float]
+    wrong: frozenset[Candidate]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Point:
 
     num_tokens: int
     workloads: Sequence[Comparison]
-    log: Mapping[Choice, float]
+    log: Mapping[Candidate, float]
 
     def evidence(self) -> Evidence:
         """The same as a policy keeps it."""
@@ -70,14 +70,14 @@ def workload_key(record: BenchRecord) -> WorkloadKey:
     )
 
 
-def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey], list[BenchRecord]]:
+def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKey], list[BenchRecord]]:
     """For each candidate and workload, the passed records that stand.
 
     An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
     seen. The records are of one device, problem and timing.
     """
-    passed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    failed: dict[tuple[Choice, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    passed: dict[tuple[Candidate, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    failed: dict[tuple[Candidate, WorkloadKey], list[BenchRecord]] = defaultdict(list)
     for record in records:
         if record.status in ("passed", "failed"):
             (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
@@ -96,7 +96,7 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Choice, WorkloadKey],
 
 def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
     """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
-    found: dict[WorkloadKey, dict[Choice, list[BenchRecord]]] = defaultdict(dict)
+    found: dict[WorkloadKey, dict[Candidate, list[BenchRecord]]] = defaultdict(dict)
     for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
         found[key][choice] = passed
     workloads = {}

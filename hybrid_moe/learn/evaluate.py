@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..measure.records import BenchRecord
 from ..policy.schema import LearnerOptions, Policy, Timing
@@ -44,10 +44,10 @@ class Judged:
     """
 
     at: WorkloadKey
-    choice: Choice
-    oracle: Choice
-    bound: Choice
-    slowdown: Mapping[Choice, float]
+    choice: Candidate
+    oracle: Candidate
+    bound: Candidate
+    slowdown: Mapping[Candidate, float]
     noise: float | None
 
     @property
@@ -93,7 +93,7 @@ class Single:
     each T counted once.
     """
 
-    choice: Choice
+    choice: Candidate
     score: Score
     policy_gain: float
 
@@ -249,7 +249,7 @@ def _singles(judged: Sequence[Judged]) -> tuple[Single, ...]:
     return tuple(sorted(singles, key=lambda s: (-s.score.workloads, s.policy_gain, str(s.choice))))
 
 
-def _score(chosen: Iterable[tuple[Judged, Choice]]) -> Score:
+def _score(chosen: Iterable[tuple[Judged, Candidate]]) -> Score:
     regrets = [(j, j.slowdown[choice] - 1) for j, choice in chosen]
     at, worst = max(regrets, key=lambda item: item[1])
     return Score(_mean_over_tokens(regrets), worst, at.at, len(regrets))

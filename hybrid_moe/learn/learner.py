@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..measure.readers import read_with_digest
 from ..measure.records import BenchRecord, problem_of_record
 from ..numerics import Tolerance
@@ -215,7 +215,7 @@ def parse_regimes(text: str) -> list[Interval]:
 @dataclass(frozen=True)
 class _Ruling:
     points: Sequence[Point]
-    choice: Choice
+    choice: Candidate
     verdict: Verdict
     reason: str
 
@@ -229,8 +229,8 @@ class _Learner:
     verified: Verified
     options: LearnerOptions
     intervals: Sequence[Interval] | None  # None: to be found
-    preferred: frozenset[Choice]
-    wrong: frozenset[Choice]  # wrong at some workload
+    preferred: frozenset[Candidate]
+    wrong: frozenset[Candidate]  # wrong at some workload
     inputs: Sequence[InputDigest]
     environment: Mapping[str, str]
     tolerance: Tolerance
@@ -261,13 +261,13 @@ class _Learner:
             environment=dict(self.environment),
         )
 
-    def _rank(self, choice: Choice) -> tuple[bool, str]:
+    def _rank(self, choice: Candidate) -> tuple[bool, str]:
         return choice not in self.preferred, str(choice)
 
-    def _best(self, points: Sequence[Point], among: Collection[Choice]) -> Choice:
+    def _best(self, points: Sequence[Point], among: Collection[Candidate]) -> Candidate:
         return min(among, key=lambda choice: (round(_score(choice, points), _ROUNDING), self._rank(choice)))
 
-    def _default(self, points: Sequence[Point]) -> Choice:
+    def _default(self, points: Sequence[Point]) -> Candidate:
         right = _right_everywhere(points)
         if right:
             return self._best(points, right)
@@ -278,7 +278,7 @@ class _Learner:
             f"{'; '.join(lacking) or 'none passed'}; measure what is missing, or leave those T out"
         )
 
-    def _default_reason(self, points: Sequence[Point], default: Choice) -> str:
+    def _default_reason(self, points: Sequence[Point], default: Candidate) -> str:
         others = _right_everywhere(points) - {default}
         reason = f"the fastest by geometric mean over all {len(points)} T measured, {_tokens(points)}"
         if others:
@@ -286,11 +286,13 @@ class _Learner:
             reason += f"; next is {second} at {_speed(second, default, points):.2f} of its speed"
         return reason
 
-    def _candidates(self, points: Sequence[Point], default: Choice, chosen: Collection[Choice]) -> tuple[Choice, ...]:
+    def _candidates(
+        self, points: Sequence[Point], default: Candidate, chosen: Collection[Candidate]
+    ) -> tuple[Candidate, ...]:
         # One that was wrong somewhere may run only where evidence chose it; even there it is the last to fall back to.
         seen = {c for p in points for c in p.log if c not in self.wrong or c in chosen}
 
-        def order(choice: Choice) -> tuple[bool, bool, int, float, tuple[bool, str]]:
+        def order(choice: Candidate) -> tuple[bool, bool, int, float, tuple[bool, str]]:
             where = [p for p in points if choice in p.log]
             missing = len(points) - len(where)
             score = round(_score(choice, where), _ROUNDING)
@@ -300,7 +302,7 @@ class _Learner:
 
     # -- one interval --
 
-    def _rule(self, points: Sequence[Point], default: Choice) -> _Ruling | None:
+    def _rule(self, points: Sequence[Point], default: Candidate) -> _Ruling | None:
         """What runs in an interval with these points; ``None`` if nothing was right at all of them."""
         right = _right_everywhere(points)
         if not right:
@@ -316,7 +318,7 @@ class _Learner:
             choice = default
         return self._ruling(points, choice)
 
-    def _ruling(self, points: Sequence[Point], choice: Choice) -> _Ruling:
+    def _ruling(self, points: Sequence[Point], choice: Candidate) -> _Ruling:
         right = _right_everywhere(points)
         best = self._best(points, right)
         over = f"over T = {_tokens(points)}"
@@ -344,11 +346,11 @@ class _Learner:
             reason += f"; not right, or not measured, at all of these T: {', '.join(left_out)}"
         return _Ruling(points, choice, verdict, reason)
 
-    def _is_tie(self, choice: Choice, best: Choice, points: Sequence[Point]) -> bool:
+    def _is_tie(self, choice: Candidate, best: Candidate, points: Sequence[Point]) -> bool:
         margin = self._margin(choice, best, points)
         return _speed(choice, best, points) >= 1 - margin - _SLACK
 
-    def _margin(self, a: Choice, b: Choice, points: Sequence[Point]) -> float:
+    def _margin(self, a: Candidate, b: Candidate, points: Sequence[Point]) -> float:
         """The tie margin, or the typical half spread of the noisier of the two where that was measured and is more."""
         pairs = [[w.spread[c] for c in (a, b) if c in w.spread] for p in points for w in p.workloads]
         noise = [max(pair) for pair in pairs if pair]
@@ -369,7 +371,9 @@ class _Learner:
 
     # -- all intervals --
 
-    def _given_regimes(self, points: Sequence[Point], default: Choice, intervals: Sequence[Interval]) -> list[Regime]:
+    def _given_regimes(
+        self, points: Sequence[Point], default: Candidate, intervals: Sequence[Interval]
+    ) -> list[Regime]:
         regimes = []
         for low, high in intervals:
             inside = [p for p in points if low <= p.num_tokens and (high is None or p.num_tokens <= high)]
@@ -378,7 +382,7 @@ class _Learner:
                 regimes.append(self._regime((low, high), ruling))
         return regimes
 
-    def _found_regimes(self, points: Sequence[Point], default: Choice) -> list[Regime]:
+    def _found_regimes(self, points: Sequence[Point], default: Candidate) -> list[Regime]:
         rulings = [ruling for part in self._partition(points, default) if (ruling := self._rule(part, default))]
         rulings = list(self._joined(rulings))
         bounds = [[r.points[0].num_tokens, r.points[-1].num_tokens] for r in rulings]
@@ -400,19 +404,19 @@ class _Learner:
             regimes.append(self._regime((low, None if last else high), ruling, note))
         return regimes
 
-    def _partition(self, points: Sequence[Point], default: Choice) -> Iterator[list[Point]]:
+    def _partition(self, points: Sequence[Point], default: Candidate) -> Iterator[list[Point]]:
         """Cut the sorted points so that the regret and the price of the cuts are least, by dynamic programming."""
         price = math.log1p(self.options.tie_margin)
 
         # Of equal sums, that with fewer changes, then the default, then the preferred one, then by name.
-        def least(ways: Mapping[Choice, tuple[float, int]]) -> Choice:
+        def least(ways: Mapping[Candidate, tuple[float, int]]) -> Candidate:
             return min(ways, key=lambda c: (round(ways[c][0], _ROUNDING), ways[c][1], c != default, self._rank(c)))
 
-        sums: dict[Choice, tuple[float, int]] = {choice: (cost, 0) for choice, cost in points[0].log.items()}
-        steps: list[dict[Choice, Choice]] = []
+        sums: dict[Candidate, tuple[float, int]] = {choice: (cost, 0) for choice, cost in points[0].log.items()}
+        steps: list[dict[Candidate, Candidate]] = []
         for point in points[1:]:
-            reached: dict[Choice, tuple[float, int]] = {}
-            came: dict[Choice, Choice] = {}
+            reached: dict[Candidate, tuple[float, int]] = {}
+            came: dict[Candidate, Candidate] = {}
             for choice, cost in point.log.items():
                 ways = {
                     before: (total + (0 if before == choice else price), changes + (before != choice))
@@ -453,15 +457,15 @@ class _Learner:
             yield _Ruling(whole.points, whole.choice, whole.verdict, whole.reason + parts)
 
 
-def _right_everywhere(points: Sequence[Point]) -> set[Choice]:
+def _right_everywhere(points: Sequence[Point]) -> set[Candidate]:
     return set.intersection(*(set(p.log) for p in points)) if points else set()
 
 
-def _score(choice: Choice, points: Sequence[Point]) -> float:
+def _score(choice: Candidate, points: Sequence[Point]) -> float:
     return math.fsum(p.log[choice] for p in points) / len(points)
 
 
-def _speed(choice: Choice, best: Choice, points: Sequence[Point]) -> float:
+def _speed(choice: Candidate, best: Candidate, points: Sequence[Point]) -> float:
     return math.exp(_score(best, points) - _score(choice, points))
 
 
@@ -481,12 +485,12 @@ def _check_answers(records: Sequence[BenchRecord], points: Sequence[Point]) -> N
         raise ValueError(f"wrong answers and no right one at {named}; mend that, or leave these records out")
 
 
-def preferred_among(prefer: str | None, known: Collection[Choice]) -> frozenset[Choice]:
+def preferred_among(prefer: str | None, known: Collection[Candidate]) -> frozenset[Candidate]:
     """The candidates that ``prefer`` names, a backend or a candidate; ValueError if it names none of them."""
     if prefer is None:
         return frozenset()
     # As text: a candidate read from text has strings where the configuration may have numbers.
-    text = str(Choice.parse(prefer))
+    text = str(Candidate.parse(prefer))
     chosen = frozenset(choice for choice in known if text in (str(choice), choice.backend))
     if not chosen:
         names = ", ".join(sorted({str(choice) for choice in known}))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..files import POLICY, check_outputs, check_target
 from ..measure.readers import read_with_digest
 from ..measure.records import BenchRecord
@@ -30,16 +30,16 @@ from .learner import learn
 from .verify import Finding, silent, verify_policy
 
 
-def candidates_of(names: Sequence[str] | None) -> list[Choice]:
+def candidates_of(names: Sequence[str] | None) -> list[Candidate]:
     """The candidates of that names, or every configuration worth measuring; ValueError for an unknown one.
 
     The reference isn't among them by itself: it can't be captured in a CUDA graph, and takes seconds at large T.
     """
     if not names:
         return [choice for choice in backends.candidates() if choice.backend != "torch_reference"]
-    found: dict[Choice, None] = {}
+    found: dict[Candidate, None] = {}
     for name in names:
-        given = Choice.parse(name)
+        given = Candidate.parse(name)
         choice = backends.complete(given)
         # By their text: what is read from text has strings where the configuration may have numbers.
         known = {str(c): c for c in backends.candidates() if c.backend == choice.backend}
@@ -98,7 +98,7 @@ class Result:
     path: Path
     installed: bool
     findings: list[Finding]
-    left_out: dict[Choice, str]
+    left_out: dict[Candidate, str]
     records: Path
     outcome: sweeping.Outcome
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..measure.records import BenchRecord
 from ..policy.schema import Policy, RegretSummary, six_digits
@@ -32,8 +32,8 @@ class Outcome:
 
     num_tokens: int
     workloads: int
-    slowdown: Mapping[Choice, float]
-    regret: Mapping[Choice, float]
+    slowdown: Mapping[Candidate, float]
+    regret: Mapping[Candidate, float]
     decision: Decision | None
 
     @property
@@ -86,5 +86,5 @@ def _decision_at(policy: Policy, point: Point) -> Decision:
     return choose(policy, policy.problem, DeviceKey(policy.device), point.num_tokens, refusals=refusals)
 
 
-def _regret(choice: Choice, point: Point) -> float:
+def _regret(choice: Candidate, point: Point) -> float:
     return math.fsum(w.slowdown[choice] for w in point.workloads) / len(point.workloads) - 1

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..measure.bench import poisoned_output
 from ..measure.single import call_fused_moe, checked
@@ -74,7 +74,7 @@ def _same_choices(policy: Policy) -> Finding:
     return Finding("file", "", None, "verified", f"read back, it decides the same at {len(tokens)} T")
 
 
-def _parts(policy: Policy) -> list[tuple[str, Choice, list[int]]]:
+def _parts(policy: Policy) -> list[tuple[str, Candidate, list[int]]]:
     """Each regime and the default, with the least and the largest T to run it at."""
     parts = []
     for regime in policy.regimes:
@@ -113,18 +113,18 @@ def _runs(policy: Policy, progress: Progress) -> list[Finding]:
     return findings
 
 
-def _unknown(choice: Choice) -> str:
+def _unknown(choice: Candidate) -> str:
     """Why nothing of that name can run anywhere; empty if something can."""
     if choice.backend not in backends.BACKENDS:
         return f"no backend is called {choice.backend!r}; known: {', '.join(backends.BACKENDS)}"
     backend = backends.BACKENDS[choice.backend]
-    known = [Choice(choice.backend, config) for config in backend.configs()]
+    known = [Candidate(choice.backend, config) for config in backend.configs()]
     if backends.complete(choice) not in known:
         return f"{choice} is no configuration of it; known: {', '.join(map(str, known))}"
     return ""
 
 
-def _run(policy: Policy, what: str, choice: Choice, num_tokens: int, weights: LayerWeights) -> Finding:
+def _run(policy: Policy, what: str, choice: Candidate, num_tokens: int, weights: LayerWeights) -> Finding:
     inputs = make_inputs(Workload(num_tokens), policy.problem, weights)
     output = poisoned_output(inputs, policy.problem)
     call_fused_moe(inputs, policy.problem, output, choice)

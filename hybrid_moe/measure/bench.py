@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..api import HybridMoE
-from ..candidate import BackendUnsupportedError, Choice
+from ..candidate import BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..inputs import FP8, MoEInputs
 from ..numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, Tolerance, check
@@ -95,7 +95,7 @@ class Case:
         )
 
 
-def preparing(problem: MoEProblem, choice: Choice) -> Prepare:
+def preparing(problem: MoEProblem, choice: Candidate) -> Prepare:
     """How one of our candidates is prepared: a `HybridMoE` with an explicit backend, called with ready inputs."""
 
     def prepare(inputs: MoEInputs) -> Callable[[torch.Tensor], object]:
@@ -107,7 +107,7 @@ def preparing(problem: MoEProblem, choice: Choice) -> Prepare:
     return prepare
 
 
-def tolerance_of(choice: Choice) -> Tolerance:
+def tolerance_of(choice: Candidate) -> Tolerance:
     """The gate's bounds for a candidate: tighter for this package's own kernels."""
     return OWN_KERNELS_TOLERANCE if choice.backend in OWN_BACKENDS else DEFAULT_TOLERANCE
 
@@ -137,7 +137,7 @@ def calls_of(case: Case, prepare: Prepare) -> list[Call]:
 
 def measure(
     case: Case,
-    choice: Choice,
+    choice: Candidate,
     ceilings: Ceilings,
     environment: dict[str, EnvironmentValue],
     *,
@@ -186,7 +186,7 @@ def record_fields(
     device: str,
     problem: MoEProblem,
     workload: Workload,
-    choice: Choice,
+    choice: Candidate,
     environment: Mapping[str, EnvironmentValue],
 ) -> dict[str, Any]:
     """The fields of a record that say what was measured, where and when."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import device_slug
 from ..flashinfer_bench.traces import is_trace, record_fields
 from ..policy.schema import InputDigest, describe
@@ -111,9 +111,9 @@ def _parse_records(path: Path, content: bytes) -> list[BenchRecord]:
 
 
 # The columns of speedups in the published table, and the candidate that each of them measured.
-SEED_COLUMNS: Mapping[str, Choice] = {
-    "flashinfer": Choice("flashinfer_trtllm"),
-    "triton_v2": Choice("triton_fused", {"gemm": "sgl_kernel"}),
+SEED_COLUMNS: Mapping[str, Candidate] = {
+    "flashinfer": Candidate("flashinfer_trtllm"),
+    "triton_v2": Candidate("triton_fused", {"gemm": "sgl_kernel"}),
 }
 _SEED_KEYS = ("UUID", "T", "offset")
 _SEED_DERIVED = ("v2/fi", "winner")

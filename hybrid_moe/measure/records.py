@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..candidate import PEER_PREFIX, Choice, ConfigValue
+from ..candidate import PEER_PREFIX, Candidate, ConfigValue
 from ..files import append_line
 from ..policy.schema import SLUG, Timing
 from ..problem import MoEProblem, problem_of_definition
@@ -121,9 +121,9 @@ class BenchRecord(_Model):
         return self
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> Candidate:
         """The candidate."""
-        return Choice(self.backend, self.config)
+        return Candidate(self.backend, self.config)
 
     @property
     def is_peer(self) -> bool:

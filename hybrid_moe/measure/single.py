@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..api import fused_moe
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..inputs import MoEInputs
 from ..numerics import Correctness, check
 from ..problem import MoEProblem
@@ -38,7 +38,7 @@ class SimpleTime:
 
 
 def call_fused_moe(
-    inputs: MoEInputs, problem: MoEProblem, output: torch.Tensor, backend: Choice | str | None = None
+    inputs: MoEInputs, problem: MoEProblem, output: torch.Tensor, backend: Candidate | str | None = None
 ) -> torch.Tensor:
     """`fused_moe` on inputs that belong together."""
     return fused_moe(
@@ -54,7 +54,11 @@ def call_fused_moe(
 
 
 def checked(
-    output: torch.Tensor, inputs: MoEInputs, problem: MoEProblem, choice: Choice, reference: torch.Tensor | None = None
+    output: torch.Tensor,
+    inputs: MoEInputs,
+    problem: MoEProblem,
+    choice: Candidate,
+    reference: torch.Tensor | None = None,
 ) -> Correctness:
     """Compare with the float32 reference by the gate's rule."""
     if reference is None:

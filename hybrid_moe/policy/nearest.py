@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..problem import MoEProblem
 from .schema import Policy, Regime
 
@@ -35,7 +35,7 @@ def nearest(problem: MoEProblem, policies: Iterable[Policy]) -> Policy | None:
     return min(policies, key=order, default=None)
 
 
-def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Choice] = ()) -> Policy:
+def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Candidate] = ()) -> Policy:
     """The policy made one for another problem: every T is decided as the T with as many rows for each expert was.
 
     Nothing of it was measured, so its regimes have neither evidence nor expected regret, and their reasons name the

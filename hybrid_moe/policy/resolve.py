@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import backends
-from ..candidate import BackendUnsupportedError, Choice
+from ..candidate import BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..problem import MoEProblem
 from .nearest import nearest, scaled
@@ -18,16 +18,16 @@ from .store import find_policy, how_to_make_one, known_policies
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks: the first of these that is supported.
-DEFAULT_ORDER: tuple[Choice, ...] = tuple(backends.complete(Choice(name)) for name in backends.BACKENDS)
+DEFAULT_ORDER: tuple[Candidate, ...] = tuple(backends.complete(Candidate(name)) for name in backends.BACKENDS)
 # On the CPU the reference: the kernels run there in Triton's interpreter alone, for tests.
-CPU_ORDER: tuple[Choice, ...] = DEFAULT_ORDER[::-1]
+CPU_ORDER: tuple[Candidate, ...] = DEFAULT_ORDER[::-1]
 
 
-def as_choice(backend: str | Choice) -> Choice:
-    """A full `Choice` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
-    if not isinstance(backend, str | Choice):
-        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Choice is wanted")
-    return backends.complete(Choice.parse(backend) if isinstance(backend, str) else backend)
+def as_candidate(backend: str | Candidate) -> Candidate:
+    """A full `Candidate` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
+    if not isinstance(backend, str | Candidate):
+        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Candidate is wanted")
+    return backends.complete(Candidate.parse(backend) if isinstance(backend, str) else backend)
 
 
 def decision_table(
@@ -83,7 +83,7 @@ def policy_or_nearest(
     problem: MoEProblem,
     device: str,
     policy: Policy | str | Path | None = None,
-    order: Sequence[Choice] = DEFAULT_ORDER,
+    order: Sequence[Candidate] = DEFAULT_ORDER,
 ) -> tuple[Policy | None, str, str | None]:
     """As `find_policy`; a problem that has none gets that of the nearest one on this device, scaled to it.
 
@@ -117,7 +117,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
 
 
-def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Choice) -> tuple[str, ...]:
+def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> tuple[str, ...]:
     try:
         backends.prepare(problem, device, choice)
     except BackendUnsupportedError as error:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, core_schema
 
-from ..candidate import Choice, ConfigValue
+from ..candidate import Candidate, ConfigValue
 from ..numerics import Tolerance
 from ..problem import MoEProblem
 
@@ -48,19 +48,19 @@ class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _ChoiceData(_Model):
+class _CandidateData(_Model):
     backend: str = Field(min_length=1)
     config: dict[str, ConfigValue]
 
 
-ChoiceField = Annotated[
-    Choice,
+CandidateField = Annotated[
+    Candidate,
     GetPydanticSchema(
         lambda source, handler: core_schema.json_or_python_schema(
             json_schema=core_schema.no_info_after_validator_function(
-                lambda data: Choice(data.backend, data.config), handler.generate_schema(_ChoiceData)
+                lambda data: Candidate(data.backend, data.config), handler.generate_schema(_CandidateData)
             ),
-            python_schema=core_schema.is_instance_schema(Choice),
+            python_schema=core_schema.is_instance_schema(Candidate),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda choice: {"backend": choice.backend, "config": dict(choice.config)}
             ),
@@ -108,7 +108,7 @@ class Evidence(_Model):
     slowdown: _SortedDict[Annotated[float, Field(gt=0)]]
 
 
-def expected_regret(choice: Choice, evidence: Sequence[Evidence]) -> float | None:
+def expected_regret(choice: Candidate, evidence: Sequence[Evidence]) -> float | None:
     """Mean over the evidence of a choice's slowdown - 1; ``None`` where it isn't in all of it, or there is none."""
     slowdowns = [e.slowdown[str(choice)] for e in evidence if str(choice) in e.slowdown]
     if not slowdowns or len(slowdowns) != len(evidence):
@@ -153,7 +153,7 @@ class Regime(_Model):
 
     min_tokens: int = Field(ge=0)
     max_tokens: int | None
-    choice: ChoiceField
+    choice: CandidateField
     verdict: Verdict
     verified: Verified
     reason: str
@@ -271,8 +271,8 @@ class Policy(_Model):
     device: str = Field(pattern=SLUG)
     problem: Annotated[MoEProblem, _whole(MoEProblem)]
     definition: str
-    candidates: _Sequence[ChoiceField]
-    default: ChoiceField
+    candidates: _Sequence[CandidateField]
+    default: CandidateField
     default_reason: str
     default_evidence: _Sequence[Evidence]
     regimes: _Sequence[Regime]

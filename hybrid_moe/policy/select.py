@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..candidate import BackendUnsupportedError, Choice
+from ..candidate import BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..problem import MoEProblem
 from .schema import Evidence, Interval, Policy, Regime, expected_regret
@@ -27,7 +27,7 @@ from .schema import Evidence, Interval, Policy, Regime, expected_regret
 Source = Literal["explicit", "regime", "default", "fallback", "no_policy"]
 
 # Why each candidate can't run; missing or empty means that it can.
-Refusals = Mapping[Choice, Sequence[str]]
+Refusals = Mapping[Candidate, Sequence[str]]
 
 
 class NoBackendError(RuntimeError):
@@ -56,7 +56,7 @@ class Decision:
         Mean over the evidence of the choice's slowdown - 1; ``None`` where it wasn't measured.
     """
 
-    choice: Choice
+    choice: Candidate
     num_tokens: int
     regime: Interval | None
     source: Source
@@ -102,7 +102,7 @@ class DecisionTable:
         problem: MoEProblem,
         device: DeviceKey,
         refusals: Refusals | None = None,
-        fallback_order: Sequence[Choice] = (),
+        fallback_order: Sequence[Candidate] = (),
         note: str | None = None,
     ) -> None:
         self._policy, self._problem, self._device = policy, problem, device
@@ -118,7 +118,7 @@ class DecisionTable:
         self._starts = sorted(starts)
         self._choices = [self.decision(start).choice for start in self._starts]
 
-    def choice(self, num_tokens: int) -> Choice:
+    def choice(self, num_tokens: int) -> Candidate:
         """What runs at ``num_tokens``; ValueError if it is negative."""
         if num_tokens < 0:
             raise ValueError(_negative(num_tokens))
@@ -148,7 +148,7 @@ class DecisionTable:
         return tuple(Span(a, b, self.decision(a)) for a, b in zip(starts, [*ends, None], strict=True))
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[Candidate, ...]:
         """Every choice that `choice` can return, each once: what a layer has to prepare."""
         return tuple(dict.fromkeys(self._choices))
 
@@ -158,14 +158,14 @@ def resolve(
     problem: MoEProblem,
     device: DeviceKey,
     refusals: Refusals | None = None,
-    fallback_order: Sequence[Choice] = (),
+    fallback_order: Sequence[Candidate] = (),
     note: str | None = None,
 ) -> DecisionTable:
     """Decide once for every T. Arguments and errors are those of `choose`."""
     return DecisionTable(policy, problem, device, refusals, fallback_order, note)
 
 
-def explicit(choice: Choice, num_tokens: int, refusals: Refusals | None = None) -> Decision:
+def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = None) -> Decision:
     """The decision for a choice that the caller named; it never falls back.
 
     Raises
@@ -190,7 +190,7 @@ def choose(
     num_tokens: int,
     *,
     refusals: Refusals | None = None,
-    fallback_order: Sequence[Choice] = (),
+    fallback_order: Sequence[Candidate] = (),
     note: str | None = None,
 ) -> Decision:
     """What runs at ``num_tokens``, by the order in this module's description.
@@ -232,7 +232,7 @@ def choose(
     reasons = [] if note is None else [note]
     if regime is None:
         reasons.append(f"policy regimes: none holds T = {num_tokens}")
-    tried: set[Choice] = set()
+    tried: set[Candidate] = set()
     for source, choice, why in _steps(policy, regime):
         if choice in tried:
             continue
@@ -262,7 +262,7 @@ def choose(
 _STEP_NAMES: Mapping[Source, str] = {"default": "policy default", "fallback": "next of the policy's candidates"}
 
 
-def _steps(policy: Policy, regime: Regime | None) -> Iterable[tuple[Source, Choice, str]]:
+def _steps(policy: Policy, regime: Regime | None) -> Iterable[tuple[Source, Candidate, str]]:
     if regime is not None:
         note = " (verified: seed_only, learned from published speedups)" if regime.verified == "seed_only" else ""
         yield "regime", regime.choice, regime.reason + note
@@ -272,7 +272,7 @@ def _steps(policy: Policy, regime: Regime | None) -> Iterable[tuple[Source, Choi
 
 
 def _without_policy(
-    device: DeviceKey, num_tokens: int, refusals: Refusals, fallback_order: Sequence[Choice]
+    device: DeviceKey, num_tokens: int, refusals: Refusals, fallback_order: Sequence[Candidate]
 ) -> Decision:
     reasons = [f"policy: none for {device.name}"]
     for choice in fallback_order:
@@ -284,7 +284,7 @@ def _without_policy(
     raise NoBackendError(_nothing(device, fallback_order, refusals))
 
 
-def _nothing(device: DeviceKey, candidates: Sequence[Choice], refusals: Refusals) -> str:
+def _nothing(device: DeviceKey, candidates: Sequence[Candidate], refusals: Refusals) -> str:
     if not candidates:
         return f"no backend can run on {device.name}: no policy and no candidates were given"
     lines = [f"  {choice}: {'; '.join(refusals[choice])}" for choice in candidates]

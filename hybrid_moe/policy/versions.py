@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from .. import backends
-from ..candidate import Choice
+from ..candidate import Candidate
 from .schema import Policy
 from .select import Refusals
 
@@ -24,7 +24,7 @@ COMMON: Mapping[str, int | None] = {"hybrid-moe": 2, "driver": 1, "cuda": None}
 MINOR = 2
 
 
-def packages_of(choice: Choice) -> tuple[str, ...]:
+def packages_of(choice: Candidate) -> tuple[str, ...]:
     """Packages whose release decides how fast a candidate is; torch alone for what is in no registry."""
     backend = backends.BACKENDS.get(choice.backend)
     return ("torch",) if backend is None else backend.packages(choice.config)
@@ -92,7 +92,7 @@ def mismatch(policy: Policy, device: str, refusals: Refusals, installed: Mapping
     hard = []
     if policy.device != device:
         hard.append(f"it is for {policy.device}, this is {device}")
-    wanted: dict[Choice, list[str]] = defaultdict(list)
+    wanted: dict[Candidate, list[str]] = defaultdict(list)
     for regime in policy.regimes:
         wanted[regime.choice].append(f"T = {regime.label}")
     wanted[policy.default].append("the default")

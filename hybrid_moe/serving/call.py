@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from ..backends.base import Runner
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..device import DeviceKey
 from ..inputs import Inputs, RoutedInputs, check_output, check_unquantized, problem_of
-from ..policy.resolve import as_choice, decision_table
+from ..policy.resolve import as_candidate, decision_table
 from ..policy.schema import Policy
 from ..policy.select import DecisionTable
 from ..problem import MoEProblem, RoutingMethod
@@ -40,7 +40,7 @@ class _Identity:
 def new_dispatch(
     problem: MoEProblem,
     device: DeviceKey,
-    backend: Choice | None,
+    backend: Candidate | None,
     policy: Policy | str | Path | None,
     routed: bool,
     counters: Counters,
@@ -48,7 +48,7 @@ def new_dispatch(
     stacklevel: int,
 ) -> Dispatch:
     """By the backend that is named, else by the policy."""
-    decider: DecisionTable | Choice
+    decider: DecisionTable | Candidate
     if backend is None:
         decider = decision_table(problem, device, policy, routed=routed, stacklevel=stacklevel)
     else:
@@ -58,7 +58,7 @@ def new_dispatch(
 
 @functools.lru_cache(maxsize=256)
 def _cached_dispatch(
-    problem: MoEProblem, device: DeviceKey, backend: Choice | None, policy: _Identity, routed: bool
+    problem: MoEProblem, device: DeviceKey, backend: Candidate | None, policy: _Identity, routed: bool
 ) -> Dispatch:
     return new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
 
@@ -74,7 +74,7 @@ class Call:
 
     __slots__ = ("_backend", "_policy", "__weakref__")
 
-    def __init__(self, backend: str | Choice | None, policy: Policy | str | Path | None) -> None:
+    def __init__(self, backend: str | Candidate | None, policy: Policy | str | Path | None) -> None:
         self._backend, self._policy = backend, policy
 
     def run(
@@ -106,21 +106,21 @@ class Call:
             check_output(output, inputs, problem)
         device = DeviceKey.of(inputs.hidden_states.device)
         # A backend that is named never looks at the policy.
-        backend, policy = (None, self._policy) if self._backend is None else (as_choice(self._backend), None)
+        backend, policy = (None, self._policy) if self._backend is None else (as_candidate(self._backend), None)
         dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
         if inputs.num_tokens:
             launch(dispatch.counted(inputs.num_tokens), inputs, output)
         return output
 
 
-def handle_of(backend: str | Choice | None, policy: Policy | str | Path | None) -> int:
+def handle_of(backend: str | Candidate | None, policy: Policy | str | Path | None) -> int:
     """What stands for `fused_moe` with this backend and policy in a compiled graph."""
-    handle, _ = _registered(None if backend is None else as_choice(backend), _Identity(policy))
+    handle, _ = _registered(None if backend is None else as_candidate(backend), _Identity(policy))
     return handle
 
 
 @functools.cache
-def _registered(backend: Choice | None, policy: _Identity) -> tuple[int, Call]:
+def _registered(backend: Candidate | None, policy: _Identity) -> tuple[int, Call]:
     # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
     call = Call(backend, policy.value)
     return custom_ops.register(call), call

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import backends
 from ..backends.base import Runner
-from ..candidate import BackendUnsupportedError, Choice
+from ..candidate import BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..policy.schema import Policy
 from ..policy.select import Decision, DecisionTable, explicit
@@ -55,17 +55,17 @@ class Dispatch:
         self,
         problem: MoEProblem,
         device: DeviceKey,
-        decider: DecisionTable | Choice,
+        decider: DecisionTable | Candidate,
         counters: Counters,
         policy: Policy | str | Path | None = None,
         routed: bool = False,
     ) -> None:
-        self.backend = decider if isinstance(decider, Choice) else None
+        self.backend = decider if isinstance(decider, Candidate) else None
         self.policy = policy
         self._decide: Callable[[int], Decision]
         # The decision changes at these T alone.
         self.starts: Sequence[int]
-        if isinstance(decider, Choice):
+        if isinstance(decider, Candidate):
             self._decide, self.starts = functools.partial(explicit, decider), (0,)
         else:
             self._decide, self.starts = decider.decision, decider.starts
@@ -103,7 +103,7 @@ class Dispatch:
             for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
         )
 
-    def choice(self, num_tokens: int) -> Choice:
+    def choice(self, num_tokens: int) -> Candidate:
         """What runs at ``num_tokens``; ValueError if it is negative."""
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}; 0 or more is wanted")

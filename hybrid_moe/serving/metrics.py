@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..policy.schema import Interval
 from ..policy.select import Source
 from ..problem import MoEProblem
@@ -44,7 +44,7 @@ class Label:
 
     device: str
     problem: MoEProblem
-    choice: Choice
+    choice: Candidate
     regime: Interval | None
     source: Source
 

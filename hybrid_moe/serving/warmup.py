@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..candidate import Choice
+from ..candidate import Candidate
 from ..inputs import Inputs, MoEInputs, RoutedInputs
 from ..problem import MoEProblem
 from .quantize_input import quantize
@@ -28,7 +28,7 @@ class WarmedUp:
         What it took, compiling with it, until the device was done.
     """
 
-    choice: Choice
+    choice: Candidate
     num_tokens: int
     seconds: float
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from ...device import DeviceKey
 from ...measure.records import PEER_PREFIX, BenchRecord
 from ...policy.schema import InputDigest, Policy, RegretSummary, Timing
@@ -66,12 +66,12 @@ class Row:
     local_rows: tuple[int, int] | None
     active_experts: tuple[int, int] | None
     floor_us: float | None
-    latency: Mapping[Choice, Latency]
-    slowdown: Mapping[Choice, float]
-    regret: Mapping[Choice, float]
-    chosen: Choice | None
+    latency: Mapping[Candidate, Latency]
+    slowdown: Mapping[Candidate, float]
+    regret: Mapping[Candidate, float]
+    chosen: Candidate | None
     policy_regret: float | None
-    passed_over: Choice | None
+    passed_over: Candidate | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Standing:
         policy is 1.05 times as fast.
     """
 
-    choice: Choice | None
+    choice: Candidate | None
     regret: RegretSummary | None
     policy_gain: float | None
 
@@ -119,7 +119,7 @@ class View:
 class Checked:
     """How close a candidate's or peer's results were, as ranges over the workloads, and the bounds applied."""
 
-    choice: Choice
+    choice: Candidate
     workloads: int
     relative_l2: Range | None
     cosine: Range | None
@@ -132,7 +132,7 @@ class Checked:
 class Refused:
     """A candidate that gave no result, and why."""
 
-    choice: Choice
+    choice: Candidate
     status: str
     reason: str
     timings: Sequence[Timing]
@@ -172,8 +172,8 @@ class Report:
 
     policy: Policy
     policy_sha256: str
-    letters: Mapping[Choice, str]
-    peers: Sequence[Choice]
+    letters: Mapping[Candidate, str]
+    peers: Sequence[Candidate]
     spans: Sequence[Span]
     overall: Sequence[View]
     loads: Sequence[View]
@@ -277,7 +277,7 @@ def _view(records: Sequence[BenchRecord], policy: Policy, timing: Timing, routin
 
 
 def _standings(rows: Sequence[Row]) -> list[Standing]:
-    def of(choice: Choice | None) -> Standing:
+    def of(choice: Candidate | None) -> Standing:
         known = [(row, row.policy_regret if choice is None else row.regret.get(choice)) for row in rows]
         regrets = [(row.num_tokens, regret) for row, regret in known if regret is not None]
         gains = [
@@ -294,7 +294,7 @@ def _standings(rows: Sequence[Row]) -> list[Standing]:
     return [of(None), *singles]
 
 
-def _latencies(records: Sequence[BenchRecord]) -> dict[tuple[Choice, int], Latency]:
+def _latencies(records: Sequence[BenchRecord]) -> dict[tuple[Candidate, int], Latency]:
     """By candidate or peer and T: of those right at every workload that any candidate was right at."""
     kept = {key: found for key, found in standing(records).items() if found}
     wanted: dict[int, set[WorkloadKey]] = defaultdict(set)
@@ -349,8 +349,8 @@ def _range(values: Iterable[int | None]) -> tuple[int, int] | None:
 # ---- What holds for all records ----
 
 
-def _checked(records: Sequence[BenchRecord], order: Mapping[Choice, str]) -> list[Checked]:
-    by_choice: dict[Choice, list[BenchRecord]] = defaultdict(list)
+def _checked(records: Sequence[BenchRecord], order: Mapping[Candidate, str]) -> list[Checked]:
+    by_choice: dict[Candidate, list[BenchRecord]] = defaultdict(list)
     for record in records:
         if record.status == "passed":
             by_choice[record.choice].append(record)

@@ -22,7 +22,7 @@ from matplotlib.markers import CARETUP
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from .data import Report, Row, View
 from .letters import index
 
@@ -250,7 +250,7 @@ def _bands(report: Report, strip: Axes, main: Axes, shape: Shape) -> None:
             strip.text(middle, 0.45, text, ha="center", va="center", fontweight="bold", bbox=ground)
 
 
-def _each(report: Report, view: View, value: Callable[[Row, Choice], float | None]) -> Any:
+def _each(report: Report, view: View, value: Callable[[Row, Candidate], float | None]) -> Any:
     """For each candidate: its style, and T and value where there is one."""
     for choice, letter in report.letters.items():
         found = [(row.num_tokens, v) for row in view.rows if (v := value(row, choice)) is not None]
@@ -267,7 +267,7 @@ def _each(report: Report, view: View, value: Callable[[Row, Choice], float | Non
             yield choice, style, [t for t, _ in found], [v for _, v in found]
 
 
-def _peers(report: Report, view: View, axes: Axes, value: Callable[[Row, Choice], float | None]) -> None:
+def _peers(report: Report, view: View, axes: Axes, value: Callable[[Row, Candidate], float | None]) -> None:
     for number, peer in enumerate(report.peers):
         found = [(row.num_tokens, v) for row in view.rows if (v := value(row, peer)) is not None]
         if found:
@@ -309,7 +309,7 @@ def _cut_off(axes: Axes, top: float) -> None:
 
 
 def _latency(report: Report, view: View, axes: Axes) -> None:
-    def median(row: Row, choice: Choice) -> float | None:
+    def median(row: Row, choice: Candidate) -> float | None:
         return row.latency[choice].median if choice in row.latency else None
 
     for choice, style, tokens, values in _each(report, view, median):
@@ -340,13 +340,13 @@ def _latency(report: Report, view: View, axes: Axes) -> None:
     axes.set_ylabel("microseconds")
 
 
-def _band(row: Row, choice: Choice) -> tuple[float, float] | None:
+def _band(row: Row, choice: Candidate) -> tuple[float, float] | None:
     latency = row.latency[choice]
     return None if latency.p10 is None or latency.p90 is None else (latency.p10, latency.p90)
 
 
 def _floor_ratio(report: Report, view: View, axes: Axes) -> None:
-    def ratio(row: Row, choice: Choice) -> float | None:
+    def ratio(row: Row, choice: Candidate) -> float | None:
         return row.latency[choice].median / row.floor_us if row.floor_us and choice in row.latency else None
 
     for _, style, tokens, values in _each(report, view, ratio):

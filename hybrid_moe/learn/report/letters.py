@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 
-from ...candidate import Choice
+from ...candidate import Candidate
 
 _TABLE = {
     "flashinfer_cutlass": "A",
@@ -17,7 +17,7 @@ _TABLE = {
 }
 
 
-def assign_letters(candidates: Iterable[Choice]) -> dict[Choice, str]:
+def assign_letters(candidates: Iterable[Candidate]) -> dict[Candidate, str]:
     """The letter of each candidate, in the order of the letters.
 
     Candidates that the table doesn't name take the letters after its own, by name, and numbers after Z.

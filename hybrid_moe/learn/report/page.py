@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from ...policy.schema import LearnerOptions
 from ...problem import MoEProblem
 from . import draw
@@ -138,15 +138,15 @@ def _caption(report: Report, name: str) -> tuple[str, str]:
 # ---- Cells ----
 
 
-def _measured(report: Report, view: View) -> list[Choice]:
+def _measured(report: Report, view: View) -> list[Candidate]:
     """Candidates and peers that have a figure somewhere in the view."""
-    found: set[Choice] = set()
+    found: set[Candidate] = set()
     for row in view.rows:
         found |= {*row.slowdown, *row.latency}
     return [c for c in (*report.letters, *report.peers) if c in found]
 
 
-def _cell(of: tuple[Row, Choice]) -> str:
+def _cell(of: tuple[Row, Candidate]) -> str:
     row, choice = of
     if choice in row.latency:
         median = row.latency[choice].median
@@ -155,7 +155,7 @@ def _cell(of: tuple[Row, Choice]) -> str:
     return f"{row.slowdown[choice]:.3f}" if choice in row.slowdown and not row.latency else "–"
 
 
-def _tint(report: Report, choice: Choice) -> str:
+def _tint(report: Report, choice: Candidate) -> str:
     return draw.colour(report.letters[choice])
 
 

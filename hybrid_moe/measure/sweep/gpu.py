@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from ...device import DeviceKey
 from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
@@ -64,7 +64,7 @@ class GpuBench:
         self._case = Case.make(workload, self.problem, self._made.copies, SAMPLED_TOKENS)
         torch.cuda.synchronize()
 
-    def measure(self, choice: Choice, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
+    def measure(self, choice: Candidate, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
         """See `bench.measure`; records have ``gpu_before`` and ``gpu_after`` beside the usual fields."""
         assert self._case is not None and self._made is not None
         runs = _RUNS if self._case.workload.num_tokens <= _LARGE else _RUNS_OF_LARGE

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
 from ..records import BenchRecord
@@ -42,7 +42,7 @@ class Job:
     """One candidate to measure on one workload, in the ways of timing that are still wanted."""
 
     workload: Workload
-    choice: Choice
+    choice: Candidate
     timings: tuple[GraphOrEager, ...]
 
 
@@ -67,7 +67,7 @@ class Plan:
     """
 
     problem: MoEProblem
-    candidates: tuple[Choice, ...]
+    candidates: tuple[Candidate, ...]
     loads: tuple[RoutingLoad, ...]
     anchors: tuple[int, ...]
     refinements: int
@@ -77,7 +77,7 @@ class Plan:
     def make(
         cls,
         problem: MoEProblem,
-        candidates: Sequence[Choice],
+        candidates: Sequence[Candidate],
         *,
         quick: bool = False,
         loads: Sequence[RoutingLoad] = LOADS,
@@ -140,7 +140,7 @@ class Results:
     """What the records say, ready to be asked; of two records of the same, the later one counts."""
 
     def __init__(self, records: Iterable[BenchRecord] = ()) -> None:
-        self._records: dict[tuple[_Point, Choice, str], BenchRecord] = {}
+        self._records: dict[tuple[_Point, Candidate, str], BenchRecord] = {}
         self._begun: dict[_Point, None] = {}
         for record in records:
             self.add(record)
@@ -151,10 +151,10 @@ class Results:
         self._begun.setdefault(point)
         self._records[point, record.choice, record.timing] = record
 
-    def left_out(self, candidates: Sequence[Choice]) -> dict[Choice, str]:
+    def left_out(self, candidates: Sequence[Candidate]) -> dict[Candidate, str]:
         """The candidates that aren't measured any more, and why: refused, or hung and crashed too often."""
-        refused: dict[Choice, str] = {}
-        lost: dict[Choice, dict[_Point, str]] = {}
+        refused: dict[Candidate, str] = {}
+        lost: dict[Candidate, dict[_Point, str]] = {}
         for (point, choice, _), record in self._records.items():
             if record.status == "unsupported":
                 refused.setdefault(choice, record.reason or "")
@@ -169,12 +169,12 @@ class Results:
                 reasons[choice] = f"given up after {len(points)} workloads at which it hung or crashed ({where})"
         return reasons
 
-    def missing(self, workload: Workload, choice: Choice) -> tuple[GraphOrEager, ...]:
+    def missing(self, workload: Workload, choice: Candidate) -> tuple[GraphOrEager, ...]:
         """The ways of timing without a record."""
         point = _point(workload)
         return tuple(timing for timing in TIMINGS if (point, choice, timing) not in self._records)
 
-    def median_us(self, workload: Workload, choice: Choice, timing: str) -> float | None:
+    def median_us(self, workload: Workload, choice: Candidate, timing: str) -> float | None:
         """The median latency in microseconds; ``None`` unless it passed."""
         record = self._records.get((_point(workload), choice, timing))
         return None if record is None or record.latency_us is None else record.latency_us.median
@@ -211,7 +211,7 @@ def next_job(plan: Plan, results: Results) -> Job | None:
     return None if between is None else _first_missing(plan, results, [between], in_play)
 
 
-def _first_missing(plan: Plan, results: Results, tokens: Iterable[int], in_play: Collection[Choice]) -> Job | None:
+def _first_missing(plan: Plan, results: Results, tokens: Iterable[int], in_play: Collection[Candidate]) -> Job | None:
     for num_tokens in tokens:
         for load in plan.loads:
             workload = plan.workload(num_tokens, load)
@@ -223,10 +223,10 @@ def _first_missing(plan: Plan, results: Results, tokens: Iterable[int], in_play:
 
 
 def _latencies(
-    plan: Plan, results: Results, tokens: Sequence[int], candidates: Sequence[Choice]
-) -> dict[int, dict[Choice, float]]:
+    plan: Plan, results: Results, tokens: Sequence[int], candidates: Sequence[Candidate]
+) -> dict[int, dict[Candidate, float]]:
     """Mean log latency over the loads at each T, of each candidate that was right at all of them."""
-    found: dict[int, dict[Choice, float]] = {}
+    found: dict[int, dict[Candidate, float]] = {}
     for num_tokens in sorted(tokens):
         found[num_tokens] = {}
         for choice in candidates:
@@ -237,7 +237,7 @@ def _latencies(
     return found
 
 
-def _least_sure(latencies: Mapping[int, Mapping[Choice, float]]) -> int | None:
+def _least_sure(latencies: Mapping[int, Mapping[Candidate, float]]) -> int | None:
     """The T to look at next: the middle of the gap with the largest `_doubt`; ``None`` if no gap has any."""
     best: tuple[float, int] | None = None
     tokens = sorted(latencies)
@@ -251,7 +251,7 @@ def _least_sure(latencies: Mapping[int, Mapping[Choice, float]]) -> int | None:
     return None if best is None else best[1]
 
 
-def _doubt(width: float, low: Mapping[Choice, float], high: Mapping[Choice, float]) -> float:
+def _doubt(width: float, low: Mapping[Candidate, float], high: Mapping[Candidate, float]) -> float:
     """What running one candidate in the whole gap could cost: its log slowdown, times the log T that it holds over.
 
     That of the best candidate for it: how far it lags behind another one at the worse of the two ends, and what may

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from ...candidate import Choice
+from ...candidate import Candidate
 from ...files import open_log, read_tail
 from ...policy.schema import GraphOrEager
 from ...text import describe_exception, printable
@@ -69,7 +69,7 @@ class Bench(Protocol):
     def load(self, workload: Workload) -> None:
         """Make a workload ready for `measure`; the one before isn't needed any more."""
 
-    def measure(self, choice: Choice, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
+    def measure(self, choice: Candidate, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
         """Check one candidate on the loaded workload and time it: one record for each of ``timings``, in order."""
 
     def usable(self) -> bool:

@@ -1,0 +1,110 @@
+"""The pipeline for Hopper on the CPU, in `gluon_emulation`: what its kernels compute, in whatever order things happen.
+
+Each run is one interleaving by its seed, of kernels that overlap as programmatic dependent launch lets them.
+"""
+
+import dataclasses
+
+import gluon_emulation
+import pytest
+import torch
+from emulated_calls import FEW, MANY, SMALL, Call, Given, given_rows
+
+from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+
+FEW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
+MANY_KERNELS = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
+# Rows of each expert: tiles of the kernels for few rows have 32 and, with no more than 16, 16; of those for many 128
+# in two halves, the lower of which is left out if empty.
+ROWS_FEW = {
+    "one row each": [1, 1, 1, 1],
+    "a tile's edges": [15, 16, 17, 0],
+    "two tiles": [33, 0, 32, 5],
+    "one expert has all": [0, 0, 70, 0],
+    "none": [0, 0, 0, 0],
+}
+ROWS_MANY = {
+    "one row": [0, 1, 0, 0],
+    "a half's edges": [63, 64, 65, 3],
+    "a tile's edges": [127, 128, 129, 0],
+    "one expert has all": [0, 0, 300, 0],
+    "none": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("gate_first", [False, True], ids=["up_first", "gate_first"])
+@pytest.mark.parametrize("name", ROWS_FEW)
+def test_few_rows(name, gate_first):
+    problem = dataclasses.replace(SMALL, gate_first=gate_first)
+    rows = ROWS_FEW[name]
+    call = Call(problem, given_rows(problem, rows, max(*rows, 7)), Given(FEW, FEW))
+    assert call.kernels[2:4] == FEW_KERNELS
+    call.run(seed=len(name), stages=2)
+
+
+@pytest.mark.parametrize("gate_first", [False, True], ids=["up_first", "gate_first"])
+@pytest.mark.parametrize("name", ROWS_MANY)
+def test_many_rows(name, gate_first):
+    problem = dataclasses.replace(SMALL, gate_first=gate_first)
+    rows = ROWS_MANY[name]
+    call = Call(problem, given_rows(problem, rows, max(*rows, 7)), Given(MANY, MANY))
+    assert call.kernels[2:4] == MANY_KERNELS
+    call.run(seed=len(name), stages=2)
+
+
+@pytest.mark.parametrize(("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (40, MANY_KERNELS, 512)])
+def test_as_serving_has_them(tokens, kernels, size):
+    """All stages, the plan's own choice, and the routing from logits."""
+    problem = dataclasses.replace(SMALL, n_group=4, topk_group=2, hidden_size=size, intermediate_size=size)
+    inputs = make_inputs(Workload(tokens, 4), problem, random_weights(problem, "cpu"))
+    call = Call(problem, inputs, TritonGroupedGemm((9, 0)))
+    assert call.kernels == ["clear_kernel", "route_kernel", *kernels, "combine_kernel"]
+    call.run()
+
+
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY)], ids=["few", "many"])
+def test_one_token(gemms):
+    """One kernel clears and routes."""
+    call = Call(SMALL, given_rows(SMALL, [1, 0, 1, 1]), Given(*gemms))
+    assert call.kernels[0] == "scatter_kernel"
+    call.run(stages=2)
+
+
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+def test_chunks_of_columns(gemms, monkeypatch):
+    """Each chunk has its own GEMM2 and combine, which reuse the memory of the one before."""
+    monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", 4 * 40 * 256 * 2)
+    call = Call(SMALL, given_rows(SMALL, [40, 3, 0, 20]), Given(*gemms))
+    assert len(call.kernels) == 3 + 2 * 2
+    call.run(stages=2)
+
+
+def test_bits_do_not_hang_on_the_order():
+    """Slots, tiles and signals come in another order each time; no sum does."""
+    inputs = given_rows(SMALL, [20, 3, 0, 33])
+    for gemms in ((FEW, FEW), (MANY, MANY), (None, None)):
+        outputs = [Call(SMALL, inputs, Given(*gemms)).run(seed, stages=2) for seed in range(3)]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+def test_calls_one_after_another_share_their_memory(gemms):
+    """The second clears what the first counts with: not before the first is through with it."""
+    calls = [
+        Call(SMALL, given_rows(SMALL, rows, 33, seed=7), Given(*gemms)) for rows in ([33, 1, 0, 5], [0, 17, 33, 2])
+    ]
+    operands = [call.operands(calls[0].memory) for call in calls]
+    gluon_emulation.run_steps(calls[0].steps(2), operands, seed=3)
+    for call in calls:
+        call.checked()
+
+
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize("what", ["atomic", "copy", "arrive", "start"])
+def test_whatever_comes_late_is_waited_for(gemms, what):
+    """As late as possible: signals, copies, arrivals, all of one program of each kernel."""
+    rows = [20, 3, 0, 33] if FEW in gemms else [70, 3, 0, 33]
+    call = Call(SMALL, given_rows(SMALL, rows), Given(*gemms))
+    call.run(delay=lambda event, task: event == what and task.program.index[0] == 1, stages=2)

@@ -8,6 +8,7 @@ import gluon_emulation
 import torch
 
 from hybrid_moe import MoEProblem
+from hybrid_moe.inputs import RoutedInputs
 from hybrid_moe.kernels.grouped_gemm.tiles import Specialized
 from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
 from hybrid_moe.kernels.launch import Constants
@@ -15,7 +16,6 @@ from hybrid_moe.kernels.pipeline import Launch, Pipeline
 from hybrid_moe.kernels.plan import Form, addresses_of, by_name
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance, check
-from hybrid_moe.problem import RoutedInputs
 from hybrid_moe.reference import has_local_work, moe_reference
 
 # Against the reference that rounds the activation as the kernels do.

@@ -24,7 +24,6 @@ from .values import (
     data_of,
     dtype_of,
     made,
-    operate,
     tensor_of,
     torch_dtype,
 )
@@ -55,14 +54,17 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def _least_or_most(drop_nan: Any, keep_nan: Any, of_integers: Any) -> Callable[..., Any]:
-    def function(x: Any, y: Any, propagate_nan: Any = tl.PropagateNan.NONE) -> Any:
+    def choose(x: Any, y: Any, propagate_nan: Any = tl.PropagateNan.NONE) -> Any:
         if dtype_of(x) is None and dtype_of(y) is None:
             return of_integers(x, y)
         if common(x, y).is_floating_point:
-            return operate(drop_nan if propagate_nan == tl.PropagateNan.NONE else keep_nan, x, y)
-        return operate(keep_nan, x, y)
+            function = drop_nan if propagate_nan == tl.PropagateNan.NONE else keep_nan
+        else:
+            function = keep_nan
+        dtype = common(x, y)
+        return made(function(tensor_of(x, dtype), tensor_of(y, dtype)), dtype)
 
-    return function
+    return choose
 
 
 minimum = _least_or_most(torch.fmin, torch.minimum, min)

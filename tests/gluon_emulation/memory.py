@@ -129,8 +129,10 @@ def places(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gather(pointer: Pointer, mask: Any, other: Any, seen: int | None, program: int) -> torch.Tensor:
     """Elements by their places; ``other``, or poison, where masked off."""
-    offsets, wanted = places(pointer, mask)
     region = pointer.region
+    if mask is None:
+        return region.storage.read(region.dtype, region.index(torch.as_tensor(pointer.offset)), seen, program)
+    offsets, wanted = places(pointer, mask)
     result = torch.empty(offsets.shape, dtype=region.dtype)
     if other is None:
         poison(result)

@@ -169,15 +169,23 @@ def common(a: Any, b: Any, division: bool = False) -> torch.dtype:
 
 def tensor_of(value: Any, dtype: torch.dtype) -> torch.Tensor:
     """As torch's, to compute in ``dtype``."""
-    data = data_of(value)
+    data = _operand(value, dtype)
     held = torch.int64 if dtype in BITS else dtype
-    return data.to(held) if isinstance(data, torch.Tensor) else torch.tensor(data, dtype=held)
+    return data if isinstance(data, torch.Tensor) else torch.tensor(data, dtype=held)
 
 
 def operate(function: Any, a: Any, b: Any, result: torch.dtype | None = None, division: bool = False) -> Any:
-    """Of two values; ``result`` is the dtype if not that of the operands."""
+    """Of two values, of which torch's function takes numbers too; ``result`` is the dtype if not the operands'."""
     dtype = common(a, b, division)
-    return made(function(tensor_of(a, dtype), tensor_of(b, dtype)), result or dtype)
+    return made(function(_operand(a, dtype), _operand(b, dtype)), result or dtype)
+
+
+def _operand(value: Any, dtype: torch.dtype) -> Any:
+    data = data_of(value)
+    if not isinstance(data, torch.Tensor):
+        return float(data) if dtype.is_floating_point else int(data)
+    held = torch.int64 if dtype in BITS else dtype
+    return data if data.dtype == held else data.to(held)
 
 
 def convert(value: Any, dtype: torch.dtype, bitcast: bool = False) -> Any:
@@ -206,12 +214,12 @@ def _tensor_operator(function, swapped, result, division):
 
 
 for _name, _function, _result in (
-    ("add", torch.add, None), ("sub", torch.sub, None), ("mul", torch.mul, None), ("truediv", torch.div, None),
-    ("floordiv", lambda a, b: torch.div(a, b, rounding_mode="trunc"), None), ("mod", torch.fmod, None),
-    ("and", torch.bitwise_and, None), ("or", torch.bitwise_or, None), ("xor", torch.bitwise_xor, None),
-    ("rshift", torch.bitwise_right_shift, None), ("lshift", torch.bitwise_left_shift, None),
-    ("lt", torch.lt, torch.bool), ("le", torch.le, torch.bool), ("gt", torch.gt, torch.bool),
-    ("ge", torch.ge, torch.bool), ("eq", torch.eq, torch.bool), ("ne", torch.ne, torch.bool),
+    ("add", operator.add, None), ("sub", operator.sub, None), ("mul", operator.mul, None),
+    ("truediv", operator.truediv, None), ("floordiv", lambda a, b: torch.div(a, b, rounding_mode="trunc"), None),
+    ("mod", torch.fmod, None), ("and", operator.and_, None), ("or", operator.or_, None), ("xor", operator.xor, None),
+    ("rshift", operator.rshift, None), ("lshift", operator.lshift, None),
+    ("lt", operator.lt, torch.bool), ("le", operator.le, torch.bool), ("gt", operator.gt, torch.bool),
+    ("ge", operator.ge, torch.bool), ("eq", operator.eq, torch.bool), ("ne", operator.ne, torch.bool),
 ):  # fmt: skip
     setattr(Tensor, f"__{_name}__", _tensor_operator(_function, False, _result, _name == "truediv"))
     if _result is None:

@@ -70,7 +70,7 @@ def test_learn_where(tmp_path):
 
 
 def test_evaluate(tmp_path):
-    """What README says of the shipped policy: other T and loads than it was learned from."""
+    """What docs/judging.md says of the shipped policy: other T and loads than it was learned from."""
     found = cli_json("evaluate", SHIPPED, OTHERS)
     assert found["learned_from"] == [] and found["timing"] == "cuda_graph"
     assert len(found["judged"]) == 32 and len({j["num_tokens"] for j in found["judged"]}) == 26

@@ -149,7 +149,7 @@ def test_the_interface_is_that_of_the_recorded_release(framework):
     example, package = framework.example, framework.package
     assert RECORDED[package]["version"] == example.VERSION
     (name,) = re.findall(rf"Written against ((?:SGLang|vLLM) {re.escape(example.VERSION)})\.", example.__doc__)
-    assert f"| {name} |" in (EXAMPLES.parent / "README.md").read_text()
+    assert f"| {name} |" in (EXAMPLES.parent / "docs" / "serving.md").read_text()
     assert example.INTERFACE
     for target, parameters in example.INTERFACE.items():
         assert parameters == recorded(package, target), target

@@ -58,7 +58,7 @@ def test_workspace_bytes():
         assert (
             runner.workspace_bytes(tokens) == pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).layout(tokens).bytes
         )
-    # As the README has it.
+    # As docs/serving.md has it.
     assert [round(runner.workspace_bytes(tokens) / 1e6, 1) for tokens in (16, 901, 14107)] == [3.2, 118.7, 1859.0]
 
 

@@ -1,0 +1,5 @@
+"""``python -m hybrid_moe``: the command line."""
+
+from .cli import main
+
+main()

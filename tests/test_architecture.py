@@ -31,7 +31,9 @@ SPINE = (
 
 
 def modules():
-    return {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    found = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    del found["__main__",]  # `python -m hybrid_moe`, which nothing imports
+    return found
 
 
 def imports(module, path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_architecture
 from typer.testing import CliRunner
 
 from hybrid_moe import __version__, backends
@@ -173,6 +174,11 @@ def test_the_map_of_the_code_is_whole():
         assert named in names, f"the map names {named}"
     for package in (ROOT / "hybrid_moe").rglob("__init__.py"):
         assert f"{package.parent.name}/" in code_map, f"the map lacks {package.parent}"
+
+
+def test_the_order_of_dependencies_is_the_one_that_is_checked():
+    (order,) = (b.text for b in blocks(ROOT / "docs/architecture.md") if b.text.startswith("cli ->"))
+    assert tuple(re.findall(r"\w+", order)) == test_architecture.SPINE
 
 
 def test_the_table_of_backends_is_whole():

@@ -23,6 +23,7 @@ from hybrid_moe import (
     NoBackendError,
     Policy,
     PolicyError,
+    PolicyMismatchWarning,
     api,
     backends,
     fused_moe,
@@ -303,10 +304,54 @@ def test_a_regime_that_cannot_run_gives_way_to_the_default(spies, inputs):
     assert any("two passed over" in reason and "no such card" in reason for reason in decision.reasons)
 
 
-def test_nothing_can_run(spies, inputs):
+def test_nothing_of_the_policy_can_run(spies, inputs):
+    for spy in spies:
+        spy.reasons = ["asleep"]
+    policy = make_policy(candidates=[Candidate("one"), Candidate("two")], default=Candidate("one"))
+    resolve._warn_once.cache_clear()
+    with pytest.warns(PolicyMismatchWarning, match="none of its candidates can run here. torch_reference runs instead"):
+        layer = layer_of(inputs, policy=policy)
+    assert {layer.explain(tokens).source for tokens in (1, 7, 20)} == {"unmeasured"}
+    assert torch.equal(call(layer, inputs), fused_moe(*inputs, **ROUTING, backend=REFERENCE))
+
+
+def test_a_b200_with_a_plain_install_runs_this_packages_own_kernels(monkeypatch):
+    asked = backends.not_supported_reasons
+
+    def plain(problem, device, choice):
+        own = choice in (Candidate("triton_fused", {"gemm": "triton"}), REFERENCE)
+        return asked(problem, device, choice) if own else ("not installed",)
+
+    resolve._warn_once.cache_clear()
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(PolicyMismatchWarning, match=r"triton_fused\[gemm=triton\] runs instead, which nobody measured"),
+    ):
+        patch.setattr(backends, "not_supported_reasons", plain)
+        table = resolve.decision_table(MoEProblem(), DeviceKey("nvidia_b200", (10, 0)))
+    assert table.choices == (Candidate("triton_fused", {"gemm": "triton"}),)
+    assert {decision.source for decision in table.decisions} == {"unmeasured"}
+
+
+def test_the_reference_says_that_it_is_slow_where_that_is_felt():
+    resolve._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="torch_reference runs on nvidia_l40s: .*it is slow"):
+        resolve.decision_table(MoEProblem(), DeviceKey("nvidia_l40s", (8, 9)))
+    with pytest.warns(UserWarning, match="torch_reference runs on cpu: .*it is slow"):
+        resolve.decision_table(MoEProblem(), DeviceKey("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve.decision_table(PROBLEM, DeviceKey("cpu"))
+        resolve.decision_table(MoEProblem(), DeviceKey("cpu"))  # once in a process
+
+
+def test_nothing_can_run(spies, inputs, no_interpreter, monkeypatch):
     for spy in spies:
         spy.reasons = [f"{spy.name} is asleep", "and old"]
     policy = make_policy(candidates=[Candidate("one"), Candidate("two")], default=Candidate("one"))
+    reference = type(backends.BACKENDS["torch_reference"])
+    monkeypatch.setattr(reference, "not_supported_reasons", lambda *_: ["no torch_reference today"])
+    backends.not_supported_reasons.cache_clear()
     for run in (lambda: fused_moe(*inputs, **ROUTING, policy=policy), lambda: layer_of(inputs, policy=policy)):
         with pytest.raises(NoBackendError) as caught:
             run()

@@ -146,7 +146,7 @@ def test_explain_without_a_gpu_wants_a_device():
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--num-tokens", "-1"], "0 or more"),
+        (["--num-tokens", "-1"], "an integer of at least 0"),
         (["--top-k", "1000"], "top_k is 1000"),
         (["--policy", "nowhere.json"], "doesn't exist"),
     ],

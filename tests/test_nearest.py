@@ -83,9 +83,9 @@ def test_every_t_is_decided_as_the_t_with_its_rows(experts, top_k, bounds, token
 
 def test_it_says_that_nothing_was_measured():
     problem = changed(num_experts=32)
-    found = scaled(make_policy(), problem, [Candidate("three")])
+    found = scaled(make_policy(), problem)
     assert found.problem == problem and found.definition == problem.definition
-    assert found.candidates == (Candidate("one"), Candidate("two"), REFERENCE, Candidate("three"))
+    assert found.candidates == (Candidate("one"), Candidate("two"), REFERENCE)
     table = resolve(found, problem, CPU, note="scaled")
     for tokens, choice in ((3, "one"), (12, "two"), (20, "torch_reference")):
         decision = table.decision(tokens)
@@ -131,7 +131,7 @@ def test_what_cannot_run_is_passed_over_for_what_can(spies):  # noqa: F811
     policy = make_policy(other, candidates=[Candidate("one"), Candidate("two")], default=Candidate("two"))
     save_policy(policy, policy_path(user_policy_dir(), "cpu", other))
     decision = layer_of(inputs_of(random_weights(PROBLEM, "cpu"), 2)).explain(2)
-    assert (decision.choice, decision.source) == (REFERENCE, "fallback")
+    assert (decision.choice, decision.source) == (REFERENCE, "unmeasured")
     assert any("one passed over" in reason and "asleep" in reason for reason in decision.reasons)
 
 

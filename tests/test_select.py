@@ -61,7 +61,7 @@ def test_the_regime_comes_first():
 def test_then_the_default():
     decision = choose(make_policy(), PROBLEM, DEVICE, 10)
     assert (decision.choice, decision.source, decision.regime) == (A, "default", None)
-    assert decision.reasons == ("policy regimes: none holds T = 10", "policy default: a taken: why default")
+    assert decision.reasons == ("policy regimes: none holds this T", "policy default: a taken: why default")
     assert decision.expected_regret is None
 
 
@@ -79,11 +79,25 @@ def test_then_the_next_candidate():
     assert decision.expected_regret is None
 
 
+def test_then_what_was_never_measured_here():
+    refusals = {A: ["no"], B: ["no"], C: ["no"], Candidate("d"): ["no"]}
+    order = [A, Candidate("d"), Candidate("e"), Candidate("f")]
+    for num_tokens, regime in ((8, (4, 8)), (10, None)):
+        decision = choose(make_policy(), PROBLEM, DEVICE, num_tokens, refusals=refusals, fallback_order=order)
+        assert (decision.choice, decision.source) == (Candidate("e"), "unmeasured")
+        assert decision.regime == regime and decision.expected_regret is None
+        assert decision.reasons[-1] == "beyond the policy: e taken: the first that can run, never measured here"
+        assert "beyond the policy: d passed over, as it can't run here: no" in decision.reasons
+    # What was measured comes first, wherever it stands in the order.
+    refusals[C] = []
+    assert choose(make_policy(), PROBLEM, DEVICE, 8, refusals=refusals, fallback_order=order).choice == C
+
+
 def test_then_an_error_with_every_reason():
-    refusals = {A: ["no1", "no2"], B: ["no3"], C: ["no4"]}
+    refusals = {A: ["no1", "no2"], B: ["no3"], C: ["no4"], Candidate("d"): ["no5"]}
     with pytest.raises(NoBackendError) as error:
         choose(make_policy(), PROBLEM, DEVICE, 8, refusals=refusals, fallback_order=[Candidate("d")])
-    for text in ("gpu_x", "a: no1; no2", "b[x=1]: no3", "c: no4", "able to run: d"):
+    for text in ("gpu_x", "a: no1; no2", "b[x=1]: no3", "c: no4", "d: no5"):
         assert text in str(error.value)
     with pytest.raises(NoBackendError):
         resolve(make_policy(), PROBLEM, DEVICE, refusals)
@@ -116,6 +130,9 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match="num_tokens is -1"):
             call()
+    for wrong in (2.5, True, "3", None):
+        with pytest.raises(ValueError, match="num_tokens is .*; expected an integer of at least 0"):
+            table.choice(wrong)
     with pytest.raises(ValueError, match="policy is for gpu_x"):
         choose(make_policy(), PROBLEM, DeviceKey("gpu_y"), 1)
     with pytest.raises(ValueError, match="gate_first=True"):

@@ -197,18 +197,10 @@ def test_an_error_leaves_the_old_policy(weights, spies, tmp_path, monkeypatch): 
         return real(problem, device, choice)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calling, "decision_table", lambda *_, **__: _Table())
+        table = resolve(make_policy(), PROBLEM, DeviceKey("cpu"))
+        patch.setattr(calling, "decision_table", lambda *_, **__: table)
         patch.setattr(backends, "prepare", refuse)
         check(other_policy(), BackendUnsupportedError, "no memory")
-
-
-class _Table:
-    """A table whose second choice can't be prepared."""
-
-    starts = (0, 5)
-
-    def decision(self, num_tokens):
-        return resolve(make_policy(), PROBLEM, DeviceKey("cpu")).decision(num_tokens)
 
 
 def test_an_explicit_backend_is_not_changed_by_a_policy(weights, spies):  # noqa: F811

@@ -12,6 +12,9 @@ from ..problem import MoEProblem
 from ..reference import moe_reference
 from .base import Backend, ConfigValue, Runner
 
+# Elements of the weights from which a call takes seconds on a CPU.
+LARGE = 10**8
+
 
 class TorchReference(Backend):
     """Runs `hybrid_moe.reference.moe_reference`. Reads routing back to the host: not for CUDA graphs."""
@@ -23,6 +26,13 @@ class TorchReference(Backend):
     ) -> list[str]:
         """Nothing but an unknown option stops it."""
         return self.unknown_config_reasons(config, {})
+
+    def remarks(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> list[str]:
+        """That it is slow, where that is felt."""
+        weights = 3 * problem.num_local_experts * problem.hidden_size * problem.intermediate_size
+        if device.name == "cpu" and weights < LARGE:
+            return []
+        return ["the layer in plain torch, one expert at a time: it is slow, and can't be captured in a CUDA graph"]
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner; nothing to prepare."""

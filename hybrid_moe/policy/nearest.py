@@ -7,10 +7,9 @@ even. Pure: which policies there are, and what can run, is said by the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 
-from ..candidate import Candidate
 from ..problem import MoEProblem
 from .schema import Policy, Regime
 
@@ -35,7 +34,7 @@ def nearest(problem: MoEProblem, policies: Iterable[Policy]) -> Policy | None:
     return min(policies, key=order, default=None)
 
 
-def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Candidate] = ()) -> Policy:
+def scaled(policy: Policy, problem: MoEProblem) -> Policy:
     """The policy made one for another problem: every T is decided as the T with as many rows for each expert was.
 
     Nothing of it was measured, so its regimes have neither evidence nor expected regret, and their reasons name the
@@ -47,8 +46,6 @@ def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Candidate] = ()) 
         For the same device.
     problem
         What it is wanted for.
-    more
-        What may run where none of its candidates can: nobody knows which would.
     """
     old = policy.problem
     # T of this problem for each T of the policy's.
@@ -78,7 +75,6 @@ def scaled(policy: Policy, problem: MoEProblem, more: Sequence[Candidate] = ()) 
         | {
             "problem": problem,
             "definition": problem.definition,
-            "candidates": list(dict.fromkeys([*policy.candidates, *more])),
             "default_reason": f"of {old.definition}: {policy.default_reason}",
             "default_evidence": [],
             "regimes": regimes,

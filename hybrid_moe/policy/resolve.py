@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from .. import backends
@@ -17,10 +16,11 @@ from .select import DecisionTable, resolve
 from .store import find_policy, how_to_make_one, known_policies
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
-# What runs where no policy speaks: the first of these that is supported.
+# What runs where no policy speaks, or nothing of it can run: the first of these that is supported.
 DEFAULT_ORDER: tuple[Candidate, ...] = tuple(backends.complete(Candidate(name)) for name in backends.BACKENDS)
 # On the CPU the reference: the kernels run there in Triton's interpreter alone, for tests.
 CPU_ORDER: tuple[Candidate, ...] = DEFAULT_ORDER[::-1]
+REFERENCE = "torch_reference"
 
 
 def as_candidate(backend: str | Candidate) -> Candidate:
@@ -44,14 +44,14 @@ def decision_table(
     decisions say so. For a layer that is ``routed``, whose experts are chosen before the call, backends that choose
     them themselves can't run.
 
-    Warns where a GPU has no policy for the problem, and says how to get one; and once in a process, with
-    `PolicyMismatchWarning`, where a policy was measured on something else than there is here. ``stacklevel`` is that of
-    the warning's place.
+    Warns where a GPU has no policy for the problem, and says how to get one (``stacklevel`` is that of the warning's
+    place). Warns once in a process with `PolicyMismatchWarning` where a policy was measured on something else than
+    there is here, or none of its candidates can run; and where the reference is left to run what it is too slow for.
     """
     if not isinstance(policy, Policy | str | Path | None):
         raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
     order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
-    found, where, note = policy_or_nearest(problem, device.name, policy, order)
+    found, where, note = policy_or_nearest(problem, device.name, policy)
     if (found is None or note is not None) and device.name != "cpu":
         instead = note or f"the first supported of {', '.join(map(str, order))} runs at every token count"
         warnings.warn(
@@ -75,7 +75,17 @@ def decision_table(
     if found is not None:
         differs = mismatch(found, device.name, refusals, installed_versions())
         for message in differs.messages(where):
-            _warn_once(message)
+            _warn_once(message, PolicyMismatchWarning)
+    for decision in table.decisions:
+        if decision.source == "unmeasured":
+            _warn_once(
+                f"{where}: none of its candidates can run here. {decision.choice} runs instead, which nobody measured "
+                f"on {device.name}: `hybrid-moe regenerate` does",
+                PolicyMismatchWarning,
+            )
+        if decision.choice.backend == REFERENCE:
+            for remark in backends.BACKENDS[REFERENCE].remarks(problem, device, decision.choice.config):
+                _warn_once(f"{REFERENCE} runs on {device.name}: {remark}", UserWarning)
     return table
 
 
@@ -83,11 +93,8 @@ def policy_or_nearest(
     problem: MoEProblem,
     device: str,
     policy: Policy | str | Path | None = None,
-    order: Sequence[Candidate] = DEFAULT_ORDER,
 ) -> tuple[Policy | None, str, str | None]:
     """As `find_policy`; a problem that has none gets that of the nearest one on this device, scaled to it.
-
-    Where nothing that was measured for the other problem can run this one, the first of ``order`` that can does.
 
     Returns
     -------
@@ -108,13 +115,13 @@ def policy_or_nearest(
         f"nothing was measured for {problem.definition}: it takes the regimes of the nearest problem, "
         f"{near.definition} ({path}), scaled by rows per expert"
     )
-    return scaled(near, problem, order), note, note
+    return scaled(near, problem), note, note
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def _warn_once(message: str, category: type[Warning]) -> None:
     # Python's own once-a-place would repeat it at every place that makes a layer.
-    warnings.warn(message, PolicyMismatchWarning, stacklevel=2)
+    warnings.warn(message, category, stacklevel=2)
 
 
 def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> tuple[str, ...]:

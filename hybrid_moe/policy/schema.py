@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -288,6 +289,11 @@ class Policy(_Model):
         """How the records that it was learned from were timed; ``None`` where the file doesn't say."""
         # Where all records were of one timing, it isn't among the options but in what they have in common.
         return self.learner.timing or self.environment.get("timing")
+
+    def regime_of(self, num_tokens: int) -> Regime | None:
+        """The regime that holds ``num_tokens``, if any does."""
+        at = bisect_right(self.regimes, num_tokens, key=lambda regime: regime.min_tokens) - 1
+        return self.regimes[at] if at >= 0 and num_tokens in self.regimes[at] else None
 
     @property
     def first_outside(self) -> int:

@@ -6,17 +6,18 @@ The order, here and nowhere else:
 2. The choice of the policy's regime that holds T.
 3. The policy's default.
 4. The first supported one of the policy's other candidates, in the policy's order.
-5. `NoBackendError`, with every reason of every candidate.
+5. The first supported one of ``fallback_order``. Nothing of it was measured here, so that a policy comes before it.
+6. `NoBackendError`, with every reason of every candidate.
 
-Without a policy, the first supported candidate of ``fallback_order`` runs instead of 2 to 4. With one, that order is
-never used: nothing runs that was not measured on this device.
+Without a policy, 5 is the first step after 1.
 """
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..candidate import BackendUnsupportedError, Candidate
@@ -24,7 +25,7 @@ from ..device import DeviceKey
 from ..problem import MoEProblem
 from .schema import Evidence, Interval, Policy, Regime, expected_regret
 
-Source = Literal["explicit", "regime", "default", "fallback", "no_policy"]
+Source = Literal["explicit", "regime", "default", "fallback", "unmeasured", "no_policy"]
 
 # Why each candidate can't run; missing or empty means that it can.
 Refusals = Mapping[Candidate, Sequence[str]]
@@ -89,57 +90,37 @@ class Span:
 
 
 class DecisionTable:
-    """The decisions of one policy, problem, device and set of refusals for every T; made by `resolve`.
+    """The decisions for every T, as `resolve` makes them: ``decisions[i]`` from ``starts[i]`` on.
 
-    `choice` only bisects, so that a call can afford it; `decision` says why as well.
+    Decided once for each interval in which no regime begins or ends; asking only bisects, so that a call can afford it.
     """
 
-    __slots__ = ("_policy", "_problem", "_device", "_refusals", "_fallback_order", "_note", "_starts", "_choices")
+    __slots__ = ("_starts", "_decisions")
 
-    def __init__(
-        self,
-        policy: Policy | None,
-        problem: MoEProblem,
-        device: DeviceKey,
-        refusals: Refusals | None = None,
-        fallback_order: Sequence[Candidate] = (),
-        note: str | None = None,
-    ) -> None:
-        self._policy, self._problem, self._device = policy, problem, device
-        self._refusals = {choice: tuple(reasons) for choice, reasons in (refusals or {}).items()}
-        self._fallback_order = tuple(fallback_order)
-        self._note = note
-        # The decision changes only where a regime starts or has ended.
-        starts = {0}
-        for regime in policy.regimes if policy is not None else ():
-            starts.add(regime.min_tokens)
-            if regime.max_tokens is not None:
-                starts.add(regime.max_tokens + 1)
-        self._starts = sorted(starts)
-        self._choices = [self.decision(start).choice for start in self._starts]
+    def __init__(self, starts: Sequence[int], decisions: Sequence[Decision]) -> None:
+        self._starts, self._decisions = tuple(starts), tuple(decisions)
 
     def choice(self, num_tokens: int) -> Candidate:
-        """What runs at ``num_tokens``; ValueError if it is negative."""
-        if num_tokens < 0:
-            raise ValueError(_negative(num_tokens))
-        return self._choices[bisect_right(self._starts, num_tokens) - 1]
+        """What runs at ``num_tokens``; ValueError if that is no integer of at least 0."""
+        return self._at(num_tokens).choice
 
     def decision(self, num_tokens: int) -> Decision:
-        """What runs at ``num_tokens``, with its trace; ValueError if it is negative."""
-        return choose(
-            self._policy,
-            self._problem,
-            self._device,
-            num_tokens,
-            refusals=self._refusals,
-            fallback_order=self._fallback_order,
-            note=self._note,
-        )
+        """What runs at ``num_tokens``, with its trace; ValueError as `choice`."""
+        return replace(self._at(num_tokens), num_tokens=num_tokens)
+
+    def _at(self, num_tokens: int) -> Decision:
+        check_num_tokens(num_tokens)
+        return self._decisions[bisect_right(self._starts, num_tokens) - 1]
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What is decided at each of `starts`."""
+        return self._decisions
 
     @property
     def starts(self) -> tuple[int, ...]:
         """The T at which the decision may change, sorted, 0 the first."""
-        return tuple(self._starts)
+        return self._starts
 
     def spans(self) -> tuple[Span, ...]:
         """All T from 1 on, cut where a regime of the policy starts or has ended."""
@@ -150,7 +131,7 @@ class DecisionTable:
     @property
     def choices(self) -> tuple[Candidate, ...]:
         """Every choice that `choice` can return, each once: what a layer has to prepare."""
-        return tuple(dict.fromkeys(self._choices))
+        return tuple(dict.fromkeys(decision.choice for decision in self._decisions))
 
 
 def resolve(
@@ -162,7 +143,14 @@ def resolve(
     note: str | None = None,
 ) -> DecisionTable:
     """Decide once for every T. Arguments and errors are those of `choose`."""
-    return DecisionTable(policy, problem, device, refusals, fallback_order, note)
+    # The decision changes only where a regime starts or has ended.
+    starts = {0}
+    for regime in policy.regimes if policy is not None else ():
+        starts.add(regime.min_tokens)
+        if regime.max_tokens is not None:
+            starts.add(regime.max_tokens + 1)
+    at = functools.partial(choose, policy, problem, device, refusals=refusals, fallback_order=fallback_order, note=note)
+    return DecisionTable(sorted(starts), [at(start) for start in sorted(starts)])
 
 
 def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = None) -> Decision:
@@ -171,12 +159,11 @@ def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = Non
     Raises
     ------
     ValueError
-        If ``num_tokens`` is negative.
+        If ``num_tokens`` is no integer of at least 0.
     BackendUnsupportedError
         If the choice is refused, with the reasons.
     """
-    if num_tokens < 0:
-        raise ValueError(_negative(num_tokens))
+    check_num_tokens(num_tokens)
     refused = (refusals or {}).get(choice)
     if refused:
         raise BackendUnsupportedError(choice, refused)
@@ -206,37 +193,38 @@ def choose(
     refusals
         Why each candidate can't run here; those missing or with an empty list can.
     fallback_order
-        What to try without a policy, the best hope first.
+        What to try where nothing else can run, the best hope first.
     note
         What there is to say of the policy itself; the first reason of every decision by it.
 
     Raises
     ------
     ValueError
-        ``num_tokens`` is negative, or the policy is for another problem or device.
+        ``num_tokens`` is no integer of at least 0, or the policy is for another problem or device.
     NoBackendError
         Every candidate is refused.
     """
-    if num_tokens < 0:
-        raise ValueError(_negative(num_tokens))
+    check_num_tokens(num_tokens)
     refusals = refusals or {}
+    regime: Regime | None = None
+    evidence: Sequence[Evidence] = ()
+    reasons = [] if note is None else [note]
     if policy is None:
-        return _without_policy(device, num_tokens, refusals, fallback_order)
-    if policy.device != device.name or policy.problem != problem:
+        reasons.append(f"policy: none for {device.name}")
+    elif policy.device != device.name or policy.problem != problem:
         raise ValueError(
             f"policy is for {policy.device} with {policy.problem}; one for {device.name} with {problem} is wanted"
         )
-
-    regime = next((r for r in policy.regimes if num_tokens in r), None)
-    evidence = policy.default_evidence if regime is None else regime.evidence
-    reasons = [] if note is None else [note]
-    if regime is None:
-        reasons.append(f"policy regimes: none holds T = {num_tokens}")
-    tried: set[Candidate] = set()
-    for source, choice, why in _steps(policy, regime):
+    else:
+        regime = policy.regime_of(num_tokens)
+        evidence = policy.default_evidence if regime is None else regime.evidence
+        if regime is None:
+            reasons.append("policy regimes: none holds this T")
+    tried: dict[Candidate, None] = {}
+    for source, choice, why in _steps(policy, regime, fallback_order):
         if choice in tried:
             continue
-        tried.add(choice)
+        tried[choice] = None
         step = f"policy regime {regime.label}" if source == "regime" and regime is not None else _STEP_NAMES[source]
         if refused := refusals.get(choice):
             reasons.append(f"{step}: {choice} passed over, as it can't run here: {'; '.join(refused)}")
@@ -246,42 +234,33 @@ def choose(
         regret = (
             regime.expected_regret if source == "regime" and regime is not None else expected_regret(choice, evidence)
         )
-        return Decision(choice, num_tokens, bounds, source, tuple(reasons), evidence, regret)
-
-    unmeasured = [str(c) for c in fallback_order if c not in tried and not refusals.get(c)]
-    hint = ""
-    if unmeasured:
-        hint = (
-            f"\nNot measured on {device.name}, but able to run: {', '.join(unmeasured)}; name one as backend=, "
-            "or make the policy anew there, with it among the candidates: `hybrid-moe regenerate`"
-        )
-    others = [c for c in fallback_order if c not in tried and refusals.get(c)]
-    raise NoBackendError(_nothing(device, [*policy.candidates, *others], refusals) + hint)
+        return Decision(choice, num_tokens, bounds, source, tuple(reasons), tuple(evidence), regret)
+    raise NoBackendError(_nothing(device, list(tried), refusals))
 
 
-_STEP_NAMES: Mapping[Source, str] = {"default": "policy default", "fallback": "next of the policy's candidates"}
+_STEP_NAMES: Mapping[Source, str] = {
+    "default": "policy default",
+    "fallback": "next of the policy's candidates",
+    "unmeasured": "beyond the policy",
+    "no_policy": "order without a policy",
+}
 
 
-def _steps(policy: Policy, regime: Regime | None) -> Iterable[tuple[Source, Candidate, str]]:
+def _steps(
+    policy: Policy | None, regime: Regime | None, fallback_order: Sequence[Candidate]
+) -> Iterable[tuple[Source, Candidate, str]]:
+    if policy is None:
+        for choice in fallback_order:
+            yield "no_policy", choice, "the first that can run"
+        return
     if regime is not None:
         note = " (verified: seed_only, learned from published speedups)" if regime.verified == "seed_only" else ""
         yield "regime", regime.choice, regime.reason + note
     yield "default", policy.default, policy.default_reason
     for choice in policy.candidates:
         yield "fallback", choice, "the first in the policy's order that can run"
-
-
-def _without_policy(
-    device: DeviceKey, num_tokens: int, refusals: Refusals, fallback_order: Sequence[Candidate]
-) -> Decision:
-    reasons = [f"policy: none for {device.name}"]
     for choice in fallback_order:
-        if refused := refusals.get(choice):
-            reasons.append(f"order without a policy: {choice} passed over, as it can't run here: {'; '.join(refused)}")
-            continue
-        reasons.append(f"order without a policy: {choice} taken, the first that can run")
-        return Decision(choice, num_tokens, None, "no_policy", tuple(reasons), (), None)
-    raise NoBackendError(_nothing(device, fallback_order, refusals))
+        yield "unmeasured", choice, "the first that can run, never measured here"
 
 
 def _nothing(device: DeviceKey, candidates: Sequence[Candidate], refusals: Refusals) -> str:
@@ -291,5 +270,7 @@ def _nothing(device: DeviceKey, candidates: Sequence[Candidate], refusals: Refus
     return "\n".join([f"no backend can run on {device.name}:", *lines])
 
 
-def _negative(num_tokens: int) -> str:
-    return f"num_tokens is {num_tokens}; 0 or more is wanted"
+def check_num_tokens(num_tokens: int) -> None:
+    """ValueError for what is no number of tokens: an integer of at least 0."""
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
+        raise ValueError(f"num_tokens is {num_tokens!r}; expected an integer of at least 0")

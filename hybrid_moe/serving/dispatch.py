@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import backends
@@ -49,7 +48,7 @@ class Dispatch:
         A choice can't run here.
     """
 
-    __slots__ = ("backend", "policy", "starts", "_decide", "_labels", "_runners", "_counters", "_owner")
+    __slots__ = ("backend", "policy", "starts", "_table", "_labels", "_runners", "_counters", "_owner")
 
     def __init__(
         self,
@@ -62,21 +61,17 @@ class Dispatch:
     ) -> None:
         self.backend = decider if isinstance(decider, Candidate) else None
         self.policy = policy
-        self._decide: Callable[[int], Decision]
-        # The decision changes at these T alone.
-        self.starts: Sequence[int]
         if isinstance(decider, Candidate):
-            self._decide, self.starts = functools.partial(explicit, decider), (0,)
-        else:
-            self._decide, self.starts = decider.decision, decider.starts
-        decisions = [self._decide(start) for start in self.starts]
+            decider = DecisionTable([0], [explicit(decider, 0)])
+        self._table = decider
+        self.starts = decider.starts  # the decision changes at these T alone
         if routed:
-            for choice in {decision.choice: None for decision in decisions}:
+            for choice in decider.choices:
                 if reasons := backends.routed_reasons(problem, choice):
                     others = backends.not_supported_reasons(problem, device, choice)
                     raise BackendUnsupportedError(choice, [*others, *reasons])
-        self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decisions]
-        self._runners = [backends.prepare(problem, device, decision.choice) for decision in decisions]
+        self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decider.decisions]
+        self._runners = [backends.prepare(problem, device, decision.choice) for decision in decider.decisions]
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 
@@ -88,7 +83,7 @@ class Dispatch:
         # All that is done here is added to every call.
         at = bisect_right(self.starts, num_tokens) - 1
         if self._counters[at].add(num_tokens):
-            _announce(self._labels[at], self._decide(num_tokens))
+            _announce(self._labels[at], self._table.decision(num_tokens))
         return self._runners[at]
 
     def runner(self, num_tokens: int) -> Runner:
@@ -104,14 +99,12 @@ class Dispatch:
         )
 
     def choice(self, num_tokens: int) -> Candidate:
-        """What runs at ``num_tokens``; ValueError if it is negative."""
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}; 0 or more is wanted")
-        return self._labels[bisect_right(self.starts, num_tokens) - 1].choice
+        """What runs at ``num_tokens``; ValueError if that is no integer of at least 0."""
+        return self._table.choice(num_tokens)
 
     def decision(self, num_tokens: int) -> Decision:
-        """What runs at ``num_tokens``, and why; ValueError if it is negative."""
-        return self._decide(num_tokens)
+        """What runs at ``num_tokens``, and why; ValueError as `choice`."""
+        return self._table.decision(num_tokens)
 
 
 @functools.lru_cache(maxsize=256)  # layers are alike

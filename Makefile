@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Without a GPU, a CPU build of torch: see constraints.txt.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 
-.PHONY: help install demo test lint format figures clean
+.PHONY: help install demo test lint format figures digests clean
 
 help:
 	@echo "make install   environment in $(VENV), with this package in it, editable"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make figures   benchmarks/figures anew, from benchmarks/results and policies"
+	@echo "make digests   policies/SHA256SUMS anew, after a shipped policy was made anew"
 	@echo "make format    ruff's formatter, and the mends that it can make by itself"
 
 install: $(INSTALLED)
@@ -48,6 +49,10 @@ figures: $(INSTALLED)
 		$(BIN)/hybrid-moe report benchmarks/results/$$device/*.jsonl --policy policies \
 			--png benchmarks/figures/$$device.png || exit 1; \
 	done
+
+# The list that shipped policies are checked by when they are read: after one was made anew.
+digests:
+	cd policies && sha256sum -- */*.json > SHA256SUMS
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,6 +25,8 @@ LARGEST_DOCUMENT = 128 * 2**20
 # Largest file of lines and longest line of it: a million records are 1 GB, the log in a trace may be long.
 LARGEST_LINES, LONGEST_LINE = 8 * 2**30, 16 * 2**20
 
+# Of a whole number: no count, size or seed has more.
+_MOST_DIGITS = 300
 # How much of a file says whose it is.
 _HEAD = 4096
 
@@ -444,11 +446,10 @@ def parse_json(text: str) -> Any:
     Raises
     ------
     ValueError
-        It is no JSON, has a key twice in one object, figures that JSON doesn't have (NaN, Infinity), a number with
-        thousands of digits, or is nested too deeply.
+        It is no JSON, has a key twice in one object, a number with thousands of digits, or is nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"isn't whole JSON ({error.msg}, line {error.lineno} column {error.colno} of {len(text)} characters)"
@@ -466,5 +467,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"has {text}, which isn't JSON")
+def _whole_number(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"has a number of {len(text)} digits; expected at most {_MOST_DIGITS}")
+    return int(text)

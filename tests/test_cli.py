@@ -497,6 +497,11 @@ def test_doctor_survives_a_policy_that_cannot_be_read():
     broken.write_text('{"schema_version": 2}')
     report = json.loads(cli("doctor", "--json").output)
     assert any("schema_version" in problem for problem in report["policies"]["unreadable"])
+    shown = cli("doctor").output
+    assert str(broken) in shown and "Without one, torch_reference runs" in shown
+    asked_for = user_policy_dir() / "cpu" / f"{MoEProblem().definition}.json"
+    asked_for.parent.mkdir()
+    asked_for.write_text("{")
     assert "mended or removed" in cli("doctor").output
 
 

@@ -356,11 +356,9 @@ def test_a_line_without_end_is_refused_by_its_number(tmp_path):
     [
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
         ("{" + ", ".join(f'"{i}": 0' for i in range(100_000)) + ', "99999": 1}', "'99999' twice"),
-        ("[1, NaN]", "NaN"),
-        ("-Infinity", "-Infinity"),
         ("[" * 100_000, "deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "deep"),
-        ("1" * 5000, "digits"),
+        ("1" * 5000, "a number of 5000 digits"),
         ('{"a": }', "line 1 column 7"),
         ("", "whole JSON"),
     ],

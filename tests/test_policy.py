@@ -1,8 +1,12 @@
 """Policy files: strict reading, atomic writing, stable bytes, and the order in which policies are looked up."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,16 +16,23 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from hybrid_moe.backends import BACKENDS
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app
 from hybrid_moe.numerics import Tolerance
 from hybrid_moe.policy import store
 from hybrid_moe.policy.schema import Evidence, LearnerOptions, Policy, PolicyError, Regime, RegretSummary
-from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policies_in, policy_path, save_policy
+from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policies_in, policy_path, save_policy, scan
 from hybrid_moe.problem import MoEProblem
 
 A, B = Candidate("a"), Candidate("b", {"x": 1, "flag": True, "name": "n"})
 REGRET = RegretSummary(mean=0.01, worst=0.2, worst_num_tokens=16, num_tokens=19)
+
+
+@pytest.fixture(autouse=True)
+def known_backends(monkeypatch):
+    for choice in (A, B):
+        monkeypatch.setitem(BACKENDS, choice.backend, BACKENDS["torch_reference"])
 
 
 def make_regime(low, high, choice=B, **changes):
@@ -107,7 +118,7 @@ def test_missing_unreadable_and_not_an_object(tmp_path):
         load_policy(tmp_path)
     path = tmp_path / "p.json"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(PolicyError, match="can't be read"):
+    with pytest.raises(PolicyError, match=r"p\.json isn't UTF-8 .byte 0xff in line 1"):
         load_policy(path)
     path.write_text("[1]")
     with pytest.raises(PolicyError, match="JSON list"):
@@ -196,6 +207,12 @@ def dirs(tmp_path, monkeypatch):
     return user, shipped
 
 
+def ship(policy, path, root):
+    save_policy(policy, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (root / store.DIGESTS).write_text(f"{digest}  {path.relative_to(root).as_posix()}\n")
+
+
 def test_lookup_order(dirs, tmp_path):
     user, shipped = dirs
     problem = MoEProblem()
@@ -203,7 +220,7 @@ def test_lookup_order(dirs, tmp_path):
     assert found is None
     assert str(user) in where and str(shipped) in where and "`hybrid-moe regenerate` makes one" in where
 
-    save_policy(make_policy(default_reason="shipped"), policy_path(shipped, "gpu_x", problem))
+    ship(make_policy(default_reason="shipped"), policy_path(shipped, "gpu_x", problem), shipped)
     found, where = find_policy(problem, "gpu_x")
     assert found.default_reason == "shipped" and "shipped" in where
 
@@ -271,13 +288,93 @@ def test_an_explicit_policy_must_match(tmp_path):
         find_policy(MoEProblem(), "gpu_x", tmp_path / "nowhere")
 
 
-def test_a_corrupt_file_in_a_folder_is_an_error(dirs):
+STRAYS = {
+    "an empty object": lambda path: path.write_text("{}"),
+    "half of a policy": lambda path: path.write_text('{"schema_version": 1,'),
+    "AppleDouble": lambda path: path.write_bytes(b"\x00\x05\x16\x07" + bytes(78)),
+    "a newer version": lambda path: path.write_text('{"schema_version": 2}'),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "a number of 5,000 digits": lambda path: path.write_text('{"schema_version": ' + "1" * 5000 + "}"),
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a FIFO": lambda path: os.mkfifo(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": lambda path: path.mkdir(),
+    "200 MB": lambda path: path.touch() or os.truncate(path, 200_000_000),
+    "another backend": lambda path: path.write_text(
+        dumps_policy(make_policy()).replace('"backend": "a"', '"backend": "triton_future\\u001b"')
+    ),
+    "a key twice": lambda path: path.write_text(
+        dumps_policy(make_policy()).replace('"definition"', '"device": "gpu_y",\n  "definition"', 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["n.json", "._x.json", ".#x.json", "gpu_x/n.json"])
+@pytest.mark.parametrize("kind", STRAYS)
+def test_what_is_no_policy_is_skipped_and_said_once(dirs, kind, name):
     user, shipped = dirs
-    save_policy(make_policy(), policy_path(shipped, "gpu_x", MoEProblem()))
-    user.mkdir()
-    (user / "broken.json").write_text('{"schema_version": 1,')
-    with pytest.raises(PolicyError, match=r"broken\.json"):
+    ship(make_policy(), policy_path(shipped, "gpu_x", MoEProblem()), shipped)
+    path = user / name
+    path.parent.mkdir(parents=True)
+    STRAYS[kind](path)
+    begun = time.monotonic()
+    with pytest.warns(UserWarning, match=f"{re.escape(str(path))}.*is skipped") as said:
+        assert find_policy(MoEProblem(), "gpu_x")[0] == make_policy()
+    assert len(said) == 1 and "\x1b" not in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_policy(MoEProblem(), "gpu_x")[0] == make_policy()
+        assert len(policies_in(user)) == 0 and path in scan(user).skipped
+    assert time.monotonic() - begun < 1
+    # Asked for itself it is an error that names it.
+    if kind != "a folder":
+        with pytest.raises(PolicyError, match=re.escape(str(path))) as refused:
+            find_policy(MoEProblem(), "gpu_x", path)
+        assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_the_file_that_is_asked_for_must_be_whole(dirs, kind):
+    user, shipped = dirs
+    ship(make_policy(), policy_path(shipped, "gpu_x", MoEProblem()), shipped)
+    path = policy_path(user, "gpu_x", MoEProblem())
+    path.parent.mkdir(parents=True)
+    STRAYS[kind](path)
+    if kind in ("another backend", "a newer version"):  # good, but for another release
+        with pytest.warns(UserWarning, match="is skipped"):
+            assert find_policy(MoEProblem(), "gpu_x")[0] == make_policy()
+    else:
+        with pytest.raises(PolicyError, match=re.escape(str(path))):
+            find_policy(MoEProblem(), "gpu_x")
+    # Others don't depend on it.
+    assert find_policy(MoEProblem(), "gpu_y")[0] is None
+
+
+def test_a_backend_that_is_not_known_is_named_with_its_file(tmp_path):
+    path = tmp_path / "p.json"
+    STRAYS["another backend"](path)
+    load_policy(path)  # to look at it
+    with pytest.raises(PolicyError, match=r"policy file .*p\.json names the backend triton_future"):
+        find_policy(MoEProblem(), "gpu_x", path)
+    with pytest.raises(PolicyError, match="the policy given names the backend triton_future"):
+        find_policy(MoEProblem(), "gpu_x", load_policy(path))
+
+
+def test_a_shipped_policy_must_be_as_it_was_shipped(dirs):
+    _, shipped = dirs
+    path = policy_path(shipped, "gpu_x", MoEProblem())
+    ship(make_policy(), path, shipped)
+    assert find_policy(MoEProblem(), "gpu_x")[0] == make_policy()
+    save_policy(make_policy(default_reason="changed"), path)
+    with pytest.raises(PolicyError, match="isn't as it was shipped .expected the SHA-256.*install hybrid-moe again"):
         find_policy(MoEProblem(), "gpu_x")
+    (shipped / store.DIGESTS).unlink()
+    with pytest.raises(PolicyError, match="SHA256SUMS doesn't list it"):
+        find_policy(MoEProblem(), "gpu_x")
+    assert find_policy(MoEProblem(), "gpu_x", path)[0].default_reason == "changed"  # named outright, it is the caller's
 
 
 def test_two_matches_in_a_folder_are_an_error(dirs):
@@ -285,6 +382,8 @@ def test_two_matches_in_a_folder_are_an_error(dirs):
     for name in ("one.json", "two.json"):
         save_policy(make_policy(), user / name)
     assert [path.name for path, _ in policies_in(user)] == ["one.json", "two.json"]
+    assert find_policy(MoEProblem(), "gpu_x")[0] == make_policy()  # a copy, as editors make them
+    save_policy(make_policy(default_reason="other"), user / "two.json")
     with pytest.raises(PolicyError, match=r"one\.json and .*two\.json"):
         find_policy(MoEProblem(), "gpu_x")
 

@@ -18,6 +18,7 @@ from matplotlib.markers import CARETUP
 from typer.testing import CliRunner
 
 from hybrid_moe import backends
+from hybrid_moe.backends import BACKENDS
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app, view
 from hybrid_moe.device import DeviceKey
@@ -441,8 +442,10 @@ def _axes(report, name):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, monkeypatch):
     """Records of two candidates, and the policy learned from them."""
+    for choice in (FAST_SMALL, FAST_LARGE):
+        monkeypatch.setitem(BACKENDS, choice.backend, BACKENDS["torch_reference"])
     source = write(tmp_path / "in" / "records.jsonl", two_candidates())
     save_policy(learn_from_files([source], LearnerOptions()), tmp_path / "in" / "policy.json")
     return source, tmp_path / "in" / "policy.json"

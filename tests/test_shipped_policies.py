@@ -9,7 +9,7 @@ from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.learn.learner import learn_from_files
 from hybrid_moe.policy.select import choose, resolve
-from hybrid_moe.policy.store import dumps_policy, find_policy, load_policy, policy_path
+from hybrid_moe.policy.store import DIGESTS, dumps_policy, find_policy, load_policy, policy_path
 from hybrid_moe.problem import MoEProblem
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,13 @@ def test_it_is_what_its_data_gives(path):
     inputs = [known[digest.sha256] for digest in policy.inputs]
     again = learn_from_files(inputs, policy.learner, policy.problem, policy.device, tolerance=policy.tolerance)
     assert dumps_policy(again) == path.read_text(encoding="utf-8"), "learn it anew with `hybrid-moe learn`"
+
+
+def test_the_list_of_digests_is_what_make_digests_writes():
+    lines = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(ROOT / 'policies').as_posix()}" for p in FILES
+    ]
+    assert (ROOT / "policies" / DIGESTS).read_text() == "".join(f"{line}\n" for line in lines), "run `make digests`"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..device import DeviceKey
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import policy_or_nearest
 from ..policy.schema import PolicyError
-from ..policy.store import policies_in, shipped_policy_dir, user_policy_dir
+from ..policy.store import scan, shipped_policy_dir, user_policy_dir
 from ..policy.versions import Mismatch, installed_version, installed_versions, mismatch
 from ..version import __version__
 from . import view
@@ -38,19 +39,21 @@ def examine() -> dict[str, Any]:
     """All that the command says, as a JSON object."""
     device = this_device()
     key = DeviceKey.of(device)
-    looked_up, problems = [], []
+    looked_up: list[dict[str, Any]] = []
+    problems: list[str] = []
     for kind, folder in (("your own", user_policy_dir()), ("shipped", shipped_policy_dir())):
-        policies = []
-        try:
-            for path, policy in policies_in(folder):
-                policies.append({"path": str(path), "device": policy.device, "definition": policy.definition})
-        except PolicyError as error:
-            problems.append(str(error))
+        there = scan(folder)
+        policies = [{"path": str(path), "device": p.device, "definition": p.definition} for path, p in there.policies]
+        problems += map(str, there.skipped.values())
         looked_up.append({"kind": kind, "folder": str(folder), "policies": policies})
-    # One file that can't be read stops every look-up: say which, and go on with the rest of the report.
-    found, where = None, "; ".join(problems)
-    if not problems:
-        found, where, _ = policy_or_nearest(DEEPSEEK_V3, key.name)
+    # The file that is asked for may itself be broken: say so, and go on with the rest of the report.
+    found, broken = None, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the files that are listed above
+            found, where, _ = policy_or_nearest(DEEPSEEK_V3, key.name)
+    except PolicyError as error:
+        where, broken = str(error), True
     differs = None
     if found is not None:
         refusals = {c: backends.not_supported_reasons(DEEPSEEK_V3, key, c) for c in found.candidates}
@@ -71,6 +74,7 @@ def examine() -> dict[str, Any]:
             "found": where,
             "mismatch": differs,
             "unreadable": problems,
+            "broken": broken,
         },
     }
 
@@ -136,8 +140,10 @@ def _print(report: dict[str, Any]) -> None:
     if report["policies"]["mismatch"] is not None:
         for message in Mismatch(**report["policies"]["mismatch"]).messages("That policy here"):
             out.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
-    if report["policies"]["unreadable"]:
-        out.print("[red]Until that file is mended or removed, every look-up of a policy is an error.[/]")
+    for problem in report["policies"]["unreadable"]:
+        out.print(f"[yellow]{escape(problem)}[/]", soft_wrap=True)
+    if report["policies"]["broken"]:
+        out.print("[red]Until that file is mended or removed, layers on this device are refused.[/]")
     elif not report["policies"]["applies"]:
         first = "torch_reference" if "name" not in device else "the first backend above that works"
         out.print(f"Without one, {first} runs at every T.")

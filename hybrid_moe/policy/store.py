@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 from pydantic import ValidationError
 
-from ..files import POLICY, write_whole
+from ..backends import BACKENDS
+from ..files import POLICY, decode, parse_json, read_whole, write_whole
 from ..problem import MoEProblem
+from ..text import printable
+from ..version import __version__
 from .schema import SCHEMA_VERSION, Policy, PolicyError, describe
 
+# The list of the shipped policies' digests, in their folder; made by `make digests`.
+DIGESTS = "SHA256SUMS"
 # Both ways to a policy, for messages.
 _ANEW = "`hybrid-moe regenerate` on that GPU, or from its records by `hybrid-moe learn`"
 
@@ -29,41 +39,74 @@ def load_policy(path: str | Path) -> Policy:
     Raises
     ------
     PolicyError
-        The file is missing, unreadable, cut short, of another schema version, or has a field that is wrong, missing or
-        unknown. Nothing is guessed in its place.
+        The file is missing, no regular file, too large, unreadable, cut short, of another schema version, or has a
+        field that is wrong, missing, unknown or there twice. Nothing is guessed in its place.
     """
-    path = Path(path)
+    return _parse(path, _read(path))
+
+
+def _read(path: str | Path) -> bytes:
     try:
-        text = path.read_bytes().decode()
+        return read_whole(path)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise PolicyError(f"policy file {path} is a link to {os.readlink(path)}, which doesn't exist") from None
         raise PolicyError(
             f"policy file {path} doesn't exist; make it with `hybrid-moe regenerate -o {path}` on the GPU that it is "
             f"for, or from records with `hybrid-moe learn RECORDS -o {path}`"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"policy file {path} can't be read: {error}") from error
+    except OSError as error:
+        raise PolicyError(f"policy file {path} can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise PolicyError(f"policy file can't be read: {error}") from error
+
+
+def _parse(path: str | Path, content: bytes) -> Policy:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        text = decode(content)
+        data = parse_json(text)
+    except ValueError as error:
         raise PolicyError(
-            f"policy file {path} isn't whole JSON ({error.msg}, line {error.lineno} column {error.colno} of "
-            f"{len(text)} characters): it may have been cut short when it was copied; "
-            f"copy it again, or make it anew with {_ANEW}"
+            printable(
+                f"policy file {path} {error}; it may have been cut short or changed when it was copied: copy it again, "
+                f"or make it anew with {_ANEW}"
+            )
         ) from error
     if not isinstance(data, dict):
         raise PolicyError(f"policy file {path} holds a JSON {type(data).__name__}; a policy's object is wanted")
     # Before the fields: another version has other fields, and a list of those would hide the cause.
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
-        found = f"schema_version {version!r}" if "schema_version" in data else "no schema_version"
-        raise PolicyError(
-            f"policy file {path} has {found}; {SCHEMA_VERSION} is wanted: make it anew with {_ANEW}, "
-            "or use the release of hybrid_moe that wrote it"
+        found = f"schema_version {version!r:.40}" if "schema_version" in data else "no schema_version"
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise (_OtherReleaseError if newer else PolicyError)(
+            printable(
+                f"policy file {path} has {found}; {SCHEMA_VERSION} is wanted: make it anew with {_ANEW}, "
+                "or use the release of hybrid_moe that wrote it"
+            )
         )
     try:
         return Policy.model_validate_json(text)
     except ValidationError as error:
-        raise PolicyError(f"policy file {path} is wrong: {describe(error)}") from error
+        raise PolicyError(printable(f"policy file {path} is wrong: {describe(error)}")) from error
+
+
+class _OtherReleaseError(PolicyError):
+    """The file may be a good policy, but not for this release."""
+
+
+def _known_here(policy: Policy, what: str) -> Policy:
+    """The policy; refuses one that names a backend that this release doesn't have."""
+    named = (policy.default, *policy.candidates, *(regime.choice for regime in policy.regimes))
+    unknown = dict.fromkeys(choice.backend for choice in named if choice.backend not in BACKENDS)
+    if unknown:
+        raise _OtherReleaseError(
+            printable(
+                f"{what} names the backend {', '.join(unknown)}, which release {__version__} doesn't know, only "
+                f"{', '.join(BACKENDS)}: use the release that wrote the policy, or make one anew with {_ANEW}"
+            )
+        )
+    return policy
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
@@ -88,17 +131,77 @@ def policy_path(root: str | Path, device: str, problem: MoEProblem) -> Path:
     return Path(root) / device / f"{problem.definition}.json"
 
 
-def policies_in(root: str | Path) -> Iterator[tuple[Path, Policy]]:
-    """Every policy of ``root/*.json`` and ``root/*/*.json``, sorted by path; none if ``root`` doesn't exist.
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What is in a folder of policies.
 
-    Raises
-    ------
-    PolicyError
-        One of the files can't be used: it might be the one that is wanted.
+    Attributes
+    ----------
+    policies
+        Those that can be used, sorted by path.
+    skipped
+        Every other ``*.json`` there, and why it can't.
+    """
+
+    policies: tuple[tuple[Path, Policy], ...]
+    skipped: Mapping[Path, PolicyError]
+
+
+def scan(root: str | Path) -> Scan:
+    """Read ``root/*.json`` and ``root/*/*.json``; nothing is there if ``root`` doesn't exist.
+
+    Among the shipped policies, a file is used only if its digest is in their list.
     """
     root = Path(root)
+    digests = _listed_digests(root) if root.resolve() == shipped_policy_dir() else None
+    policies, skipped = [], {}
     for path in sorted([*root.glob("*.json"), *root.glob("*/*.json")]):
-        yield path, load_policy(path)
+        try:
+            content = _read(path)
+            if digests is not None:
+                _check_digest(path, content, root, digests)
+            policies.append((path, _known_here(_parse(path, content), f"policy file {path}")))
+        except PolicyError as error:
+            skipped[path] = error
+    return Scan(tuple(policies), skipped)
+
+
+def policies_in(root: str | Path) -> list[tuple[Path, Policy]]:
+    """The policies of a folder that can be used, see `scan`; warns of each other file once in a process."""
+    found = scan(root)
+    _warn_of_skipped(found)
+    return list(found.policies)
+
+
+def _warn_of_skipped(found: Scan) -> None:
+    for error in found.skipped.values():
+        _warn_once(f"{error}. It is skipped")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Python's own once-a-place would repeat it at every place that makes a layer.
+    warnings.warn(message, stacklevel=2)
+
+
+def _listed_digests(root: Path) -> dict[str, str]:
+    """SHA-256 by path in the folder, as `sha256sum` lists them."""
+    try:
+        lines = decode(read_whole(root / DIGESTS)).splitlines()
+    except (OSError, ValueError):
+        return {}  # then each file says that it isn't listed
+    pairs = (line.split("  ", 1) for line in lines if "  " in line)
+    return {name: digest for digest, name in pairs}
+
+
+def _check_digest(path: Path, content: bytes, root: Path, digests: Mapping[str, str]) -> None:
+    found, listed = hashlib.sha256(content).hexdigest(), digests.get(path.relative_to(root).as_posix())
+    if listed != found:
+        why = f"expected the SHA-256 {listed:.12}..., got {found:.12}..." if listed else f"{DIGESTS} doesn't list it"
+        raise PolicyError(
+            f"policy file {path} isn't as it was shipped ({why}): install hybrid-moe again. Policies of your own "
+            f"belong in {user_policy_dir()}; in a checkout, `make digests` lists what was changed on purpose"
+        )
 
 
 def find_policy(
@@ -128,21 +231,26 @@ def find_policy(
     Raises
     ------
     PolicyError
-        The policy given is for another problem or device, the folder given has none that matches, two files of one
-        folder match, or a file can't be used.
+        The policy given is for another problem or device, or names a backend that this release doesn't know; the folder
+        given has none that matches; two files of one folder match; or the file that is asked for, one given or the one
+        that has the policy's own name (`policy_path`), can't be used. Other files that can't be used are skipped with a
+        warning.
     """
     if isinstance(policy, Policy):
         return _matching(policy, problem, device, "the policy given"), "the policy given"
     if policy is not None:
         path = Path(policy)
         if not path.is_dir():
-            return _matching(load_policy(path), problem, device, f"policy file {path}"), f"policy file {path}"
+            what = f"policy file {path}"
+            return _matching(load_policy(path), problem, device, what), what
         found = _find_in(path, problem, device)
         if found is None:
-            known = sorted({f"{p.device} with {_describe_problem(p.problem)}" for _, p in policies_in(path)})
+            there = scan(path)
+            known = sorted({f"{p.device} with {_describe_problem(p.problem)}" for _, p in there.policies})
+            skipped = f" ({len(there.skipped)} other files can't be used)" if there.skipped else ""
             raise PolicyError(
                 f"no policy in {path} is for {device} with {_describe_problem(problem)}; it has: "
-                f"{'; '.join(known) or 'none'}. {how_to_make_one(problem)}"
+                f"{'; '.join(known) or 'none'}{skipped}. {how_to_make_one(problem)}"
             )
         return found[1], f"policy file {found[0]}"
     user, shipped = user_policy_dir(), shipped_policy_dir()
@@ -173,8 +281,15 @@ def known_policies() -> list[tuple[Path, Policy]]:
 
 
 def _find_in(root: Path, problem: MoEProblem, device: str) -> tuple[Path, Policy] | None:
-    found = [(path, p) for path, p in policies_in(root) if p.device == device and p.problem == problem]
-    if len(found) > 1:
+    there = scan(root)
+    found = [(path, p) for path, p in there.policies if p.device == device and p.problem == problem]
+    if not found:
+        # The one that is asked for, by its name: to go on without it would be to guess.
+        broken = there.skipped.get(policy_path(root, device, problem))
+        if broken is not None and not isinstance(broken, _OtherReleaseError):
+            raise broken
+    _warn_of_skipped(there)
+    if any(p != found[0][1] for _, p in found):
         raise PolicyError(
             f"{' and '.join(str(path) for path, _ in found)} are for the same device and problem: delete all but one"
         )
@@ -188,7 +303,7 @@ def _matching(policy: Policy, problem: MoEProblem, device: str, what: str) -> Po
             f"{device} with {_describe_problem(problem)} is wanted: leave the policy out to look one up. "
             f"{how_to_make_one(problem)}"
         )
-    return policy
+    return _known_here(policy, what)
 
 
 def _describe_problem(problem: MoEProblem) -> str:

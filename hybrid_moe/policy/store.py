@@ -141,10 +141,13 @@ class Scan:
         Those that can be used, sorted by path.
     skipped
         Every other ``*.json`` there, and why it can't.
+    foreign
+        Policies among the skipped ones: they name a backend that this release doesn't know.
     """
 
     policies: tuple[tuple[Path, Policy], ...]
     skipped: Mapping[Path, PolicyError]
+    foreign: tuple[Policy, ...]
 
 
 def scan(root: str | Path) -> Scan:
@@ -154,16 +157,21 @@ def scan(root: str | Path) -> Scan:
     """
     root = Path(root)
     digests = _listed_digests(root) if root.resolve() == shipped_policy_dir() else None
-    policies, skipped = [], {}
+    policies, skipped, foreign = [], {}, []
     for path in sorted([*root.glob("*.json"), *root.glob("*/*.json")]):
         try:
             content = _read(path)
             if digests is not None:
                 _check_digest(path, content, root, digests)
-            policies.append((path, _known_here(_parse(path, content), f"policy file {path}")))
+            policy = _parse(path, content)
+            try:
+                policies.append((path, _known_here(policy, f"policy file {path}")))
+            except PolicyError:
+                foreign.append(policy)
+                raise
         except PolicyError as error:
             skipped[path] = error
-    return Scan(tuple(policies), skipped)
+    return Scan(tuple(policies), skipped, tuple(foreign))
 
 
 def policies_in(root: str | Path) -> list[tuple[Path, Policy]]:
@@ -246,8 +254,9 @@ def find_policy(
         found = _find_in(path, problem, device)
         if found is None:
             there = scan(path)
-            known = sorted({f"{p.device} with {_describe_problem(p.problem)}" for _, p in there.policies})
-            skipped = f" ({len(there.skipped)} other files can't be used)" if there.skipped else ""
+            policies = [*(p for _, p in there.policies), *there.foreign]
+            known = sorted({f"{p.device} with {_describe_problem(p.problem)}" for p in policies})
+            skipped = "".join(f". {error}" for error in there.skipped.values())
             raise PolicyError(
                 f"no policy in {path} is for {device} with {_describe_problem(problem)}; it has: "
                 f"{'; '.join(known) or 'none'}{skipped}. {how_to_make_one(problem)}"

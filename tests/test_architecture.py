@@ -12,6 +12,7 @@ SPINE = (
     "cli",
     "learn",
     "measure",
+    "integrations",
     "api",
     "serving",
     "flashinfer_bench",

@@ -34,7 +34,8 @@ import torch
 from sglang.srt import server_args as sglang_server_args
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from .. import HybridMoE, MoEProblem
+from ..api import HybridMoE
+from ..problem import MoEProblem
 
 __all__ = ["NAME", "problem_of", "register", "replace_runners"]
 

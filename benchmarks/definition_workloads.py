@@ -171,14 +171,13 @@ def show(case: Case, choice: Candidate, graph: BenchRecord, eager: BenchRecord) 
     head = (
         f"{case.workload.num_tokens:6} {work.local_rows:6} {work.active_experts:4} {graph.floor_us:8.1f} {choice!s:30}"
     )
-    if graph.latency_us is None or eager.latency_us is None or graph.correctness is None or not graph.floor_us:
+    if None in (graph.latency_us, eager.latency_us, eager.host_us, graph.correctness) or not graph.floor_us:
         print(head, graph.status, graph.reason, flush=True)
         return
-    host = (eager.model_extra or {})["host_us"]["median"]
     median = graph.latency_us.median
     print(
         f"{head} {graph.correctness.relative_l2:7.4f} {graph.correctness.matched_ratio:7.4f} {median:9.1f}"
-        f" {median / graph.floor_us:6.2f} {eager.latency_us.median:8.1f} {host:7.1f}",
+        f" {median / graph.floor_us:6.2f} {eager.latency_us.median:8.1f} {eager.host_us.median:7.1f}",
         flush=True,
     )
 

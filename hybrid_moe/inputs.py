@@ -6,7 +6,6 @@ The tensor layouts are those of the flashinfer-bench definition
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from .problem import MoEProblem, RoutingMethod
 
 FP8 = torch.float8_e4m3fn
 _FLOAT32, _BFLOAT16 = torch.float32, torch.bfloat16  # looked up in every call
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class MoEInputs(NamedTuple):
@@ -238,8 +238,8 @@ def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
     factor = inputs.routed_scaling_factor
     if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):
         raise TypeError(f"routed_scaling_factor is {factor!r}; a float is wanted")
-    if not math.isfinite(factor):
-        raise ValueError(f"routed_scaling_factor is {factor}; a finite number is wanted")
+    if not abs(factor) <= _LARGEST:  # NaN isn't either
+        raise ValueError(f"routed_scaling_factor is {factor}; expected a number that is finite in float32")
 
 
 def plain_num_tokens(
@@ -279,6 +279,11 @@ def plain_num_tokens(
             and output.shape == shape
             and output.device == device
             and output.is_contiguous()
+            and not output.requires_grad
+            and not output.is_inference()
+            and (memory := output.untyped_storage().data_ptr()) != hidden_states.untyped_storage().data_ptr()
+            and memory != routing_logits.untyped_storage().data_ptr()
+            and memory != hidden_states_scale.untyped_storage().data_ptr()
         )
     )
     return tokens if plain else None
@@ -286,6 +291,7 @@ def plain_num_tokens(
 
 def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
     """Check the tensors that change from call to call; without scales, hidden states are bfloat16."""
+    check_ranks({"hidden_states": inputs.hidden_states})
     device = inputs.gemm1_weights.device
     tokens, dtype = inputs.hidden_states.shape[0], inputs.hidden_states.dtype
     unquantized = inputs.hidden_states_scale is None and dtype == torch.bfloat16
@@ -316,6 +322,33 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
 
 
 def check_output(output: torch.Tensor, inputs: Inputs, problem: MoEProblem) -> None:
-    """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device."""
+    """Check a tensor given for the result: bf16, ``[T, hidden_size]``, contiguous, on the inputs' device, of its own.
+
+    It may be the hidden states themselves where they are bfloat16: they are quantised before anything is written.
+    """
     shape = (inputs.hidden_states.shape[0], problem.hidden_size)
     _check("output", output, shape, torch.bfloat16, inputs.hidden_states.device, contiguous=True)
+    if output.requires_grad:
+        raise ValueError("output requires grad; expected a tensor that doesn't: give output.detach()")
+    if output.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "output is an inference tensor; expected one made outside of torch.inference_mode(), or the call inside"
+        )
+    for name, tensor in inputs._asdict().items():
+        quantized = name == "hidden_states" and inputs.hidden_states_scale is None
+        if isinstance(tensor, torch.Tensor) and not quantized and _share(output, tensor):
+            raise ValueError(f"output shares memory with {name}; expected a tensor of its own, as it is written")
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a byte lies between the first and the last of both."""
+    (start, end), (first, last) = _extent(one), _extent(other)
+    return first < end and start < last
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (steps + 1) * tensor.element_size()

@@ -6,6 +6,7 @@ The field names are those of the flashinfer-bench definition
 
 from __future__ import annotations
 
+import numbers
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -71,8 +72,9 @@ class MoEProblem:
             "block",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; a positive integer is wanted")
+            object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
         if self.block != 128:
             raise ValueError(f"block is {self.block}; only 128 is supported: give weights quantised in 128x128 blocks")
         for name in ("hidden_size", "intermediate_size"):

@@ -46,6 +46,16 @@ def assert_quantized(found, hidden):
     assert float((values.float() != wanted.float()).float().mean()) < 1e-3
 
 
+def test_hidden_states_in_bfloat16_may_be_the_output_too(weights):
+    inputs = inputs_of(weights, 20)
+    hidden = hidden_of(20)
+    layer = layer_of(inputs, backend=REFERENCE)
+    wanted = layer(inputs.routing_logits, hidden)
+    kept = hidden.clone()
+    assert layer(inputs.routing_logits, hidden, output=hidden) is hidden
+    assert torch.equal(hidden, wanted) and not torch.equal(hidden, kept)
+
+
 @pytest.mark.parametrize("width", [128, 384])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
 def test_the_kernel_is_the_reference(tokens, width):

@@ -652,6 +652,26 @@ def test_what_is_plainly_right_is_taken_without_the_slow_checks(monkeypatch, wei
     assert torch.equal(output, wanted) and torch.equal(call(layer, inputs), wanted)
 
 
+@pytest.mark.parametrize("wrong", [None, 7, torch.tensor(1.0)], ids=["none", "number", "scalar"])
+@pytest.mark.parametrize("position", range(3))
+def test_activations_that_are_no_matrices_are_named(weights, position, wrong):
+    inputs = inputs_of(weights, 3)
+    layer = layer_of(inputs, backend=REFERENCE)
+    given = [getattr(inputs, name) for name in ACTIVATIONS]
+    given[position] = wrong
+    if wrong is None and position == 2:  # no scales: hidden states in bfloat16 are expected
+        with pytest.raises(
+            TypeError, match="hidden_states has dtype torch.float8_e4m3fn and hidden_states_scale is None"
+        ):
+            layer(*given)
+        return
+    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]} "):
+        layer(*given)
+    everything = inputs._replace(**{ACTIVATIONS[position]: wrong})
+    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]} "):
+        fused_moe(*everything, **ROUTING, backend=REFERENCE)
+
+
 def test_what_is_right_but_not_plainly_gives_the_same(weights):
     inputs = inputs_of(weights, 7)
     layer = layer_of(inputs, backend="torch_reference")

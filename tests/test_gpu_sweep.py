@@ -52,8 +52,8 @@ def test_killed_and_resumed(tmp_path):
     assert [record.key for record in records] == wanted
     for record in records:
         assert record.status == "passed", record.reason
-        extra = record.model_extra or {}
-        assert extra["gpu_before"].keys() == extra["gpu_after"].keys() and extra["seconds"] > 0
+        before, after = record.gpu_before, record.gpu_after
+        assert before.model_fields_set == after.model_fields_set != set() and record.seconds > 0
     assert load_policy(policy).device == records[0].device
     # The same again measures nothing.
     assert finished(tmp_path, "--records", str(killed), "--output", str(policy))["measured_now"] == 0

@@ -1,6 +1,8 @@
 """The frozen problem, and every check of the ten inputs: the message names the argument, what it is, what is wanted."""
 
 import dataclasses
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.device import DeviceKey, device_slug
-from hybrid_moe.inputs import FP8, MoEInputs, check_output, problem_of
+from hybrid_moe.inputs import FP8, MoEInputs, check_output, plain_num_tokens, problem_of
 from hybrid_moe.problem import MoEProblem
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=3, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
 )
+CPU = torch.device("cpu")
 TENSORS = MoEInputs._fields[:8]
 SIZES = (
     "num_experts",
@@ -287,6 +290,68 @@ def test_output(output, error, words):
         check_output(output, inputs_of(), SMALL)
     for word in ["output", *words]:
         assert word in str(caught.value)
+
+
+def memory_of(inputs, name):
+    """The output's ``[5, 256]`` bfloat16 in the memory of an input, which gets more of it."""
+    given = getattr(inputs, name)
+    memory = torch.zeros(5 * 256 * 2 + given.nbytes, dtype=torch.uint8)
+    inside = memory[: given.nbytes].view(given.dtype).view(given.shape)
+    return memory, inputs._replace(**{name: inside})
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_an_output_in_the_memory_of_an_input(name):
+    memory, inputs = memory_of(inputs_of(), name)
+    size = getattr(inputs, name).nbytes
+    shared = memory[size - 2 : size - 2 + 2560].view(torch.bfloat16).view(5, 256)
+    with pytest.raises(ValueError, match=f"output shares memory with {name}; expected a tensor of its own"):
+        check_output(shared, inputs, SMALL)
+    check_output(memory[size:].view(torch.bfloat16).view(5, 256), inputs, SMALL)  # right behind it
+    if name in ("hidden_states", "routing_logits", "hidden_states_scale"):
+        activations = (inputs.hidden_states, inputs.routing_logits, inputs.hidden_states_scale)
+        assert plain_num_tokens(SMALL, *activations, None, CPU) == 5
+        assert plain_num_tokens(SMALL, *activations, shared, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda output: output.requires_grad_(), "output requires grad"),
+        (lambda output: torch.inference_mode()(output.clone)(), "output is an inference tensor"),
+    ],
+    ids=["requires_grad", "inference"],
+)
+def test_an_output_that_may_not_be_written(make, message):
+    inputs, output = inputs_of(), make(torch.zeros(5, 256, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        check_output(output, inputs, SMALL)
+    activations = (inputs.hidden_states, inputs.routing_logits, inputs.hidden_states_scale)
+    assert plain_num_tokens(SMALL, *activations, output, CPU) is None
+
+
+def test_an_inference_tensor_in_inference_mode():
+    with torch.inference_mode():
+        check_output(torch.zeros(5, 256, dtype=torch.bfloat16), inputs_of(), SMALL)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf, 3.5e38, 1e39, 10**400, Fraction(10**50)], ids=str)
+def test_factors_that_are_not_finite_in_float32(factor):
+    with pytest.raises(ValueError, match="routed_scaling_factor is .*; expected a number that is finite in float32"):
+        derive(inputs_of(routed_scaling_factor=factor))
+
+
+@pytest.mark.parametrize("factor", [0, -1.5, 3.4e38, np.float32(2.5), Fraction(5, 2)], ids=str)
+def test_factors(factor):
+    assert derive(inputs_of(routed_scaling_factor=factor)) == SMALL
+
+
+def test_numpys_integers():
+    fields = dataclasses.asdict(SMALL)
+    problem = MoEProblem(**{k: np.int64(v) if type(v) is int else v for k, v in fields.items()})
+    assert problem == SMALL and {type(v) for v in dataclasses.astuple(problem)} == {int, str, bool}
+    with pytest.raises(ValueError, match="top_k is "):
+        dataclasses.replace(SMALL, top_k=torch.tensor(2))
 
 
 def test_device_keys():

@@ -70,6 +70,9 @@ def test_the_key_is_the_identity_of_a_measurement():
         local_expert_offset=0,
         routing="zipf",
         seed=1,
+        workload="another",
+        num_experts=16,
+        gate_first=True,
         timing="eager",
     )
     for name, value in different.items():
@@ -106,6 +109,11 @@ def test_failed_records_may_have_figures_that_are_not_finite():
     )
     assert record.correctness.relative_l2 is None
     assert BenchRecord.model_validate_json(record.model_dump_json(exclude_none=True)) is not None
+
+
+@pytest.mark.parametrize("noted", [None, float("nan"), "7", -5, True, 1e12, []])
+def test_what_is_no_duration_is_not_known(noted):
+    assert make_record(seconds=noted).seconds is None and make_record(seconds=3).seconds == 3.0
 
 
 def test_fields_of_others_are_kept(tmp_path):

@@ -239,11 +239,11 @@ def test_peers_are_drawn_and_not_judged():
 
 def test_what_the_records_say_of_their_environment():
     records = [
-        record(FAST_SMALL, t, 10 * t, sm_clock_mhz=1000 + t, host_us={"median": 5.5}, note="warm") for t in range(1, 9)
+        record(FAST_SMALL, t, 10 * t, gpu_before={"sm_mhz": 1000 + t}, host_us={"median": 5.5}) for t in range(1, 9)
     ]
     found = data.report(records, learned(records)).environment
-    assert (found["gpu"], found["read_tb_per_s"], found["note"]) == ("GPU X", "3.5", "warm")
-    assert found["sm_clock_mhz"] == "1001 to 1008" and found["host_us, median"] == "5.5"
+    assert (found["gpu"], found["read_tb_per_s"]) == ("GPU X", "3.5")
+    assert found["gpu_before, sm_mhz"] == "1001 to 1008" and found["host_us, median"] == "5.5"
 
 
 @pytest.mark.parametrize("records", [[], [record(FAST_SMALL, 1, 0, "failed")], [record(Candidate("peer:x"), 1, 5)]])

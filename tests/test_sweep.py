@@ -34,7 +34,7 @@ from hybrid_moe.learn.regenerate import Regeneration, candidates_of, loads_of
 from hybrid_moe.measure import bench
 from hybrid_moe.measure.bench import record_fields
 from hybrid_moe.measure.readers import read_records
-from hybrid_moe.measure.records import BenchRecord, Latency, append_record
+from hybrid_moe.measure.records import BenchRecord, GpuState, Latency, append_record
 from hybrid_moe.measure.sweep import gpu, journal
 from hybrid_moe.measure.sweep.plan import TIMINGS, Plan, Results, next_job
 from hybrid_moe.measure.sweep.process import Identity, SweepError, Worker
@@ -830,7 +830,7 @@ def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "versions", lambda: {"torch": "1.0", "cuda": None})
     monkeypatch.setattr(gpu, "measure_ceilings", lambda: Ceilings(1e12, 1e15))
     monkeypatch.setattr(gpu, "random_weights", lambda problem, device, seed: random_weights(problem, "cpu", seed))
-    monkeypatch.setattr(gpu, "gpu_state", lambda: {"sm_mhz": 1980})
+    monkeypatch.setattr(gpu, "gpu_state", lambda: GpuState(sm_mhz=1980))
     monkeypatch.setattr(gpu.DeviceKey, "of", lambda device: DeviceKey("cpu"))
     measuring = gpu.GpuBench(SMALL, copies=2)
     identity = measuring.identify()
@@ -848,7 +848,7 @@ def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
         ("flashinfer_trtllm", "unsupported"),
     }
     assert len(records) == 3 * 3 * 2
-    assert all(r.model_extra["gpu_before"] == r.model_extra["gpu_after"] == {"sm_mhz": 1980} for r in records)
+    assert all(r.gpu_before == r.gpu_after == GpuState(sm_mhz=1980) for r in records)
     assert {r.timing for r in records} == set(TIMINGS)
 
 
@@ -876,11 +876,11 @@ def test_the_gpus_state(monkeypatch):
     properties = type("Properties", (), {"uuid": "1234"})
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *arguments: properties)
-    assert gpu.gpu_state() == {
+    assert gpu.gpu_state().model_dump(exclude_unset=True) == {
         "sm_mhz": 1980,
         "memory_mhz": 3201,
         "temperature_c": 41,
         "slowed_by": ["power cap", "hardware thermal slowdown"],
     }
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", not_supported)
-    assert gpu.gpu_state() == {}
+    assert not gpu.gpu_state().model_fields_set

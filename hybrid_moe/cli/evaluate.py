@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..learn.compare import WorkloadKey
 from ..learn.evaluate import Evaluation, Score
 from ..learn.evaluate import evaluate as judge
 from ..learn.learner import check_solutions
 from ..measure.readers import read_with_digest
-from ..measure.records import BenchRecord
+from ..measure.records import BenchRecord, WorkloadKey
 from ..policy.schema import Policy, Timing
 from ..policy.store import load_policy
 from . import view

@@ -10,24 +10,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..candidate import Candidate
-from ..measure.records import BenchRecord, problem_of_record
+from ..measure.records import BenchRecord, WorkloadKey, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
 from ..policy.versions import COMMON, LIBRARIES, packages_of, release
 from ..problem import MoEProblem
-
-
-class WorkloadKey(NamedTuple):
-    """What tells one workload from another; the fields are those of a record, ``workload`` empty where it has none."""
-
-    num_tokens: int
-    local_expert_offset: int
-    routing: str
-    seed: int
-    workload: str
 
 
 @dataclass(frozen=True)
@@ -63,13 +52,6 @@ class Point:
         return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
 
 
-def workload_key(record: BenchRecord) -> WorkloadKey:
-    """The workload of a record."""
-    return WorkloadKey(
-        record.num_tokens, record.local_expert_offset, record.routing, record.seed, record.workload or ""
-    )
-
-
 def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKey], list[BenchRecord]]:
     """For each candidate and workload, the passed records that stand.
 
@@ -80,7 +62,7 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKe
     failed: dict[tuple[Candidate, WorkloadKey], list[BenchRecord]] = defaultdict(list)
     for record in records:
         if record.status in ("passed", "failed"):
-            (passed if record.status == "passed" else failed)[record.choice, workload_key(record)].append(record)
+            (passed if record.status == "passed" else failed)[record.choice, record.at].append(record)
     kept = dict(passed)
     for key, wrong in failed.items():
         # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.

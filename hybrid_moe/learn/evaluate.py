@@ -21,10 +21,10 @@ from typing import Any
 
 from ..candidate import Candidate
 from ..device import DeviceKey
-from ..measure.records import BenchRecord
+from ..measure.records import BenchRecord, WorkloadKey
 from ..policy.schema import LearnerOptions, Policy, Timing
 from ..policy.select import resolve
-from .compare import WorkloadKey, by_workload, check_records, is_about, under
+from .compare import by_workload, check_records, is_about, under
 
 
 @dataclass(frozen=True, slots=True)

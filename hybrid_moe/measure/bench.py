@@ -164,7 +164,7 @@ def measure(
             yield BenchRecord(**common, timing=timing, status="unsupported", reason="; ".join(error.reasons))
         return
     correctness = check_call(case, run, tolerance_of(choice))
-    common["correctness"] = RecordCorrectness(**correctness.to_dict(), **{"tokens": len(case.checked)})
+    common["correctness"] = RecordCorrectness(**correctness.to_dict(), tokens=len(case.checked))
     if not correctness.passed:
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="failed", reason="; ".join(correctness.failures))
@@ -178,7 +178,7 @@ def measure(
             yield BenchRecord(**common, timing="cuda_graph", status="passed", latency_us=time_graph(calls, runs))
         else:
             device, host = time_eager(calls, runs)
-            common["host_us"] = host.model_dump(mode="json")
+            common["host_us"] = host
             yield BenchRecord(**common, timing="eager", status="passed", latency_us=device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,6 +20,13 @@ _Positive = Annotated[float, Field(gt=0)]
 # A result that isn't finite has figures that JSON can't hold: they are left out, and the reason says why.
 _Figure = Annotated[
     float | None, BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+]
+
+
+# Anybody may edit a file: what is no duration must neither end a sweep nor let it go on for ever.
+_Duration = Annotated[
+    float | None,
+    BeforeValidator(lambda x: float(x) if type(x) in (int, float) and 0 <= x < 1e9 else None),
 ]
 
 
@@ -48,6 +55,39 @@ class RecordCorrectness(_Model):
     atol: float | None = None
     required_matched_ratio: float | None = None
     max_relative_l2: float | None = None
+    tokens: int | None = None
+
+
+class GpuState(_Model):
+    """Clocks in MHz, temperature in degrees Celsius, power in watts, and what slowed the GPU down."""
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+    slowed_by: list[str] | None = None
+
+
+class WorkloadKey(NamedTuple):
+    """What tells one workload from another; ``workload`` is empty where it has no id."""
+
+    num_tokens: int
+    local_expert_offset: int
+    routing: str
+    seed: int
+    workload: str = ""
+
+
+class MeasurementKey(NamedTuple):
+    """What was measured and how: two records with one key are two measurements of the same."""
+
+    device: str
+    problem: str
+    num_experts: int
+    gate_first: bool
+    candidate: Candidate
+    at: WorkloadKey
+    timing: Timing
 
 
 class BenchRecord(_Model):
@@ -79,6 +119,14 @@ class BenchRecord(_Model):
         Least time in microseconds that the device's bandwidth and arithmetic allow.
     correctness, environment, timestamp
         The gate's figures, versions and measured device rates, and ISO 8601 time.
+    host_us
+        Time on the host of an eager call.
+    gpu_before, gpu_after
+        The GPU around the measurement.
+    seconds
+        What a sweep spent on it, making its workload ready with it; what is no duration counts as unknown.
+    crashed
+        The process that measured it was lost.
     """
 
     schema_version: Literal[1] = 1
@@ -105,6 +153,11 @@ class BenchRecord(_Model):
     correctness: RecordCorrectness | None = None
     environment: dict[str, EnvironmentValue] = {}
     timestamp: str | None = None
+    host_us: Latency | None = None
+    gpu_before: GpuState | None = None
+    gpu_after: GpuState | None = None
+    seconds: _Duration = None
+    crashed: bool | None = None
 
     @model_validator(mode="after")
     def _speed_only_if_right(self) -> BenchRecord:
@@ -148,12 +201,15 @@ class BenchRecord(_Model):
         return max(0.0, latency.p90 - latency.p10) / (2 * latency.median)
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """What was measured and how: two records with one key are two measurements of the same. Hashable."""
-        config = tuple(sorted(self.config.items()))
-        workload = (self.num_tokens, self.local_expert_offset, self.routing, self.seed)
+    def at(self) -> WorkloadKey:
+        """Its workload."""
+        return WorkloadKey(self.num_tokens, self.local_expert_offset, self.routing, self.seed, self.workload or "")
+
+    @property
+    def key(self) -> MeasurementKey:
+        """What was measured and how."""
         problem = (self.problem, self.num_experts or 256, bool(self.gate_first))
-        return (self.device, *problem, self.backend, config, *workload, self.timing)
+        return MeasurementKey(self.device, *problem, self.choice, self.at, self.timing)
 
 
 def append_record(path: str | Path, record: BenchRecord) -> None:

@@ -11,6 +11,7 @@ import torch
 from ..inputs import FP8, MoEInputs
 from ..problem import MoEProblem
 from ..reference import FP8_MAX, route
+from .records import WorkloadKey
 
 RoutingLoad = Literal["uniform", "zipf", "concentrated", "none"]
 ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
@@ -80,6 +81,11 @@ class Workload:
     routing: RoutingLoad = "uniform"
     seed: int = 0
     uuid: str | None = None
+
+    @property
+    def key(self) -> WorkloadKey:
+        """What records of it have as `BenchRecord.at`."""
+        return WorkloadKey(self.num_tokens, self.local_expert_offset, self.routing, self.seed, self.uuid or "")
 
 
 # (T, local_expert_offset, uuid) of the definition's workloads in the flashinfer-trace data set.

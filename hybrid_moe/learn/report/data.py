@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from ...candidate import Candidate
 from ...device import DeviceKey
-from ...measure.records import PEER_PREFIX, BenchRecord
+from ...measure.records import PEER_PREFIX, BenchRecord, WorkloadKey
 from ...policy.schema import InputDigest, Policy, RegretSummary, Timing
 from ...policy.select import Span, resolve
 from ...policy.store import dumps_policy
-from ..compare import WorkloadKey, standing, workload_key
+from ..compare import standing
 from ..regret import outcomes, summarise
 from .letters import assign_letters
 
@@ -333,7 +333,7 @@ def _floor(records: Sequence[BenchRecord]) -> float | None:
     for record in records:
         if record.is_peer:
             continue
-        floors = by_workload[workload_key(record)]
+        floors = by_workload[record.at]
         if record.floor_us:
             floors.append(record.floor_us)
     if not by_workload or not all(by_workload.values()):
@@ -375,7 +375,7 @@ def _checked(records: Sequence[BenchRecord], order: Mapping[Candidate, str]) -> 
         found.append(
             Checked(
                 choice=choice,
-                workloads=len({workload_key(r) for r in by_choice[choice]}),
+                workloads=len({r.at for r in by_choice[choice]}),
                 relative_l2=interval("relative_l2"),
                 cosine=interval("cosine"),
                 matched_ratio=interval("matched_ratio"),
@@ -399,22 +399,23 @@ def _refused(records: Sequence[BenchRecord]) -> list[Refused]:
             reason=reason,
             timings=sorted({r.timing for r in found}),
             num_tokens=sorted({r.num_tokens for r in found}),
-            passed_later=all(passed[r.timing].get((r.choice, workload_key(r))) for r in found),
+            passed_later=all(passed[r.timing].get((r.choice, r.at)) for r in found),
         )
         for (_, status, reason), found in sorted(groups.items())
     ]
 
 
 def _environment(records: Sequence[BenchRecord]) -> dict[str, str]:
-    """What the records say of where they were measured, and what others added to them, one line each."""
+    """What the records say of where they were measured, one line each."""
     values: dict[str, list[object]] = defaultdict(list)
     for record in records:
         for name, value in record.environment.items():
             values[name].append(value)
-        for name, value in (record.model_extra or {}).items():
-            for key, inner in value.items() if isinstance(value, dict) else [(None, value)]:
-                if isinstance(inner, str | int | float):
-                    values[name if key is None else f"{name}, {key}"].append(inner)
+        for name in ("host_us", "gpu_before", "gpu_after"):
+            found = getattr(record, name)
+            for key, value in found.model_dump().items() if found is not None else ():
+                if isinstance(value, int | float):
+                    values[f"{name}, {key}"].append(value)
     lines = {name: _line(found) for name, found in sorted(values.items())}
     return {name: line for name, line in lines.items() if line}
 

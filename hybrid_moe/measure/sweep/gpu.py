@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from ...device import DeviceKey
 from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
 from ..bench import Case, environment_of, measure, versions
-from ..records import BenchRecord, EnvironmentValue
+from ..records import BenchRecord, EnvironmentValue, GpuState
 from ..timing import Ceilings, measure_ceilings
 from ..workloads import LayerWeights, Workload, random_weights
 from .process import Identity
@@ -86,7 +87,7 @@ class GpuBench:
         return True
 
 
-def gpu_state() -> dict[str, object]:
+def gpu_state() -> GpuState:
     """Clocks in MHz, temperature in degrees Celsius, power in watts and what slows the current GPU down.
 
     By NVML, in well under a millisecond. What the GPU doesn't tell (as inside a MIG slice) is left out.
@@ -100,19 +101,19 @@ def gpu_state() -> dict[str, object]:
         "power_w": lambda gpu: round(pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3, 1),
         "slowed_by": lambda gpu: _reasons(pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)),
     }
-    state: dict[str, object] = {}
+    state: dict[str, Any] = {}
     try:
         pynvml.nvmlInit()
         # By UUID: NVML doesn't number the GPUs as CUDA does.
         gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
     except pynvml.NVMLError:
-        return state
+        return GpuState()
     for name, read in readings.items():
         try:
             state[name] = read(gpu)
         except pynvml.NVMLError:
             continue
-    return state
+    return GpuState(**state)
 
 
 # Bits of NVML's clocks event reasons that mean less speed; idling and settings of an administrator aren't among them.

@@ -19,7 +19,7 @@ from typing import get_args
 from ...candidate import Candidate
 from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
-from ..records import BenchRecord
+from ..records import BenchRecord, WorkloadKey
 from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload
 
 TIMINGS: tuple[GraphOrEager, ...] = get_args(GraphOrEager)
@@ -129,72 +129,61 @@ def _coarse_to_fine(items: Sequence[int]) -> list[int]:
     return [items[index] for index in order]
 
 
-_Point = tuple[int, int, str, int]  # a workload without its id
-
-
-def _point(workload: Workload) -> _Point:
-    return workload.num_tokens, workload.local_expert_offset, workload.routing, workload.seed
-
-
 class Results:
     """What the records say, ready to be asked; of two records of the same, the later one counts."""
 
     def __init__(self, records: Iterable[BenchRecord] = ()) -> None:
-        self._records: dict[tuple[_Point, Candidate, str], BenchRecord] = {}
-        self._begun: dict[_Point, None] = {}
+        self._records: dict[tuple[WorkloadKey, Candidate, str], BenchRecord] = {}
+        self._begun: dict[WorkloadKey, None] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: BenchRecord) -> None:
         """Take one more record."""
-        point = (record.num_tokens, record.local_expert_offset, record.routing, record.seed)
-        self._begun.setdefault(point)
-        self._records[point, record.choice, record.timing] = record
+        self._begun.setdefault(record.at)
+        self._records[record.at, record.choice, record.timing] = record
 
     def left_out(self, candidates: Sequence[Candidate]) -> dict[Candidate, str]:
         """The candidates that aren't measured any more, and why: refused, or hung and crashed too often."""
         refused: dict[Candidate, str] = {}
-        lost: dict[Candidate, dict[_Point, str]] = {}
+        lost: dict[Candidate, dict[WorkloadKey, str]] = {}
         for (point, choice, _), record in self._records.items():
             if record.status == "unsupported":
                 refused.setdefault(choice, record.reason or "")
-            elif record.status == "timeout" or is_crash(record):
+            elif record.status == "timeout" or record.crashed:
                 lost.setdefault(choice, {}).setdefault(point, record.reason or "")
         reasons = {}
         for choice in candidates:
             if choice in refused:
                 reasons[choice] = refused[choice]
             elif len(points := lost.get(choice, {})) >= LOSSES:
-                where = "; ".join(f"T = {point[0]} {point[2]}: {reason}" for point, reason in points.items())
+                where = "; ".join(
+                    f"T = {point.num_tokens} {point.routing}: {reason}" for point, reason in points.items()
+                )
                 reasons[choice] = f"given up after {len(points)} workloads at which it hung or crashed ({where})"
         return reasons
 
     def missing(self, workload: Workload, choice: Candidate) -> tuple[GraphOrEager, ...]:
         """The ways of timing without a record."""
-        point = _point(workload)
+        point = workload.key
         return tuple(timing for timing in TIMINGS if (point, choice, timing) not in self._records)
 
     def median_us(self, workload: Workload, choice: Candidate, timing: str) -> float | None:
         """The median latency in microseconds; ``None`` unless it passed."""
-        record = self._records.get((_point(workload), choice, timing))
+        record = self._records.get((workload.key, choice, timing))
         return None if record is None or record.latency_us is None else record.latency_us.median
 
     def begun(self, plan: Plan) -> list[int]:
         """The plan's T that have a record, in the order in which they were begun."""
-        tokens = dict.fromkeys(point[0] for point in self._begun)
-        return [t for t in tokens if any(_point(plan.workload(t, load)) in self._begun for load in plan.loads)]
+        tokens = dict.fromkeys(point.num_tokens for point in self._begun)
+        return [t for t in tokens if any(plan.workload(t, load).key in self._begun for load in plan.loads)]
 
     def order(self, workload: Workload) -> int:
         """How many workloads were begun before this one."""
         for index, point in enumerate(self._begun):
-            if point == _point(workload):
+            if point == workload.key:
                 return index
         return len(self._begun)
-
-
-def is_crash(record: BenchRecord) -> bool:
-    """Whether the process that measured it was lost; the sweep notes that beside the reason."""
-    return bool((record.model_extra or {}).get("crashed"))
 
 
 def next_job(plan: Plan, results: Results) -> Job | None:

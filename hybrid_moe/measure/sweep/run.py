@@ -62,15 +62,7 @@ def spent_s(records: Sequence[BenchRecord]) -> float:
 
     It counts making workloads ready and failures, not what a run did after its last record before it was killed.
     """
-    return sum(_seconds((record.model_extra or {}).get("seconds")) for record in records)
-
-
-def _seconds(noted: object) -> float:
-    # A field of ours in a file that anybody may edit: what is no duration says nothing, and must not end the sweep or
-    # let it go on for ever (every comparison with NaN is false).
-    if isinstance(noted, bool) or not isinstance(noted, int | float) or not 0 <= noted < 1e9:
-        return 0.0
-    return float(noted)
+    return sum(record.seconds or 0.0 for record in records)
 
 
 def sweep(
@@ -154,11 +146,10 @@ def _left(plan: Plan, number: int) -> int:
 
 
 def _lost_record(plan: Plan, identity: Identity, job: Job, timing: str, lost: CandidateLost) -> BenchRecord:
-    extra = {"crashed": True} if lost.crashed else {}
     return BenchRecord(
         **record_fields(identity.device, plan.problem, job.workload, job.choice, identity.environment),
         timing=timing,  # type: ignore[arg-type]
         status="timeout" if lost.timeout else "failed",
         reason=printable(lost.reason),
-        **extra,  # type: ignore[arg-type]
+        crashed=lost.crashed or None,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -22,11 +21,10 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..device import DeviceKey
-from ..measure.workloads import MODELS, ModelName
 from ..policy import resolve
 from ..policy.schema import Policy
 from ..policy.store import find_policy, how_to_make_one, known_policies, load_policy
-from ..problem import MoEProblem, RoutingMethod
+from ..problem import MoEProblem
 from ..text import printable, printable_json
 
 
@@ -43,23 +41,6 @@ class PrintableConsole(Console):
 out = PrintableConsole(width=None if sys.stdout is not None and sys.stdout.isatty() else 120, highlight=False)
 err = PrintableConsole(stderr=True, highlight=False)
 
-NumExperts = Annotated[int | None, typer.Option(min=1, help="Experts of the whole model. [default: 256]")]
-NumLocalExperts = Annotated[int | None, typer.Option(min=1, help="Experts of this rank. [default: 32]")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Experts chosen for each token. [default: 8]")]
-NGroup = Annotated[int | None, typer.Option(min=1, help="Groups of experts. [default: 8]")]
-TopkGroup = Annotated[int | None, typer.Option(min=1, help="Groups kept for each token. [default: 4]")]
-HiddenSize = Annotated[int | None, typer.Option(min=1, help="[default: 7168]")]
-IntermediateSize = Annotated[int | None, typer.Option(min=1, help="[default: 2048]")]
-GateFirst = Annotated[
-    bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
-]
-RoutingMethodName = Annotated[
-    RoutingMethod | None, typer.Option(help="How the scores come of the logits. [default: deepseek_v3]")
-]
-Model = Annotated[
-    ModelName | None,
-    typer.Option(help="A model whose layer it is, on one of 8 ranks; sizes given beside it change it."),
-]
 Where = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VERSION", help="Use records of this version only, as triton=3.6; may be repeated."),
@@ -74,12 +55,6 @@ Solutions = Annotated[
 ]
 PolicyPath = Annotated[Path | None, typer.Option(help="A policy file, or a folder of them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-
-
-def problem_from(base: MoEProblem, *, model: ModelName | None = None, **given: int | bool | str | None) -> MoEProblem:
-    """The model's layer, or else ``base``, with the options given; ValueError if they contradict one another."""
-    base = base if model is None else MODELS[model]
-    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def versions_from(where: list[str] | None) -> dict[str, str] | None:

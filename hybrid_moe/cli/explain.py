@@ -19,43 +19,18 @@ from ..policy.select import Decision, DecisionTable, Refusals, resolve
 from ..policy.versions import installed_versions, mismatch
 from ..problem import MoEProblem
 from . import view
-from .common import (
-    GateFirst,
-    HiddenSize,
-    IntermediateSize,
-    Json,
-    Model,
-    NGroup,
-    NumExperts,
-    NumLocalExperts,
-    PolicyPath,
-    RoutingMethodName,
-    TopK,
-    TopkGroup,
-    out,
-    policy_in,
-    policy_or_nearest,
-    print_json,
-    problem_from,
-    this_device,
-)
+from .common import Json, PolicyPath, out, policy_in, policy_or_nearest, print_json, this_device
+from .problem import ProblemOptions, takes_problem
 
 
+@takes_problem
 def explain(
     device: Annotated[str | None, typer.Option(help="Slug, as nvidia_b200. [default: this machine's GPU]")] = None,
     num_tokens: Annotated[int | None, typer.Option(help="T; without it, every regime is shown.")] = None,
     policy: PolicyPath = None,
     here: Annotated[bool, typer.Option("--here", help="Pass over what this machine can't run.")] = False,
-    model: Model = None,
-    num_experts: NumExperts = None,
-    num_local_experts: NumLocalExperts = None,
-    top_k: TopK = None,
-    n_group: NGroup = None,
-    topk_group: TopkGroup = None,
-    hidden_size: HiddenSize = None,
-    intermediate_size: IntermediateSize = None,
-    routing_method: RoutingMethodName = None,
-    gate_first: GateFirst = None,
+    *,
+    sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
     """Say what a device's policy runs, and why.
@@ -63,19 +38,7 @@ def explain(
     Speaks of the policy, whatever is installed here; --here applies what this machine can and can't run.
     """
     loaded = policy_in(policy)
-    problem = problem_from(
-        DEEPSEEK_V3 if loaded is None else loaded.problem,
-        model=model,
-        num_experts=num_experts,
-        num_local_experts=num_local_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        routing_method=routing_method,
-        gate_first=gate_first,
-    )
+    problem = sizes.problem(DEEPSEEK_V3 if loaded is None else loaded.problem)
     found, where, note = policy_or_nearest(device, problem, policy)
     this = DeviceKey.of(this_device())
     refusals = _refusals(found, problem, this) if here or found.device == this.name else {}

@@ -14,27 +14,10 @@ from ..learn.learner import preferred_among
 from ..learn.regenerate import Observer, Regeneration, Result, candidates_of, failures_of, loads_of
 from ..measure.sweep.gpu import GpuBench
 from ..measure.sweep.plan import MAX_TOKENS, Plan
-from ..measure.workloads import DEEPSEEK_V3
 from ..policy.schema import GraphOrEager, LearnerOptions, describe
-from .common import (
-    GateFirst,
-    HiddenSize,
-    IntermediateSize,
-    Json,
-    Model,
-    NGroup,
-    NumExperts,
-    NumLocalExperts,
-    RoutingMethodName,
-    TopK,
-    TopkGroup,
-    err,
-    out,
-    print_json,
-    problem_from,
-    steps,
-)
+from .common import Json, err, out, print_json, steps
 from .learn import print_learned
+from .problem import ProblemOptions, takes_problem
 from .verify import print_findings
 from .watch import watching
 
@@ -42,6 +25,7 @@ from .watch import watching
 QUICK_MINUTES, FULL_MINUTES = 6.0, 18.0
 
 
+@takes_problem
 def regenerate(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer T: a useful policy in less time.")] = False,
     minutes: Annotated[
@@ -80,16 +64,8 @@ def regenerate(
     prefer: Annotated[str | None, typer.Option(help="Backend, or name[key=value], that ties go to.")] = None,
     max_gap: Annotated[float, typer.Option(help="Between T whose ratio is larger there is no evidence.")] = 2.0,
     timing: Annotated[GraphOrEager, typer.Option(help="What the policy is for; both are measured.")] = "cuda_graph",
-    model: Model = None,
-    num_experts: NumExperts = None,
-    num_local_experts: NumLocalExperts = None,
-    top_k: TopK = None,
-    n_group: NGroup = None,
-    topk_group: TopkGroup = None,
-    hidden_size: HiddenSize = None,
-    intermediate_size: IntermediateSize = None,
-    routing_method: RoutingMethodName = None,
-    gate_first: GateFirst = None,
+    *,
+    sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
     """Make the policy of this machine's GPU: measure, learn, verify, install.
@@ -97,19 +73,7 @@ def regenerate(
     Each result is checked before it is timed. It may be stopped at any point; started again, it goes on where it was.
     Exit code 1 if the policy fails its verification; it isn't installed then.
     """
-    problem = problem_from(
-        DEEPSEEK_V3,
-        model=model,
-        num_experts=num_experts,
-        num_local_experts=num_local_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        routing_method=routing_method,
-        gate_first=gate_first,
-    )
+    problem = sizes.problem()
     try:
         options = LearnerOptions.model_validate(
             {"tie_margin": tie_margin, "prefer": prefer, "max_gap": max_gap, "timing": timing}

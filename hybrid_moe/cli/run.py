@@ -13,31 +13,14 @@ from ..api import HybridMoE
 from ..measure.bench import poisoned_output
 from ..measure.single import checked, simple_time
 from ..measure.timing import Work
-from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
+from ..measure.workloads import DEFINITION_WORKLOADS, RoutingLoad, Workload, make_inputs, random_weights
 from ..problem import MoEProblem
 from . import view
-from .common import (
-    GateFirst,
-    HiddenSize,
-    IntermediateSize,
-    Json,
-    Model,
-    NGroup,
-    NumExperts,
-    NumLocalExperts,
-    PolicyPath,
-    RoutingMethodName,
-    TopK,
-    TopkGroup,
-    out,
-    print_json,
-    problem_from,
-    steps,
-    this_device,
-    warnings_shown,
-)
+from .common import Json, PolicyPath, out, print_json, steps, this_device, warnings_shown
+from .problem import ProblemOptions, takes_problem
 
 
+@takes_problem
 def run(
     workload: Annotated[str | None, typer.Option(help="One of the definition's, by the start of its UUID.")] = None,
     num_tokens: Annotated[int | None, typer.Option(min=0, help="T. [default: 16]")] = None,
@@ -50,35 +33,15 @@ def run(
     policy: PolicyPath = None,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="[default: the GPU if there is one]")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the float32 reference.")] = False,
-    model: Model = None,
-    num_experts: NumExperts = None,
-    num_local_experts: NumLocalExperts = None,
-    top_k: TopK = None,
-    n_group: NGroup = None,
-    topk_group: TopkGroup = None,
-    hidden_size: HiddenSize = None,
-    intermediate_size: IntermediateSize = None,
-    routing_method: RoutingMethodName = None,
-    gate_first: GateFirst = None,
+    *,
+    sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
     """Run the layer on seeded random data: what was chosen, a simple time, and with --check whether it is right.
 
     Exit code 1 if it is wrong.
     """
-    problem = problem_from(
-        DEEPSEEK_V3,
-        model=model,
-        num_experts=num_experts,
-        num_local_experts=num_local_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        routing_method=routing_method,
-        gate_first=gate_first,
-    )
+    problem = sizes.problem()
     point = _workload(workload, num_tokens, offset, routing, seed, problem)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU that it can use: leave --device out, or see `hybrid-moe doctor`")

@@ -14,27 +14,11 @@ from ..files import DEFINITION, SOLUTION, check_outputs, check_target, write_who
 from ..flashinfer_bench.definition import definition_of
 from ..flashinfer_bench.solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
 from ..measure.workloads import DEEPSEEK_V3
-from .common import (
-    GateFirst,
-    HiddenSize,
-    IntermediateSize,
-    Json,
-    Model,
-    NGroup,
-    NumExperts,
-    NumLocalExperts,
-    PolicyPath,
-    RoutingMethodName,
-    TopK,
-    TopkGroup,
-    out,
-    policy_in,
-    print_json,
-    problem_from,
-    wanted_policy,
-)
+from .common import Json, PolicyPath, out, policy_in, print_json, wanted_policy
+from .problem import ProblemOptions, takes_problem
 
 
+@takes_problem
 def solution(
     device: Annotated[
         str | None, typer.Option(help="Slug of the policy's device, as nvidia_b200. [default: this machine's GPU]")
@@ -49,16 +33,8 @@ def solution(
         str | None, typer.Option(help="Of the Solution. [default: hybrid_moe_ with the device or the candidate]")
     ] = None,
     author: Annotated[str, typer.Option(help="Of the Solution.")] = AUTHOR,
-    model: Model = None,
-    num_experts: NumExperts = None,
-    num_local_experts: NumLocalExperts = None,
-    top_k: TopK = None,
-    n_group: NGroup = None,
-    topk_group: TopkGroup = None,
-    hidden_size: HiddenSize = None,
-    intermediate_size: IntermediateSize = None,
-    routing_method: RoutingMethodName = None,
-    gate_first: GateFirst = None,
+    *,
+    sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
     """Write a policy as a Solution for flashinfer-bench 0.1.2 and flashinfer.trace_apply.
@@ -67,19 +43,7 @@ def solution(
     the same bytes.
     """
     given = None if candidate is not None else policy_in(policy)
-    problem = problem_from(
-        DEEPSEEK_V3 if given is None else given.problem,
-        model=model,
-        num_experts=num_experts,
-        num_local_experts=num_local_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        routing_method=routing_method,
-        gate_first=gate_first,
-    )
+    problem = sizes.problem(DEEPSEEK_V3 if given is None else given.problem)
     if candidate is not None:
         if device is not None or policy is not None:
             raise ValueError(f"--candidate {candidate} runs on any device and has no policy: leave out the others")

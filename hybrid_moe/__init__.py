@@ -6,7 +6,7 @@ Importing this package imports no kernel library; backends load theirs when they
 from __future__ import annotations
 
 from .api import HybridMoE, fused_moe
-from .candidate import BackendUnsupportedError, Candidate, Choice
+from .candidate import BackendFailedError, BackendUnsupportedError, Candidate, Choice
 from .device import DeviceKey
 from .inputs import MoEInputs, RoutedInputs
 from .policy.schema import Policy, PolicyError
@@ -15,10 +15,14 @@ from .policy.store import load_policy, save_policy
 from .policy.versions import PolicyMismatchWarning
 from .problem import MoEProblem
 from .serving import metrics
+from .serving.out_of_memory import CallOutOfMemoryError
+from .serving.quarantine import Quarantined, quarantined, release_quarantine
 from .version import __version__ as __version__
 
 __all__ = [
+    "BackendFailedError",
     "BackendUnsupportedError",
+    "CallOutOfMemoryError",
     "Candidate",
     "Choice",
     "Decision",
@@ -30,9 +34,12 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicyMismatchWarning",
+    "Quarantined",
     "RoutedInputs",
     "fused_moe",
     "load_policy",
     "metrics",
+    "quarantined",
+    "release_quarantine",
     "save_policy",
 ]

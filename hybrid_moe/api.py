@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,13 +31,16 @@ from .policy.schema import Policy
 from .policy.select import Decision
 from .problem import MoEProblem, RoutingMethod
 from .serving import custom_ops, quantize_input, warmup
-from .serving.call import Call, launch, new_dispatch, new_output
+from .serving.call import Call, launch, new_dispatch, new_output, out_of_memory
 from .serving.dispatch import Dispatch
 from .serving.metrics import Counters, Sample
+from .serving.quarantine import QUARANTINE
 from .serving.warmup import WarmedUp
 from .serving.workspace import Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
+
+logger = logging.getLogger("hybrid_moe")
 
 
 def fused_moe(
@@ -248,12 +252,32 @@ class HybridMoE:
         self.max_num_tokens = max_num_tokens
         self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
-        self._dispatch = self._dispatch_of(None if backend is None else as_candidate(backend), policy)
+        self._dispatch: Dispatch
+        self._policy = policy
+        QUARANTINE.join(self)
+        self._take(None if backend is None else as_candidate(backend), policy)
         self._handle = custom_ops.register(self)
+
+    def _take(self, backend: Candidate | None, policy: Policy | str | Path | None) -> None:
+        # What is put in quarantine meanwhile is passed over as well.
+        epoch = None
+        while epoch != QUARANTINE.epoch:
+            epoch = QUARANTINE.epoch
+            dispatch = self._dispatch_of(backend, policy)
+            self._policy, self._dispatch = policy, dispatch
+
+    def choose_again(self) -> None:
+        """Resolve the layer's policy anew, as after a change of the quarantine; not for an explicit backend."""
+        if (dispatch := getattr(self, "_dispatch", None)) is None or dispatch.backend is not None:
+            return
+        policy = dispatch  # nobody's
+        while policy is not self._policy:  # another thread may give the layer another one
+            policy = self._policy
+            self._dispatch = self._dispatch_of(None, policy)
 
     def _dispatch_of(self, backend: Candidate | None, policy: Policy | str | Path | None) -> Dispatch:
         routed = self._routing_bias is None
-        dispatch = new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=5)
+        dispatch = new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=6)
         if self._workspaces is not None:
             self._workspaces.grow(self._planned_bytes(dispatch))
         return dispatch
@@ -379,10 +403,14 @@ class HybridMoE:
             if output is not None:
                 check_output(output, inputs, problem)
             tokens = inputs.num_tokens
-        if output is None:
-            output = new_output(problem, inputs)
-        if tokens:
-            self._launch(self._dispatch.counted(tokens), inputs, output)
+        given, dispatch = output is not None, self._dispatch
+        try:
+            if output is None:
+                output = new_output(problem, inputs)
+            if tokens:
+                self._launch(dispatch.counted(tokens), inputs, output)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(dispatch, problem, tokens, given, error) from error
         return output
 
     def _launch(self, runner: Runner, inputs: Inputs, output: torch.Tensor) -> None:
@@ -421,8 +449,10 @@ class HybridMoE:
         """Compile and set up all that serving will run: one call at each T, before the first request.
 
         The calls have made-up activations, whose quantisation is warmed up with them, and count in no statistics. They
-        wait for the device, so make them before graphs are captured. Libraries that tune inside of a context of theirs
-        do so here if this is called in it (``with flashinfer.autotune(): layer.warm_up()``).
+        wait for the device, so make them before graphs are captured. A candidate that raises in one is put in
+        quarantine, and the next one of the order of choice warmed up instead; an explicit backend raises. Libraries
+        that tune inside of a context of theirs do so here if this is called in it (``with flashinfer.autotune():
+        layer.warm_up()``).
 
         Parameters
         ----------
@@ -451,16 +481,34 @@ class HybridMoE:
             counts = warmup.checked(token_counts)
         done = []
         for inputs in warmup.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
-            tokens = inputs.num_tokens
-            output = new_output(self.problem, inputs)
-            warmup.synchronize(self._device)
-            begin = time.perf_counter()
-            self._launch(dispatch.runner(tokens), inputs, output)
-            warmup.synchronize(self._device)
-            done.append(WarmedUp(dispatch.choice(tokens), tokens, time.perf_counter() - begin))
+            done.append(self._warm_up(inputs))
             if progress is not None:
                 progress(done[-1])
         return tuple(done)
+
+    def _warm_up(self, inputs: Inputs) -> WarmedUp:
+        """One call; a candidate that raises in it is put in quarantine, unless there is no other."""
+        tokens, output = inputs.num_tokens, new_output(self.problem, inputs)
+        while True:
+            dispatch = self._dispatch
+            choice = dispatch.choice(tokens)
+            warmup.synchronize(self._device)
+            begin = time.perf_counter()
+            try:
+                self._launch(dispatch.runner(tokens), inputs, output)
+                warmup.synchronize(self._device)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(dispatch, self.problem, tokens, True, error) from error
+            except Exception as error:  # whatever a library raises, or the kernels' compiler
+                if dispatch.backend is not None:
+                    raise
+                logger.error("%s failed to warm up at T = %d", choice, tokens, exc_info=error)
+                reason = f"{type(error).__name__}: {error} (T = {tokens})"
+                QUARANTINE.put(self.device, self.problem, choice, "warm_up", reason)
+                if self._dispatch.choice(tokens) == choice:
+                    raise
+                continue
+            return WarmedUp(choice, tokens, time.perf_counter() - begin)
 
     def reload_policy(self, policy: Policy | str | Path | None = None) -> None:
         """Take another policy from the next call on, as after `hybrid-moe regenerate`.
@@ -487,7 +535,7 @@ class HybridMoE:
                 f"policy is given to a layer with backend={self._dispatch.backend}; a layer without is wanted: "
                 "an explicit backend is never changed"
             )
-        self._dispatch = self._dispatch_of(None, policy)
+        self._take(None, policy)
 
     def stats(self) -> tuple[Sample, ...]:
         """Calls of this layer so far and their tokens, by what ran and in which regime.

@@ -68,6 +68,14 @@ class Candidate:
         return cls(name.strip(), config)
 
 
+class BackendFailedError(RuntimeError):
+    """A backend raised an unforeseen error when it was prepared; ``__cause__`` is that error."""
+
+    def __init__(self, choice: Candidate, error: Exception) -> None:
+        self.choice = choice
+        super().__init__(f"backend {choice} failed to prepare: {type(error).__name__}: {error}")
+
+
 class BackendUnsupportedError(RuntimeError):
     """A backend was asked for that cannot run this problem on this device; the message lists why."""
 

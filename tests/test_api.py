@@ -27,6 +27,7 @@ from hybrid_moe import (
     api,
     backends,
     fused_moe,
+    release_quarantine,
     save_policy,
 )
 from hybrid_moe.backends import Backend, Runner
@@ -52,6 +53,7 @@ def forget():
     """Empty what the library remembers of problems, devices and policies."""
     for memo in (backends.not_supported_reasons, backends.prepare, calling._cached_dispatch):
         memo.cache_clear()
+    release_quarantine()
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,17 @@ from hybrid_moe import backends
 from hybrid_moe.backends.base import Backend, Runner
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.cli import app, demo
-from hybrid_moe.cli.common import print_json
+from hybrid_moe.cli.common import print_json, this_device
 from hybrid_moe.cli.demo import SMALL
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.records import BenchRecord, append_record
-from hybrid_moe.measure.workloads import KIMI_K2, QWEN3_235B
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, KIMI_K2, QWEN3_235B
 from hybrid_moe.policy import resolve
 from hybrid_moe.policy.select import Decision
 from hybrid_moe.policy.store import load_policy, save_policy, user_policy_dir
 from hybrid_moe.problem import MoEProblem
 from hybrid_moe.serving import call
+from hybrid_moe.serving.quarantine import QUARANTINE, release_quarantine
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
@@ -478,6 +479,25 @@ def test_help_shows_brackets():
         flat = " ".join(cli(command, "--help").output.replace("│", " ").split())
         for text in texts:
             assert text in flat, (command, text)
+
+
+def test_doctor_shows_what_fails_when_it_is_prepared_or_is_in_quarantine(monkeypatch):
+    def broken(self, problem, device, config):
+        raise OSError("libmoe.so: undefined symbol")
+
+    choice = Candidate("torch_reference")
+    backends.prepare.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backends.BACKENDS["torch_reference"]), "prepare", broken)
+        row = next(row for row in cli_json("doctor")["backends"] if row["backend"] == "torch_reference")
+        assert not row["works"]
+        assert row["reasons"] == ["it raises when it is prepared: OSError: libmoe.so: undefined symbol"]
+    QUARANTINE.put(DeviceKey.of(this_device()), DEEPSEEK_V3, choice, "shadow_check", "relative L2 0.4 is above 0.05")
+    try:
+        row = next(row for row in cli_json("doctor")["backends"] if row["backend"] == "torch_reference")
+    finally:
+        release_quarantine()
+    assert not row["works"] and "it failed the shadow check: relative L2 0.4 is above 0.05" in row["reasons"][0]
 
 
 def test_doctor_names_the_nearest_policy_where_there_is_no_other(tmp_path, monkeypatch):

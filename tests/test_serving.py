@@ -19,6 +19,7 @@ from hybrid_moe import (
     PolicyError,
     backends,
     fused_moe,
+    quarantined,
     save_policy,
 )
 from hybrid_moe.measure.workloads import random_weights
@@ -107,15 +108,16 @@ def test_no_bound(weights):
         layer_of(inputs_of(weights, 1), backend=REFERENCE).warm_up(max_num_tokens=0)
 
 
-def test_an_error_while_warming_up_is_the_callers(weights, spies, monkeypatch):  # noqa: F811
-    layer = layer_of(inputs_of(weights, 1), policy=make_policy())
+def test_an_error_of_an_explicit_backend_while_warming_up_is_the_callers(weights, spies, monkeypatch):  # noqa: F811
+    layer = layer_of(inputs_of(weights, 1), backend="two")
 
     def broken(self, inputs, output):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(type(layer._dispatch.runner(7)), "run", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="no such kernel"):
         layer.warm_up([7])
+    assert quarantined() == () and layer.choice(7) == Candidate("two")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
+from ..candidate import BackendFailedError
 from ..device import DeviceKey
 from ..problem import MoEProblem
 from .base import Backend, BackendUnsupportedError, Candidate, Runner
@@ -51,9 +54,23 @@ def routed_reasons(problem: MoEProblem, choice: Candidate) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def prepare(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> Runner:
-    """The runner of ``choice``, made once for each problem and device; raises BackendUnsupportedError."""
+    """The runner of ``choice``, made once for each problem and device.
+
+    Raises
+    ------
+    BackendUnsupportedError
+        It can't run this here; see `not_supported_reasons`.
+    BackendFailedError
+        It raised anything else.
+    """
     choice = complete(choice)
-    return get_backend(choice.backend).prepare(problem, device, choice.config)
+    backend = get_backend(choice.backend)
+    try:
+        return backend.prepare(problem, device, choice.config)
+    except (BackendUnsupportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library raises: it is told apart from a refusal, and never lost
+        raise BackendFailedError(choice, error) from error
 
 
 __all__ = [

@@ -11,13 +11,14 @@ import torch
 from rich.markup import escape
 
 from .. import backends
-from ..candidate import Candidate
+from ..candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import policy_or_nearest
 from ..policy.schema import PolicyError
 from ..policy.store import scan, shipped_policy_dir, user_policy_dir
 from ..policy.versions import Mismatch, installed_version, installed_versions, mismatch
+from ..serving.quarantine import QUARANTINE
 from ..version import __version__
 from . import view
 from .common import Json, out, print_json, this_device
@@ -96,7 +97,7 @@ def _device(device: torch.device, key: DeviceKey) -> dict[str, Any]:
 def _backends(key: DeviceKey) -> list[dict[str, Any]]:
     rows = []
     for choice in backends.candidates():
-        reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, choice)
+        reasons = _reasons(key, choice)
         backend = backends.get_backend(choice.backend)
         rows.append(
             {
@@ -108,6 +109,21 @@ def _backends(key: DeviceKey) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _reasons(key: DeviceKey, choice: Candidate) -> tuple[str, ...]:
+    """Why it doesn't work here: what it says itself, what this process has seen, and what preparing it raises."""
+    reasons = backends.not_supported_reasons(DEEPSEEK_V3, key, choice)
+    reasons += QUARANTINE.reasons(key, DEEPSEEK_V3).get(choice, ())
+    if reasons:
+        return reasons
+    try:
+        backends.prepare(DEEPSEEK_V3, key, choice)
+    except BackendUnsupportedError as error:
+        return tuple(error.reasons)
+    except BackendFailedError as error:
+        return (f"it raises when it is prepared: {type(error.__cause__).__name__}: {error.__cause__}",)
+    return ()
 
 
 def _print(report: dict[str, Any]) -> None:

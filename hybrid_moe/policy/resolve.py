@@ -12,7 +12,7 @@ from ..device import DeviceKey
 from ..problem import MoEProblem
 from .nearest import nearest, scaled
 from .schema import Policy
-from .select import DecisionTable, resolve
+from .select import DecisionTable, Refusals, resolve
 from .store import find_policy, how_to_make_one, known_policies
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
@@ -36,13 +36,14 @@ def decision_table(
     policy: Policy | str | Path | None = None,
     *,
     routed: bool = False,
+    refused: Refusals | None = None,
     stacklevel: int = 3,
 ) -> DecisionTable:
     """Find the policy and resolve it against what can run here.
 
     A problem without a policy gets the regimes of the nearest one that has one on this device, and its
     decisions say so. For a layer that is ``routed``, whose experts are chosen before the call, backends that choose
-    them themselves can't run.
+    them themselves can't run. ``refused`` are further reasons against candidates, given with all of their options.
 
     Warns where a GPU has no policy for the problem, and says how to get one (``stacklevel`` is that of the warning's
     place). Warns once in a process with `PolicyMismatchWarning` where a policy was measured on something else than
@@ -63,6 +64,8 @@ def decision_table(
     refusals = {choice: backends.not_supported_reasons(problem, device, choice) for choice in candidates}
     if routed:
         refusals = {c: (*reasons, *backends.routed_reasons(problem, c)) for c, reasons in refusals.items()}
+    if refused:
+        refusals = {c: (*reasons, *refused.get(backends.complete(c), ())) for c, reasons in refusals.items()}
     while True:
         table = resolve(found, problem, device, refusals=refusals, fallback_order=order, note=note)
         # Some refuse only when they are prepared, as a library that is installed but doesn't load.

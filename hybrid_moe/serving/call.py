@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
 import torch
 
 from ..backends.base import Runner
-from ..candidate import Candidate
+from ..candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..inputs import Inputs, RoutedInputs, check_output, check_unquantized, problem_of
 from ..policy.resolve import as_candidate, decision_table
 from ..policy.schema import Policy
-from ..policy.select import DecisionTable
 from ..problem import MoEProblem, RoutingMethod
 from . import custom_ops, quantize_input
 from .dispatch import Dispatch
 from .metrics import Counters
+from .out_of_memory import CallOutOfMemoryError
+from .quarantine import QUARANTINE
+
+logger = logging.getLogger("hybrid_moe")
 
 
 class _Identity:
@@ -47,19 +51,29 @@ def new_dispatch(
     *,
     stacklevel: int,
 ) -> Dispatch:
-    """By the backend that is named, else by the policy."""
-    decider: DecisionTable | Candidate
-    if backend is None:
-        decider = decision_table(problem, device, policy, routed=routed, stacklevel=stacklevel)
-    else:
-        decider = backend
-    return Dispatch(problem, device, decider, counters, policy, routed)
+    """By the backend that is named, else by the policy; what is in quarantine is refused.
+
+    A backend that fails to be prepared is put there, and the next one of the order taken; one that is named raises.
+    """
+    if backend is not None:
+        if reasons := QUARANTINE.reasons(device, problem).get(backend):
+            raise BackendUnsupportedError(backend, reasons)
+        return Dispatch(problem, device, backend, counters, policy, routed)
+    while True:
+        refused = QUARANTINE.reasons(device, problem)
+        try:
+            table = decision_table(problem, device, policy, routed=routed, refused=refused, stacklevel=stacklevel)
+            return Dispatch(problem, device, table, counters, policy, routed)
+        except BackendFailedError as error:
+            logger.error("%s", error, exc_info=error)
+            QUARANTINE.put(device, problem, error.choice, "prepare", str(error.__cause__))
 
 
 @functools.lru_cache(maxsize=256)
 def _cached_dispatch(
-    problem: MoEProblem, device: DeviceKey, backend: Candidate | None, policy: _Identity, routed: bool
+    problem: MoEProblem, device: DeviceKey, backend: Candidate | None, policy: _Identity, routed: bool, epoch: int
 ) -> Dispatch:
+    # By the quarantine's epoch, so that what it changes is decided anew.
     return new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
 
 
@@ -100,16 +114,21 @@ class Call:
             routing_method=routing_method,
             num_experts=num_experts,
         )
-        if output is None:
-            output = new_output(problem, inputs)
-        else:
+        if output is not None:
             check_output(output, inputs, problem)
         device = DeviceKey.of(inputs.hidden_states.device)
         # A backend that is named never looks at the policy.
         backend, policy = (None, self._policy) if self._backend is None else (as_candidate(self._backend), None)
-        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), isinstance(inputs, RoutedInputs))
-        if inputs.num_tokens:
-            launch(dispatch.counted(inputs.num_tokens), inputs, output)
+        routed, epoch = isinstance(inputs, RoutedInputs), QUARANTINE.epoch
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), routed, epoch)
+        given, tokens = output is not None, inputs.num_tokens
+        try:
+            if output is None:
+                output = new_output(problem, inputs)
+            if tokens:
+                launch(dispatch.counted(tokens), inputs, output)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(dispatch, problem, tokens, given, error) from error
         return output
 
 
@@ -143,3 +162,12 @@ def launch(runner: Runner, inputs: Inputs, output: torch.Tensor, memory: torch.T
         runner.run(inputs, output)
     else:
         runner.run_in(inputs, output, memory)
+
+
+def out_of_memory(
+    dispatch: Dispatch, problem: MoEProblem, num_tokens: int, given: bool, error: torch.OutOfMemoryError
+) -> CallOutOfMemoryError:
+    """What to raise for a call, whose output was ``given`` or not."""
+    workspace = dispatch.runner(num_tokens).workspace_bytes(num_tokens)
+    output = 0 if given else 2 * num_tokens * problem.hidden_size
+    return CallOutOfMemoryError(num_tokens, dispatch.choice(num_tokens), workspace, output, error)

@@ -9,12 +9,19 @@ from __future__ import annotations
 import numbers
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-RoutingMethod = Literal["deepseek_v3", "softmax"]
+from .hf_config import read_hf_config
+
+RoutingMethod = Literal["deepseek_v3", "softmax", "softmax_no_renorm"]
 ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
 # What flashinfer's definition names call them.
-_ROUTING_NAMES = {"deepseek_v3": "ds", "softmax": "renormalize_naive"}
+_ROUTING_NAMES: dict[RoutingMethod, str] = {
+    "deepseek_v3": "ds",
+    "softmax": "renormalize_naive",
+    "softmax_no_renorm": "default",
+}
+_ROUTING_BY_NAME: dict[str, RoutingMethod] = {name: method for method, name in _ROUTING_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class MoEProblem:
         ``"deepseek_v3"``: sigmoid scores, bias added for the choice only, groups ranked by the sum
         of their two best, weights normalised over the chosen experts. ``"softmax"``: the scores are the softmax over
         all experts, and there are no groups (``n_group = topk_group = 1``); else the same. Qwen3 has no bias.
+        ``"softmax_no_renorm"``: the same with the weights as the softmax gives them (OLMoE, DeepSeek-V2-Lite).
     gate_first
         Order of the halves of ``gemm1_weights``: ``False`` (the definition) stores ``up`` in rows
         ``[0, I)`` and ``gate`` in rows ``[I, 2I)``; ``True`` (SGLang, vLLM) the other way round.
@@ -91,10 +99,10 @@ class MoEProblem:
             )
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group is {self.n_group}; a divisor of num_experts={self.num_experts} is wanted")
-        if self.routing_method == "softmax" and self.n_group != 1:
+        if self.softmax and self.n_group != 1:
             raise ValueError(
-                f"n_group is {self.n_group}; 1 is wanted with routing_method='softmax', and topk_group=1: models with "
-                "groups rank them in other ways"
+                f"n_group is {self.n_group}; 1 is wanted with routing_method={self.routing_method!r}, and "
+                "topk_group=1: models with groups rank them in other ways"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group is {self.topk_group}; at most n_group={self.n_group} is wanted")
@@ -112,14 +120,32 @@ class MoEProblem:
         return self.num_experts // self.n_group
 
     @property
+    def softmax(self) -> bool:
+        """Whether the scores are a softmax over all experts."""
+        return self.routing_method in ("softmax", "softmax_no_renorm")
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether the weights of the chosen experts are divided by their sum."""
+        return self.routing_method != "softmax_no_renorm"
+
+    @property
     def max_local_rows_per_token(self) -> int:
         """Most (token, local expert) pairs that one token can have."""
         return min(self.top_k, self.num_local_experts)
 
+    @classmethod
+    def from_hf_config(cls, config: Any, *, tp: int = 1, ep: int = 1, gate_first: bool = False) -> MoEProblem:
+        """The routed experts that a model's ``config.json`` describes, on one rank.
+
+        Parameters, errors and more of what the configuration says: `hybrid_moe.hf_config.read_hf_config`.
+        """
+        return cls(**read_hf_config(config, tp=tp, ep=ep, gate_first=gate_first).fields)
+
     @property
     def definition(self) -> str:
         """The flashinfer-bench definition name; for people and file names, not a key."""
-        groups = f"_ng{self.n_group}_kg{self.topk_group}" if self.routing_method == "deepseek_v3" else ""
+        groups = f"_ng{self.n_group}_kg{self.topk_group}" if not self.softmax else ""
         return (
             f"moe_fp8_block_scale_{_ROUTING_NAMES[self.routing_method]}_routing_topk{self.top_k}{groups}"
             f"_e{self.num_local_experts}_h{self.hidden_size}_i{self.intermediate_size}"
@@ -135,7 +161,7 @@ def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool
         If it isn't such a name, or its fields contradict one another.
     """
     match = re.fullmatch(
-        r"moe_fp8_block_scale_(?:ds_routing_topk(\d+)_ng(\d+)_kg(\d+)|renormalize_naive_routing_topk(\d+))"
+        r"moe_fp8_block_scale_(?:ds_routing_topk(\d+)_ng(\d+)_kg(\d+)|(renormalize_naive|default)_routing_topk(\d+))"
         r"_e(\d+)_h(\d+)_i(\d+)",
         name,
     )
@@ -144,7 +170,10 @@ def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool
             f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is "
             "wanted, or as moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
         )
-    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (int(g) if g else 0 for g in match.groups())
+    routing = _ROUTING_BY_NAME[match[4] or "ds"]
+    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (
+        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8)
+    )
     return MoEProblem(
         num_experts=num_experts,
         num_local_experts=local,
@@ -153,6 +182,6 @@ def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool
         topk_group=topk_group if grouped else 1,
         hidden_size=hidden,
         intermediate_size=inter,
-        routing_method="deepseek_v3" if grouped else "softmax",
+        routing_method=routing,
         gate_first=gate_first,
     )

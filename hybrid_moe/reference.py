@@ -41,7 +41,7 @@ def route(
         ``[T, top_k]`` float32.
     """
     tokens = logits.shape[0]
-    if problem.routing_method == "softmax":
+    if problem.softmax:
         scores = logits.float().softmax(dim=1)
     else:
         scores = 1.0 / (1.0 + torch.exp(-logits.float()))
@@ -56,7 +56,9 @@ def route(
         biased = biased.clamp_min(torch.finfo(torch.float32).min).masked_fill(dropped, -torch.inf)
     ids = _top_lower_index_first(biased, problem.top_k)
     weights = scores.gather(1, ids)
-    weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20) * routed_scaling_factor
+    if problem.renormalize:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
+    weights = weights * routed_scaling_factor
     return ids, weights
 
 

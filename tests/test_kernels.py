@@ -60,6 +60,7 @@ PROBLEMS = {
     "smallest": dict(hidden_size=128, intermediate_size=128),
     "gate first": dict(gate_first=True),
     "softmax": dict(n_group=1, topk_group=1, routing_method="softmax"),
+    "softmax, no renormalisation": dict(n_group=1, topk_group=1, routing_method="softmax_no_renorm"),
     "softmax over 24": dict(
         num_experts=24, num_local_experts=6, top_k=3, n_group=1, topk_group=1, routing_method="softmax"
     ),
@@ -331,7 +332,7 @@ def test_gate_first_is_swapped_weights():
     assert torch.equal(run(dataclasses.replace(SMALL, gate_first=True), swapped), run(SMALL, inputs))
 
 
-@pytest.mark.parametrize("name", ["smallest", "softmax"])
+@pytest.mark.parametrize("name", ["smallest", "softmax", "softmax, no renormalisation"])
 def test_a_bias_in_float32(name):
     """Not rounded: about 8, where bfloat16 has steps of 1/16; and both dtypes in turn, as two layers have them."""
     problem = problem_named(name)

@@ -50,7 +50,7 @@ def run(
         biased = biased.masked_fill(~kept.repeat_interleave(experts // N_GROUP, dim=1), -torch.inf)
     chosen = best(biased, TOP_K)
     weights = scores.gather(1, chosen)
-    weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20) * routed_scaling_factor
+    weights = weights{normalised} * routed_scaling_factor
 
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for local in range(gemm1_weights.shape[0]):
@@ -120,6 +120,10 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
     routing, scores = {
         "deepseek_v3": ("DeepSeek-V3 routing", "torch.sigmoid(routing_logits.float())"),
         "softmax": ("softmax routing", "torch.softmax(routing_logits.float(), dim=1)"),
+        "softmax_no_renorm": (
+            "softmax routing without renormalisation",
+            "torch.softmax(routing_logits.float(), dim=1)",
+        ),
     }[problem.routing_method]
     output = {"shape": ["seq_len", "hidden_size"], "dtype": "bfloat16", "description": "This rank's part of the layer."}
     return {
@@ -141,6 +145,7 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
             block=problem.block,
             intermediate_size=problem.intermediate_size,
             scores=scores,
+            normalised=" / (weights.sum(dim=1, keepdim=True) + 1e-20)" if problem.renormalize else "",
             halves=halves,
         ),
     }

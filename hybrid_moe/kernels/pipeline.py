@@ -209,7 +209,8 @@ def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
         "TOPK_GROUP": problem.topk_group,
         "GROUP_SIZE": problem.group_size,
         "GROUP_SIZE_POW2": pow2(problem.group_size),
-        "SOFTMAX": problem.routing_method == "softmax",
+        "SOFTMAX": problem.softmax,
+        "RENORMALIZE": problem.renormalize,
     }
 
 

@@ -58,6 +58,7 @@ def select_experts(
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
 ):
     """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void."""
     NEG_INF: tl.constexpr = float("-inf")
@@ -108,7 +109,10 @@ def select_experts(
         topk_expert = tl.where(choice == k, at // GROUP_SIZE_POW2 * GROUP_SIZE + at % GROUP_SIZE_POW2, topk_expert)
         topk_score = tl.where(choice == k, chosen_bits.to(tl.float32, bitcast=True), topk_score)
         flat_open = tl.where(hit, LOWEST, flat_open)
-    weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
+    if RENORMALIZE:
+        weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
+    else:
+        weight = topk_score * routed_scaling_factor
     return topk_expert, weight
 
 
@@ -190,6 +194,7 @@ def route_kernel(
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -214,6 +219,7 @@ def route_kernel(
         GROUP_SIZE,
         GROUP_SIZE_POW2,
         SOFTMAX,
+        RENORMALIZE,
     )
     place_pairs(
         topk_expert,
@@ -298,6 +304,7 @@ def select_kernel(
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (T,), one warp each. For a library that sorts by itself: all experts, the local ones first: 0 to E - 1.
@@ -321,6 +328,7 @@ def select_kernel(
         GROUP_SIZE,
         GROUP_SIZE_POW2,
         SOFTMAX,
+        RENORMALIZE,
     )
     store_experts(topk_expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, N_GROUP * GROUP_SIZE, TOP_K)
 

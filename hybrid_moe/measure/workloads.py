@@ -274,7 +274,7 @@ def _is_local(logits: torch.Tensor, bias: torch.Tensor, workload: Workload, prob
 def _normal_routing(num_tokens: int, problem: MoEProblem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bias = 0.1 * torch.randn(problem.num_experts, dtype=torch.float32, generator=generator)
-    if problem.routing_method == "softmax":
+    if problem.softmax:
         bias.zero_()  # it would outweigh the scores, which are 1/num_experts on average
     logits = torch.randn((num_tokens, problem.num_experts), dtype=torch.float32, generator=generator)
     return logits, bias.bfloat16()

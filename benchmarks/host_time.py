@@ -26,9 +26,10 @@ import triton
 
 from hybrid_moe import DeviceKey, HybridMoE, backends
 from hybrid_moe.inputs import plain_num_tokens
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
-from hybrid_moe.kernels.pipeline import Pipeline, launch_on
-from hybrid_moe.kernels.plan import Form, Plan, addresses_of
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+from hybrid_moe.kernels.launcher import limits_of
+from hybrid_moe.kernels.pipeline import Pipeline
+from hybrid_moe.kernels.plan import LaunchKey, Plan, addresses_of
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.policy import resolve
@@ -78,14 +79,14 @@ def pieces(inputs, output: torch.Tensor) -> dict[str, Callable[[], object]]:
     tokens, device = inputs.num_tokens, output.device
     addresses = addresses_of(inputs)
     plan = plan_of(inputs, output)
-    memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
+    memory = torch.empty(plan.arena.bytes, dtype=torch.uint8, device=device)
     logits, hidden, scale = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
 
     return {
         "checks": lambda: plain_num_tokens(PROBLEM, hidden, logits, scale, output, device),
         "output": lambda: torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device=device),
-        "reservation": lambda: torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device),
-        "addresses, form": lambda: Form.of(inputs, addresses_of(inputs), output, 1),
+        "reservation": lambda: torch.empty(plan.arena.bytes, dtype=torch.uint8, device=device),
+        "addresses, form": lambda: LaunchKey.of(inputs, addresses_of(inputs), output, 1),
         "arguments": lambda: plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr()),
         "all launches": lambda: plan.addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr()),
     }
@@ -95,7 +96,7 @@ def launches(inputs, output: torch.Tensor, turns: int) -> dict[str, list[float]]
     """Microseconds of each launch, by kernel: in their order, as each takes what the ones before it left."""
     device, addresses = output.device, addresses_of(inputs)
     plan = plan_of(inputs, output)
-    memory = torch.empty(plan.layout.bytes, dtype=torch.uint8, device=device)
+    memory = torch.empty(plan.arena.bytes, dtype=torch.uint8, device=device)
     values = plan.addressed.values(inputs, addresses, output.data_ptr(), memory.data_ptr())
     stream = triton.runtime.driver.active.get_current_stream(device.index)
     times: dict[str, list[float]] = {step.kernel.function.__name__: [] for step in plan.steps}
@@ -110,9 +111,9 @@ def launches(inputs, output: torch.Tensor, turns: int) -> dict[str, list[float]]
 
 def plan_of(inputs, output: torch.Tensor) -> Plan:
     """The plan of a call whose kernels are compiled."""
-    form = Form.of(inputs, addresses_of(inputs), output, 1)
+    key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
     flow = Pipeline(PROBLEM, TritonGroupedGemm(DeviceKey.of(output.device).capability))
-    plan = flow.plan(form, output.device, launch_on(output.device))
+    plan = flow.plan(key, output.device, limits_of(output.device))
     if plan.addressed is None:
         raise SystemExit(f"Triton {triton.__version__} isn't known to hybrid_moe.kernels.direct: no direct launches")
     return plan

@@ -78,7 +78,7 @@ def planted_race() -> None:
 
 def planted_error() -> None:
     """Clear more counters than there are."""
-    from hybrid_moe.kernels.launch import Constants
+    from hybrid_moe.kernels.launcher import Constants
     from hybrid_moe.kernels.pipeline import CLEAR
 
     counters = torch.empty(1024, dtype=torch.int32, device="cuda")

@@ -1,4 +1,4 @@
-"""Time each GEMM of the Triton pipeline alone, by how many rows its experts have; what the tiers were chosen from.
+"""Time each GEMM of the Triton pipeline alone, by how many rows its experts have; what the M buckets were chosen from.
 
 python benchmarks/tune_tiers.py --output tiers.jsonl
 
@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 import triton
-from tune_tiles import REPEATS, compile_all, form_of, launch_of
+from tune_tiles import REPEATS, compile_all, key_of, limits_for
 
-from hybrid_moe.kernels.arena import Layout
-from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
-from hybrid_moe.kernels.pipeline import reserve_routing, route, row_capacity
+from hybrid_moe.kernels.arena import Arena
+from hybrid_moe.kernels.grouped_gemm.tiles import MBucket, Tile
+from hybrid_moe.kernels.grouped_gemm.triton.gemm1 import block_arrivals, gemm1, reserve_activation
+from hybrid_moe.kernels.grouped_gemm.triton.gemm1 import signals as signals_of
+from hybrid_moe.kernels.grouped_gemm.triton.gemm2 import gemm2
 from hybrid_moe.kernels.plan import by_name
+from hybrid_moe.kernels.routing import reserve_routing, route
+from hybrid_moe.kernels.shapes import max_local_rows
 from hybrid_moe.kernels.steps import Step
 from hybrid_moe.measure.timing import Ceilings, measure_ceilings, time_graph
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
@@ -56,71 +59,71 @@ SITUATIONS: dict[str, Workload] = {
 RELATIVE_ERROR = 0.01  # sums in another order make some e4m3 values round to the other side
 
 
-def tiers(text: str) -> tuple[Tier, ...]:
+def buckets(text: str) -> tuple[MBucket, ...]:
     """``16:3x2 64:4``: 16 rows by 3 stages of two 128 blocks, 64 rows by 4 stages."""
     found = []
     for part in text.split():
         rows, pipeline = part.split(":")
         stages, _, unroll = pipeline.partition("x")
-        found.append(Tier(int(rows), int(stages), int(unroll or 1)))
+        found.append(MBucket(int(rows), int(stages), int(unroll or 1)))
     return tuple(found)
 
 
-# Names: j both halves of the columns by one product, s by one each; warps; columns if unusual; registers, tiers or
+# Names: j both halves of the columns by one product, s by one each; warps; columns if unusual; registers, M buckets or
 # programs if bounded.
 GEMM1: dict[str, Tile] = {
-    "s4 base": Tile(64, 4, tiers("16:3x2 64:4")),
-    "s4 +32": Tile(64, 4, tiers("16:3x2 32:4 64:4")),
-    "s4 168": Tile(64, 4, tiers("16:2x2 32:3 64:3"), max_registers=168),
-    "s4 16 only": Tile(64, 4, tiers("16:3x2")),
-    "j4 16 only": Tile(64, 4, tiers("16:5"), joined=True),
-    "j4 16 64": Tile(64, 4, tiers("16:4x2 64:4"), joined=True),
-    "j4 +32": Tile(64, 4, tiers("16:4x2 32:6 64:4"), joined=True),
-    "j4 +32 p2": Tile(64, 4, tiers("16:4x2 32:6 64:4"), 2, joined=True),
-    "j4 168": Tile(64, 4, tiers("16:5 32:4 64:3"), joined=True, max_registers=168),
-    "j4 168 no32": Tile(64, 4, tiers("16:5 64:3"), joined=True, max_registers=168),
-    "j4 168 p3": Tile(64, 4, tiers("16:5 32:4 64:3"), 3, joined=True, max_registers=168),
-    "j4 168 p9": Tile(64, 4, tiers("16:5 32:4 64:3"), 9, joined=True, max_registers=168),
-    "j4 n32 128": Tile(32, 4, tiers("16:6 32:5 64:3"), joined=True, max_registers=128),
-    "j8 128": Tile(64, 8, tiers("16:4x2 32:6 64:4"), joined=True, max_registers=128),
-    "j8 80": Tile(64, 8, tiers("16:5 32:4 64:3"), joined=True, max_registers=80),
-    "j8 128+128": Tile(64, 8, tiers("16:4x2 32:6 64:4 128:3"), joined=True, max_registers=128),
-    "s8 128+128": Tile(64, 8, tiers("16:3x2 32:5 64:4 128:3"), max_registers=128),
-    "j8 +128": Tile(64, 8, tiers("16:6x2 32:10 64:8 128:6"), joined=True),
-    "j8 +128 p1": Tile(64, 8, tiers("16:6x2 32:10 64:8 128:6"), 1, joined=True),
-    "s8 n128": Tile(128, 8, tiers("128:3"), 4),
-    "s8 n128 +64": Tile(128, 8, tiers("32:5 64:4 128:3"), 4),
-    "j8 n128": Tile(128, 8, tiers("128:3"), 4, joined=True),
-    "j8 n128 +64": Tile(128, 8, tiers("32:5 64:4 128:3"), 4, joined=True),
-    "s4 16:4": Tile(64, 4, tiers("16:4")),
-    "j4 n32 6": Tile(32, 4, tiers("16:6"), joined=True),
-    "j4 n32 4x2": Tile(32, 4, tiers("16:4x2"), joined=True),
-    "j4 n32 3x4": Tile(32, 4, tiers("16:3x4"), joined=True),
+    "s4 base": Tile(64, 4, buckets("16:3x2 64:4")),
+    "s4 +32": Tile(64, 4, buckets("16:3x2 32:4 64:4")),
+    "s4 168": Tile(64, 4, buckets("16:2x2 32:3 64:3"), max_registers=168),
+    "s4 16 only": Tile(64, 4, buckets("16:3x2")),
+    "j4 16 only": Tile(64, 4, buckets("16:5"), fused=True),
+    "j4 16 64": Tile(64, 4, buckets("16:4x2 64:4"), fused=True),
+    "j4 +32": Tile(64, 4, buckets("16:4x2 32:6 64:4"), fused=True),
+    "j4 +32 p2": Tile(64, 4, buckets("16:4x2 32:6 64:4"), 2, fused=True),
+    "j4 168": Tile(64, 4, buckets("16:5 32:4 64:3"), fused=True, max_registers=168),
+    "j4 168 no32": Tile(64, 4, buckets("16:5 64:3"), fused=True, max_registers=168),
+    "j4 168 p3": Tile(64, 4, buckets("16:5 32:4 64:3"), 3, fused=True, max_registers=168),
+    "j4 168 p9": Tile(64, 4, buckets("16:5 32:4 64:3"), 9, fused=True, max_registers=168),
+    "j4 n32 128": Tile(32, 4, buckets("16:6 32:5 64:3"), fused=True, max_registers=128),
+    "j8 128": Tile(64, 8, buckets("16:4x2 32:6 64:4"), fused=True, max_registers=128),
+    "j8 80": Tile(64, 8, buckets("16:5 32:4 64:3"), fused=True, max_registers=80),
+    "j8 128+128": Tile(64, 8, buckets("16:4x2 32:6 64:4 128:3"), fused=True, max_registers=128),
+    "s8 128+128": Tile(64, 8, buckets("16:3x2 32:5 64:4 128:3"), max_registers=128),
+    "j8 +128": Tile(64, 8, buckets("16:6x2 32:10 64:8 128:6"), fused=True),
+    "j8 +128 p1": Tile(64, 8, buckets("16:6x2 32:10 64:8 128:6"), 1, fused=True),
+    "s8 n128": Tile(128, 8, buckets("128:3"), 4),
+    "s8 n128 +64": Tile(128, 8, buckets("32:5 64:4 128:3"), 4),
+    "j8 n128": Tile(128, 8, buckets("128:3"), 4, fused=True),
+    "j8 n128 +64": Tile(128, 8, buckets("32:5 64:4 128:3"), 4, fused=True),
+    "s4 16:4": Tile(64, 4, buckets("16:4")),
+    "j4 n32 6": Tile(32, 4, buckets("16:6"), fused=True),
+    "j4 n32 4x2": Tile(32, 4, buckets("16:4x2"), fused=True),
+    "j4 n32 3x4": Tile(32, 4, buckets("16:3x4"), fused=True),
 }
 GEMM2: dict[str, Tile] = {
-    "j4 base": Tile(128, 4, tiers("16:3x2 64:4"), joined=True),
-    "j4 +32": Tile(128, 4, tiers("16:3x2 32:5 64:4"), joined=True),
-    "j4 +32 p2": Tile(128, 4, tiers("16:3x2 32:5 64:4"), 2, joined=True),
-    "j4 16 only": Tile(128, 4, tiers("16:3x2"), joined=True),
-    "j4 16 only4": Tile(128, 4, tiers("16:4"), joined=True),
-    "j4 168 2x2": Tile(128, 4, tiers("16:2x2 32:3 64:3"), joined=True, max_registers=168),
-    "j4 168": Tile(128, 4, tiers("16:4 32:3 64:3"), joined=True, max_registers=168),
-    "j4 168 no32": Tile(128, 4, tiers("16:4 64:3"), joined=True, max_registers=168),
-    "j4 168 p3": Tile(128, 4, tiers("16:4 32:3 64:3"), 3, joined=True, max_registers=168),
-    "j4 168 p9": Tile(128, 4, tiers("16:4 32:3 64:3"), 9, joined=True, max_registers=168),
-    "j4 n64 128": Tile(64, 4, tiers("16:5 32:4 64:3"), joined=True, max_registers=128),
-    "j4 n64 +128": Tile(64, 4, tiers("16:4x2 32:6 64:5 128:4"), joined=True),
-    "j8 128": Tile(128, 8, tiers("16:3x2 32:5 64:4"), joined=True, max_registers=128),
-    "j8 80": Tile(128, 8, tiers("16:4 32:3 64:3"), joined=True, max_registers=80),
-    "j8 128+128": Tile(128, 8, tiers("16:3x2 32:5 64:4 128:3"), joined=True, max_registers=128),
-    "s8 128+128": Tile(128, 8, tiers("16:3x2 32:5 64:4 128:3"), max_registers=128),
-    "s4 n256 +64": Tile(256, 4, tiers("16:2x2 32:2 64:2")),
-    "j8 +128": Tile(128, 8, tiers("16:6x2 32:10 64:8 128:6"), joined=True),
-    "j8 +128 p1": Tile(128, 8, tiers("16:6x2 32:10 64:8 128:6"), 1, joined=True),
-    "s8 n256": Tile(256, 8, tiers("128:3"), 4),
-    "s8 n256 +64": Tile(256, 8, tiers("32:5 64:4 128:3"), 4),
-    "j4 n64 3x2": Tile(64, 4, tiers("16:3x2"), joined=True),
-    "j4 n64 8": Tile(64, 4, tiers("16:8"), joined=True),
+    "j4 base": Tile(128, 4, buckets("16:3x2 64:4"), fused=True),
+    "j4 +32": Tile(128, 4, buckets("16:3x2 32:5 64:4"), fused=True),
+    "j4 +32 p2": Tile(128, 4, buckets("16:3x2 32:5 64:4"), 2, fused=True),
+    "j4 16 only": Tile(128, 4, buckets("16:3x2"), fused=True),
+    "j4 16 only4": Tile(128, 4, buckets("16:4"), fused=True),
+    "j4 168 2x2": Tile(128, 4, buckets("16:2x2 32:3 64:3"), fused=True, max_registers=168),
+    "j4 168": Tile(128, 4, buckets("16:4 32:3 64:3"), fused=True, max_registers=168),
+    "j4 168 no32": Tile(128, 4, buckets("16:4 64:3"), fused=True, max_registers=168),
+    "j4 168 p3": Tile(128, 4, buckets("16:4 32:3 64:3"), 3, fused=True, max_registers=168),
+    "j4 168 p9": Tile(128, 4, buckets("16:4 32:3 64:3"), 9, fused=True, max_registers=168),
+    "j4 n64 128": Tile(64, 4, buckets("16:5 32:4 64:3"), fused=True, max_registers=128),
+    "j4 n64 +128": Tile(64, 4, buckets("16:4x2 32:6 64:5 128:4"), fused=True),
+    "j8 128": Tile(128, 8, buckets("16:3x2 32:5 64:4"), fused=True, max_registers=128),
+    "j8 80": Tile(128, 8, buckets("16:4 32:3 64:3"), fused=True, max_registers=80),
+    "j8 128+128": Tile(128, 8, buckets("16:3x2 32:5 64:4 128:3"), fused=True, max_registers=128),
+    "s8 128+128": Tile(128, 8, buckets("16:3x2 32:5 64:4 128:3"), max_registers=128),
+    "s4 n256 +64": Tile(256, 4, buckets("16:2x2 32:2 64:2")),
+    "j8 +128": Tile(128, 8, buckets("16:6x2 32:10 64:8 128:6"), fused=True),
+    "j8 +128 p1": Tile(128, 8, buckets("16:6x2 32:10 64:8 128:6"), 1, fused=True),
+    "s8 n256": Tile(256, 8, buckets("128:3"), 4),
+    "s8 n256 +64": Tile(256, 8, buckets("32:5 64:4 128:3"), 4),
+    "j4 n64 3x2": Tile(64, 4, buckets("16:3x2"), fused=True),
+    "j4 n64 8": Tile(64, 4, buckets("16:8"), fused=True),
 }
 VARIANTS = {"gemm1": GEMM1, "gemm2": GEMM2}
 
@@ -130,18 +133,18 @@ class Situation:
 
     def __init__(self, workload: Workload, copies: list[LayerWeights]) -> None:
         self.tokens = workload.num_tokens
-        self.launch = launch_of()
+        self.limits = limits_for()
         self.inputs = [make_inputs(workload, PROBLEM, weights) for weights in copies]
         rows = local_rows_per_expert_and_token(self.inputs[0], PROBLEM)
         self.rows, self.active = int(rows.sum()), int(rows.any(dim=0).sum())
         output = torch.empty((self.tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device="cuda")
-        self.form = form_of(self.inputs[0], output)
-        capacity = row_capacity(PROBLEM, self.tokens)
-        routing, activation, out = Layout(), Layout(), Layout()
-        most = max(tickets_of(PROBLEM, self.tokens, tile) for tile in GEMM1.values())
-        reserve_routing(routing, PROBLEM, self.tokens, most)
-        reserve_activation(activation, PROBLEM, capacity, GEMM1["s4 base"])
-        out.reserve("rows", (capacity, PROBLEM.hidden_size), torch.bfloat16)
+        self.key = key_of(self.inputs[0], output)
+        max_rows = max_local_rows(PROBLEM, self.tokens)
+        routing, activation, out = Arena(), Arena(), Arena()
+        most = max(block_arrivals(PROBLEM, self.tokens, tile) for tile in GEMM1.values())
+        reserve_routing(routing, PROBLEM, self.tokens, {"block_arrivals": most})
+        reserve_activation(activation, PROBLEM, max_rows, GEMM1["s4 base"])
+        out.reserve("rows", (max_rows, PROBLEM.hidden_size), torch.bfloat16)
         # What the variants write, of either GEMM.
         self.written = {"gemm1": memory_of(activation), "gemm2": memory_of(out)}
         self.results = {**activation.tensors(self.written["gemm1"]), **out.tensors(self.written["gemm2"])}
@@ -151,8 +154,8 @@ class Situation:
         self.ready = []
         for inputs in self.inputs:
             call = by_name(inputs, output, routing, memory_of(routing)) | activation.tensors(memory_of(activation))
-            base = gemm1(PROBLEM, self.launch, self.form, GEMM1["s4 base"])
-            for step in (*route(PROBLEM, self.launch, self.form, routing), base):
+            base = gemm1(PROBLEM, self.limits, self.key, GEMM1["s4 base"])
+            for step in (*route(PROBLEM, self.limits, self.key, routing), base):
                 step.run(call, output.device)
             self.ready.append(call)
 
@@ -180,23 +183,23 @@ class Situation:
         return values[: self.rows].float() * scale[:, : self.rows].t().repeat_interleave(PROBLEM.block, dim=1)
 
     def _step1(self, tile: Tile) -> Step:
-        return gemm1(PROBLEM, self.launch, self.form, tile)
+        return gemm1(PROBLEM, self.limits, self.key, tile)
 
     def _step2(self, tile: Tile) -> Step:
         signals = signals_of(PROBLEM, GEMM1["s4 base"])
-        return gemm2(PROBLEM, self.launch, self.form, tile, PROBLEM.hidden_size, 0, signals)
+        return gemm2(PROBLEM, self.limits, self.key, tile, PROBLEM.hidden_size, 0, signals)
 
     def _gemm1(self, call: dict, step: Step) -> None:
-        call["tickets"].zero_()  # for all variants, that none is favoured
+        call["block_arrivals"].zero_()  # for all variants, that none is favoured
         step.run(call | self.results, call["output"].device)
 
     def _gemm2(self, call: dict, step: Step) -> None:
         step.run(call | {"rows": self.results["rows"], "finished": self.all_finished}, call["output"].device)
 
 
-def memory_of(layout: Layout) -> torch.Tensor:
+def memory_of(arena: Arena) -> torch.Tensor:
     """For its tensors."""
-    return torch.empty(layout.bytes, dtype=torch.uint8, device="cuda")
+    return torch.empty(arena.bytes, dtype=torch.uint8, device="cuda")
 
 
 def measure(situation: Situation, which: str, tile: Tile, expected: torch.Tensor) -> tuple[float | None, str]:

@@ -2,7 +2,7 @@
 
 python benchmarks/tune_tiles.py --output tiles.jsonl --tokens 1 15 56
 
-GEMM1 is timed with the routing before it, which clears its tickets; GEMM2 alone. Kernels are compiled first, on all
+GEMM1 is timed with the routing before it, which clears its counters; GEMM2 alone. Kernels are compiled first, on all
 cores. Every tile's result is compared with that of the first before it is timed.
 """
 
@@ -20,11 +20,16 @@ import torch
 import triton
 
 from hybrid_moe.inputs import FP8, MoEInputs
-from hybrid_moe.kernels.arena import Layout
-from hybrid_moe.kernels.grouped_gemm.tiles import Tier, Tile
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import gemm1, gemm2, reserve_activation, signals_of, tickets_of
-from hybrid_moe.kernels.pipeline import Launch, column_chunk, combine, reserve_routing, route, row_capacity
-from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.arena import Arena
+from hybrid_moe.kernels.combine import combine
+from hybrid_moe.kernels.grouped_gemm.tiles import MBucket, Tile
+from hybrid_moe.kernels.grouped_gemm.triton.gemm1 import block_arrivals, gemm1, reserve_activation
+from hybrid_moe.kernels.grouped_gemm.triton.gemm1 import signals as signals_of
+from hybrid_moe.kernels.grouped_gemm.triton.gemm2 import gemm2
+from hybrid_moe.kernels.launcher import DeviceLimits
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
+from hybrid_moe.kernels.routing import reserve_routing, route
+from hybrid_moe.kernels.shapes import column_chunk, max_local_rows
 from hybrid_moe.kernels.steps import AnyStep
 from hybrid_moe.measure.timing import Work, measure_ceilings, time_graph
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
@@ -47,33 +52,33 @@ def candidates(which: str, tokens: int) -> list[Tile]:
     for (m, n, warps), (stages, unroll) in product(shapes, ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2))):
         if m > 16 and unroll > 1:
             continue
-        few_rows = ((), (Tier(16, 3, 2),), (Tier(16, 4),)) if m > 16 and n <= 128 else ((),)
+        few_rows = ((), (MBucket(16, 3, 2),), (MBucket(16, 4),)) if m > 16 and n <= 128 else ((),)
         for few in few_rows:
-            tiers = (*few, Tier(m, stages, unroll))
+            buckets = (*few, MBucket(m, stages, unroll))
             weights = 2 * n if which == "gemm1" else n
-            shared = 128 * max(tier.num_stages * tier.k_unroll * (weights + tier.block_m) for tier in tiers)
+            shared = 128 * max(bucket.num_stages * bucket.k_unroll * (weights + bucket.block_m) for bucket in buckets)
             if shared <= SHARED_LIMIT:
-                tiles.append(Tile(n, warps, tiers, 32 if tokens <= 2560 else 4, which == "gemm2" and n <= 128))
+                tiles.append(Tile(n, warps, buckets, 32 if tokens <= 2560 else 4, which == "gemm2" and n <= 128))
     return tiles
 
 
-def launch_of() -> Launch:
+def limits_for() -> DeviceLimits:
     """Launch parameters of the device."""
-    return Launch(torch.cuda.get_device_properties(0).multi_processor_count, pdl=True)
+    return DeviceLimits(torch.cuda.get_device_properties(0).multi_processor_count, pdl=True)
 
 
-def form_of(inputs: MoEInputs, output: torch.Tensor) -> Form:
+def key_of(inputs: MoEInputs, output: torch.Tensor) -> LaunchKey:
     """What the launches hang on."""
-    return Form.of(inputs, addresses_of(inputs), output, row_alignment=1)
+    return LaunchKey.of(inputs, addresses_of(inputs), output, row_alignment=1)
 
 
-def reserved(tokens: int, tile: Tile) -> Layout:
+def reserved(tokens: int, tile: Tile) -> Arena:
     """Of all that the steps of a call with this tile of GEMM1 want."""
-    layout, rows = Layout(), row_capacity(PROBLEM, tokens)
-    reserve_routing(layout, PROBLEM, tokens, tickets_of(PROBLEM, tokens, tile))
-    reserve_activation(layout, PROBLEM, rows, tile)
-    layout.reserve("rows", (rows, column_chunk(PROBLEM, rows)), torch.bfloat16)
-    return layout
+    arena, rows = Arena(), max_local_rows(PROBLEM, tokens)
+    reserve_routing(arena, PROBLEM, tokens, {"block_arrivals": block_arrivals(PROBLEM, tokens, tile)})
+    reserve_activation(arena, PROBLEM, rows, tile)
+    arena.reserve("rows", (rows, column_chunk(PROBLEM, rows)), torch.bfloat16)
+    return arena
 
 
 class Bench:
@@ -82,23 +87,23 @@ class Bench:
     def __init__(self, tokens: int, copies: list) -> None:
         self.tokens = tokens
         self.inputs = [make_inputs(Workload(tokens, 32), PROBLEM, w) for w in copies]
-        self.launch = launch_of()
+        self.limits = limits_for()
         self.work = Work.of(self.inputs[0], PROBLEM)
-        self.firsts = range(0, PROBLEM.hidden_size, column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)))
+        self.firsts = range(0, PROBLEM.hidden_size, column_chunk(PROBLEM, max_local_rows(PROBLEM, tokens)))
         self.output = torch.empty((tokens, PROBLEM.hidden_size), dtype=torch.bfloat16, device="cuda")
-        self.form = form_of(self.inputs[0], self.output)
-        first = Tile(128, 8, (Tier(64, 3),))
+        self.key = key_of(self.inputs[0], self.output)
+        first = Tile(128, 8, (MBucket(64, 3),))
         self.ready = [self.tensors(inputs, reserved(tokens, first)) for inputs in self.inputs]
         for call in self.ready:
-            self.run(call, *self.routing(reserved(tokens, first)), gemm1(PROBLEM, self.launch, self.form, first))
+            self.run(call, *self.routing(reserved(tokens, first)), gemm1(PROBLEM, self.limits, self.key, first))
 
-    def tensors(self, inputs: MoEInputs, layout: Layout) -> dict:
+    def tensors(self, inputs: MoEInputs, arena: Arena) -> dict:
         """By name, in memory of their own."""
-        return by_name(inputs, self.output, layout, torch.empty(layout.bytes, dtype=torch.uint8, device="cuda"))
+        return by_name(inputs, self.output, arena, torch.empty(arena.bytes, dtype=torch.uint8, device="cuda"))
 
-    def routing(self, layout: Layout) -> list[AnyStep]:
+    def routing(self, arena: Arena) -> list[AnyStep]:
         """Its two steps."""
-        return route(PROBLEM, self.launch, self.form, layout)
+        return route(PROBLEM, self.limits, self.key, arena)
 
     def run(self, call: dict, *steps: AnyStep) -> None:
         """Launch steps with the tensors of a call."""
@@ -108,13 +113,13 @@ class Bench:
     def calls(self, which: str, tile: Tile):
         """The calls that a graph holds, and a function that gives the result of the first."""
         if which == "gemm1":
-            layout = reserved(self.tokens, tile)
-            steps = [*self.routing(layout), gemm1(PROBLEM, self.launch, self.form, tile)]
-            taken = [self.tensors(inputs, layout) for inputs in self.inputs]
+            arena = reserved(self.tokens, tile)
+            steps = [*self.routing(arena), gemm1(PROBLEM, self.limits, self.key, tile)]
+            taken = [self.tensors(inputs, arena) for inputs in self.inputs]
         else:
             columns = self.firsts.step
             signals = signals_of(PROBLEM, tile)
-            steps = [gemm2(PROBLEM, self.launch, self.form, tile, columns, first, signals) for first in self.firsts]
+            steps = [gemm2(PROBLEM, self.limits, self.key, tile, columns, first, signals) for first in self.firsts]
             # Alone it waits for no expert.
             finished = torch.full((PROBLEM.num_local_experts + 1,), 2**30, dtype=torch.int32, device="cuda")
             taken = [call | {"finished": finished} for call in self.ready]
@@ -132,9 +137,9 @@ class Bench:
 
     def other_steps(self) -> dict[str, float]:
         """Microseconds of routing and combine alone."""
-        layout = reserved(self.tokens, Tile(128, 8, (Tier(64, 3),)))
-        routing = time_graph([lambda c=c: self.run(c, *self.routing(layout)) for c in self.ready] * REPEATS, runs=5)
-        steps = [combine(PROBLEM, self.launch, self.form, self.firsts.step, first) for first in self.firsts]
+        arena = reserved(self.tokens, Tile(128, 8, (MBucket(64, 3),)))
+        routing = time_graph([lambda c=c: self.run(c, *self.routing(arena)) for c in self.ready] * REPEATS, runs=5)
+        steps = [combine(PROBLEM, self.limits, self.key, self.firsts.step, first) for first in self.firsts]
         combining = time_graph([lambda c=c: self.run(c, *steps) for c in self.ready] * REPEATS, runs=5)
         return {"route": routing.median, "combine": combining.median}
 
@@ -155,13 +160,13 @@ def compile_one(which: str, tile: Tile, tokens: int) -> None:
             empty(1, 256, h, dtype=FP8), empty(16), empty(1, 256, PROBLEM.intermediate_size, dtype=FP8), empty(16),
             32, 2.5,
         )  # fmt: skip
-        output, layout = empty(tokens, h, dtype=torch.bfloat16), reserved(tokens, tile)
-        form = form_of(inputs, output)
-        call = by_name(inputs, output, layout, empty(layout.bytes, dtype=torch.uint8))
+        output, arena = empty(tokens, h, dtype=torch.bfloat16), reserved(tokens, tile)
+        key = key_of(inputs, output)
+        call = by_name(inputs, output, arena, empty(arena.bytes, dtype=torch.uint8))
         if which == "gemm1":
-            step = gemm1(PROBLEM, launch_of(), form, tile)
+            step = gemm1(PROBLEM, limits_for(), key, tile)
         else:
-            step = gemm2(PROBLEM, launch_of(), form, tile, call["rows"].shape[1], 0, signals_of(PROBLEM, tile))
+            step = gemm2(PROBLEM, limits_for(), key, tile, call["rows"].shape[1], 0, signals_of(PROBLEM, tile))
         step.run(call, output.device)
     finally:
         jit.run = original
@@ -171,7 +176,7 @@ def compile_all(jobs: list[tuple[str, Tile, int]], workers: int) -> set[tuple[st
     """Compile each specialisation once; returns what doesn't compile."""
     bad, seen = set(), {}
     for which, tile, tokens in jobs:
-        chunk = column_chunk(PROBLEM, row_capacity(PROBLEM, tokens)) if which == "gemm2" else 0
+        chunk = column_chunk(PROBLEM, max_local_rows(PROBLEM, tokens)) if which == "gemm2" else 0
         seen.setdefault((which, tile, chunk), tokens)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, key[0], key[1], tokens): key for key, tokens in seen.items()}
@@ -226,8 +231,10 @@ def main() -> None:
                 with options.output.open("a") as out:
                     out.write(json.dumps(row) + os.linesep)
             for us, tile in sorted(timed, key=lambda pair: pair[0])[:8]:
-                tiers = " ".join(f"{tier.block_m}:{tier.num_stages}x{tier.k_unroll}" for tier in tile.tiers)
-                short = f"{tiers} by {tile.block_n}, {tile.num_warps} warps"
+                buckets = " ".join(
+                    f"{bucket.block_m}:{bucket.num_stages}x{bucket.k_unroll}" for bucket in tile.m_buckets
+                )
+                short = f"{buckets} by {tile.block_n}, {tile.num_warps} warps"
                 print(f"   {which} {us:8.1f} {us / part:5.2f} {short}", flush=True)
 
 

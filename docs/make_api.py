@@ -20,7 +20,7 @@ from typing import Any
 import hybrid_moe
 from hybrid_moe import metrics
 from hybrid_moe.backends import base
-from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels.grouped_gemm import base as grouped_gemm
 
 OUTPUT = Path(__file__).with_name("api.md")
 HEAD = """# API reference
@@ -39,7 +39,7 @@ PARTS: tuple[tuple[str, str, ModuleType, tuple[str, ...]], ...] = (
     ("Choices and policies", "", hybrid_moe, ()),  # what is left of hybrid_moe.__all__
     ("Metrics", "In `hybrid_moe.metrics`.", metrics, ()),
     ("For those who add a backend", "In `hybrid_moe.backends.base`.", base, ("Backend", "Runner")),
-    ("For those who add a grouped GEMM", f"In `{pipeline.__name__}`.", pipeline, ("GroupedGemm",)),
+    ("For those who add a grouped GEMM", f"In `{grouped_gemm.__name__}`.", grouped_gemm, ("GroupedGemm",)),
 )
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.MULTILINE)
 

@@ -31,16 +31,17 @@ from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
-from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+from hybrid_moe.kernels.launcher import DeviceLimits
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
 from hybrid_moe.kernels.steps import Step
 from hybrid_moe.measure.workloads import MODELS
 from hybrid_moe.problem import MoEProblem
 
-MULTIPROCESSORS = {90: 132, 100: 148}
+NUM_SMS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 200, 400, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several tiers, and the specialised kernels
+MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several M buckets, and the specialised kernels
 
 
 class AbsentDriver:
@@ -103,11 +104,11 @@ def resources(kernel, capability: int) -> dict[str, object]:
     }
 
 
-def run_all(problem, gemm, inputs, output, launch, aligned=True):
+def run_all(problem, gemm, inputs, output, limits, aligned=True):
     """All steps of a call but those of other libraries; not ``aligned``: as for inputs that TMA can't read."""
-    form = Form.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)._replace(aligned=aligned)
-    plan = pipeline.Pipeline(problem, gemm).plan(form, output.device, launch)
-    call = by_name(inputs, output, plan.layout, torch.empty(plan.layout.bytes, dtype=torch.uint8))
+    key = LaunchKey.of(inputs, addresses_of(inputs), output, gemm.usual_row_alignment)._replace(aligned=aligned)
+    plan = pipeline.Pipeline(problem, gemm).plan(key, output.device, limits)
+    call = by_name(inputs, output, plan.arena, torch.empty(plan.arena.bytes, dtype=torch.uint8))
     for step in plan.steps:
         if isinstance(step, Step):
             step.run(call, output.device)
@@ -116,17 +117,17 @@ def run_all(problem, gemm, inputs, output, launch, aligned=True):
 class AroundSgl(SglGroupedGemm):
     """Without the library, which isn't wanted for what is around its calls."""
 
-    def steps(self, problem, launch, form):
+    def steps(self, problem, limits, key):
         with unittest.mock.patch.object(libraries_of_gemms, "sgl_grouped_mm"):
-            return super().steps(problem, launch, form)
+            return super().steps(problem, limits, key)
 
 
 class AroundDeepGemm(DeepGemmGroupedGemm):
     """Without the library, as above."""
 
-    def steps(self, problem, launch, form):
+    def steps(self, problem, limits, key):
         with unittest.mock.patch.object(libraries_of_gemms, "deep_gemm"):
-            return super().steps(problem, launch, form)
+            return super().steps(problem, limits, key)
 
 
 def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS, libraries: bool = True):
@@ -146,26 +147,26 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
 
     JITFunction.run = compile_only
     CompiledKernel.__getitem__ = lambda self, grid: lambda *arguments: None
-    launch = pipeline.Launch(MULTIPROCESSORS[capability], pdl=True)
+    limits = DeviceLimits(NUM_SMS[capability], pdl=True)
     for tokens in token_counts:
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)
         quantize_rows(torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16))
         gemm = TritonGroupedGemm((capability // 10, capability % 10))
-        run_all(problem, gemm, inputs, output, launch)
+        run_all(problem, gemm, inputs, output, limits)
         if any(gemm.plan(problem, tokens).specialized):
-            run_all(problem, gemm, inputs, output, launch, aligned=False)
+            run_all(problem, gemm, inputs, output, limits, aligned=False)
         for around in (AroundSgl(), AroundDeepGemm()) if libraries else ():
-            run_all(problem, around, inputs, output, launch)
-        external_inputs(inputs, problem, launch)
+            run_all(problem, around, inputs, output, limits)
+        external_inputs(inputs, problem, limits)
         # Experts chosen before the call; and a bias in float32, once, as it is a load and no more.
         ids, weights = torch.empty(tokens, problem.top_k, dtype=torch.int32), torch.empty(tokens, problem.top_k)
         others = [RoutedInputs(ids, weights, *inputs[2:])]
         if libraries:
             others.append(inputs._replace(routing_bias=torch.empty(problem.num_experts)))
         for other in others:
-            run_all(problem, gemm, other, output, launch)
-            external_inputs(other, problem, launch)
+            run_all(problem, gemm, other, output, limits)
+            external_inputs(other, problem, limits)
     JITFunction.run = run
     return list(compiled.values())
 

@@ -10,10 +10,10 @@ import torch
 from hybrid_moe import MoEProblem
 from hybrid_moe.inputs import RoutedInputs
 from hybrid_moe.kernels.grouped_gemm.tiles import Specialized
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
-from hybrid_moe.kernels.launch import Constants
-from hybrid_moe.kernels.pipeline import Launch, Pipeline
-from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+from hybrid_moe.kernels.launcher import Constants, DeviceLimits
+from hybrid_moe.kernels.pipeline import Pipeline
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.reference import has_local_work, moe_reference
@@ -56,12 +56,12 @@ class Given(TritonGroupedGemm):
 class Call:
     """One call, its memory full of ones: NaN, and -1."""
 
-    def __init__(self, problem: MoEProblem, inputs, gemm: TritonGroupedGemm, multiprocessors: int = 2) -> None:
+    def __init__(self, problem: MoEProblem, inputs, gemm: TritonGroupedGemm, num_sms: int = 2) -> None:
         self.problem, self.inputs = problem, inputs
         self.output = torch.full((inputs.num_tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16)
-        form = Form.of(inputs, addresses_of(inputs), self.output, 1)
-        self.plan = Pipeline(problem, gemm).plan(form, torch.device("cpu"), Launch(multiprocessors, pdl=True))
-        memory = torch.full((self.plan.layout.bytes + 256,), 0xFF, dtype=torch.uint8)
+        key = LaunchKey.of(inputs, addresses_of(inputs), self.output, 1)
+        self.plan = Pipeline(problem, gemm).plan(key, torch.device("cpu"), DeviceLimits(num_sms, pdl=True))
+        memory = torch.full((self.plan.arena.bytes + 256,), 0xFF, dtype=torch.uint8)
         self.memory = memory[-memory.data_ptr() % 256 :]
 
     @property
@@ -81,9 +81,9 @@ class Call:
 
     def operands(self, memory: torch.Tensor | None = None):
         """What the names in the steps stand for."""
-        names = by_name(self.inputs, self.output, self.plan.layout, self.memory if memory is None else memory)
-        # The routing of one token clears what lies behind the counts too.
-        return dict(names) | ({"counts": names["counters"]} if self.inputs.num_tokens == 1 else {})
+        names = by_name(self.inputs, self.output, self.plan.arena, self.memory if memory is None else memory)
+        # The routing of one token clears what lies behind them too.
+        return dict(names) | ({"tokens_per_expert": names["counters"]} if self.inputs.num_tokens == 1 else {})
 
     def run(self, seed: int = 0, delay=None, stages: int | None = None) -> torch.Tensor:
         """The output, once it is found right."""

@@ -40,8 +40,9 @@ def main(folder: Path) -> None:
 
     from hybrid_moe import MoEProblem
     from hybrid_moe.kernels import direct, pipeline
-    from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
-    from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+    from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+    from hybrid_moe.kernels.launcher import DeviceLimits
+    from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
     from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 
     class Driver(nvidia.CudaDriver):
@@ -87,17 +88,17 @@ def main(folder: Path) -> None:
     inputs = make_inputs(Workload(3, 4), problem, random_weights(problem, "cpu"))
     output = torch.empty((3, 512), dtype=torch.bfloat16)
     flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))
-    memory = torch.empty(flow.layout(3).bytes + 256, dtype=torch.uint8)
+    memory = torch.empty(flow.arena(3).bytes + 256, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 256 :]
 
     def plan_of(inputs, flow=flow, output=output):
-        form = Form.of(inputs, addresses_of(inputs), output, 1)
-        assert form.aligned and form.output_aligned
-        return flow.plan(form, torch.device("cuda", 0), pipeline.Launch(132, pdl=True))
+        key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
+        assert key.aligned and key.output_aligned
+        return flow.plan(key, torch.device("cuda", 0), DeviceLimits(132, pdl=True))
 
     def launched_by_triton(plan, inputs, output=output, memory=memory) -> list:
         """What the driver gets for each step."""
-        call, got = by_name(inputs, output, plan.layout, memory), []
+        call, got = by_name(inputs, output, plan.arena, memory), []
         for step in plan.steps:
             size = expect(step.kernel.compiled(step.constants, plan.device))
             step.run(call, plan.device)
@@ -182,7 +183,7 @@ def main(folder: Path) -> None:
     inputs = make_inputs(Workload(33, 4), problem, random_weights(problem, "cpu"))
     output = torch.empty((33, 512), dtype=torch.bfloat16)
     flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))
-    memory = torch.empty(flow.layout(33).bytes + 256, dtype=torch.uint8)
+    memory = torch.empty(flow.arena(33).bytes + 256, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 256 :]
     plan = plan_of(inputs, flow, output)
     run_first(plan, inputs, output, memory)

@@ -106,20 +106,20 @@ def test_every_kernel_of_every_plan_is_there(compiled):
     every = plans([*range(1, 2000), *range(2000, 100_000, 99)])
     assert len(every) > 1
     assert plans(TOKEN_COUNTS) == every
-    for name, tiles in (
-        ("gemm1_swiglu_kernel", {plan.gemm1 for plan in every}),
-        ("gemm2_kernel", {plan.gemm2 for plan in every}),
+    for name, fused, tiles in (
+        ("gemm1_swiglu_kernel", "FUSE_GATE_UP", {plan.gemm1 for plan in every}),
+        ("gemm2_kernel", "FUSE_HALVES", {plan.gemm2 for plan in every}),
     ):
-        keys = ("BLOCK_N", "JOINED", "num_warps", "maxnreg")
+        keys = ("BLOCK_N", fused, "num_warps", "maxnreg")
         found = {
-            (*(row["options"].get(key) for key in keys), *(tuple(tier[1:]) for tier in row["options"]["TIERS"]))
+            (*(row["options"].get(key) for key in keys), *(tuple(bucket[1:]) for bucket in row["options"]["M_BUCKETS"]))
             for row in rows
             if row["kernel"] == name
         }
         assert found == {
             (
-                *(tile.block_n, tile.joined, tile.num_warps, tile.max_registers),
-                *((tier.block_m, tier.num_stages, tier.k_unroll) for tier in tile.tiers),
+                *(tile.block_n, tile.fused, tile.num_warps, tile.max_registers),
+                *((bucket.block_m, bucket.num_stages, bucket.k_unroll) for bucket in tile.m_buckets),
             )
             for tile in tiles
         }, name
@@ -142,7 +142,7 @@ def test_large_tiles_use_the_chips_matrix_instructions(compiled):
     ]
     assert not without
     if capability == 90:
-        # Every tier: the older instructions convert e4m3 to float16 first.
+        # Every M bucket: the older instructions convert e4m3 to float16 first.
         assert not [describe(row) for row in rows if row["kernel"].startswith("gemm") and row["older_mma"]]
 
 

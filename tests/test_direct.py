@@ -12,7 +12,7 @@ import pytest
 import triton
 
 from hybrid_moe.kernels import direct
-from hybrid_moe.kernels.launch import Constants
+from hybrid_moe.kernels.launcher import Constants
 
 HERE = Path(__file__).resolve().parent
 

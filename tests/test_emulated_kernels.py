@@ -10,8 +10,8 @@ import pytest
 import torch
 from emulated_calls import FEW, MANY, SMALL, Call, Given, given_rows
 
-from hybrid_moe.kernels import pipeline
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
+from hybrid_moe.kernels import shapes
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 
 FEW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
@@ -75,7 +75,7 @@ def test_one_token(gemms):
 @pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
 def test_chunks_of_columns(gemms, monkeypatch):
     """Each chunk has its own GEMM2 and combine, which reuse the memory of the one before."""
-    monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", 4 * 40 * 256 * 2)
+    monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 4 * 40 * 256 * 2)
     call = Call(SMALL, given_rows(SMALL, [40, 3, 0, 20]), Given(*gemms))
     assert len(call.kernels) == 3 + 2 * 2
     call.run(stages=2)

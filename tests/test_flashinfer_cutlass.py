@@ -21,8 +21,8 @@ from hybrid_moe.backends.flashinfer_cutlass import FlashinferCutlass, layer_argu
 from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import FP8, MoEInputs, RoutedInputs
-from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.external import external_inputs
+from hybrid_moe.kernels.launcher import limits_of
 from hybrid_moe.measure.workloads import Workload, random_weights
 from hybrid_moe.measure.workloads import make_inputs as inputs_of_workload
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, Tolerance, check
@@ -131,7 +131,7 @@ def poison(tokens: int, problem: MoEProblem = SMALL) -> torch.Tensor:
 
 
 def external_of(inputs: MoEInputs, problem: MoEProblem):
-    return external_inputs(inputs, problem, pipeline.launch_on(DEVICE))
+    return external_inputs(inputs, problem, limits_of(DEVICE))
 
 
 # The kernels before the call

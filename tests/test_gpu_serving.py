@@ -7,9 +7,9 @@ import torch
 from given_routing import random_choice
 
 from hybrid_moe import DeviceKey, HybridMoE, MoEProblem, RoutedInputs, backends, fused_moe
-from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
+from hybrid_moe.kernels.launcher import limits_of
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.policy import resolve
@@ -274,7 +274,6 @@ def test_launches_by_address_follow_the_tensors(weights):
 
 
 def test_launches_by_address_are_used(weights):
-    from hybrid_moe.kernels import pipeline
     from hybrid_moe.kernels.plan import Addressed
 
     calls, run = [], Addressed.run
@@ -285,7 +284,7 @@ def test_launches_by_address_are_used(weights):
         patch.setattr(Addressed, "run", lambda self, *given: (calls.append(self), run(self, *given)))
         layer(*tensors)
     assert len(calls) == 1 and len(calls[0].launchers) == 5
-    assert pipeline.launch_on(tensors[0].device).pdl
+    assert limits_of(tensors[0].device).pdl
 
 
 @pytest.mark.parametrize("tokens", [1, 80, 901])
@@ -353,7 +352,7 @@ def test_a_policy_is_taken_between_replays(weights):
 
 def choice_of(inputs):
     """Ids and weights of the routing kernel, which are the reference's but for the weights' last bits."""
-    external = external_inputs(inputs, DEEPSEEK_V3, pipeline.launch_on(inputs.hidden_states.device))
+    external = external_inputs(inputs, DEEPSEEK_V3, limits_of(inputs.hidden_states.device))
     return (external.experts + inputs.local_expert_offset) % 256, external.weights
 
 

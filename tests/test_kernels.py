@@ -15,11 +15,16 @@ from hypothesis import strategies as st
 
 from hybrid_moe import DeviceKey, HybridMoE, MoEInputs, MoEProblem, backends, fused_moe
 from hybrid_moe.inputs import FP8
-from hybrid_moe.kernels import pipeline
-from hybrid_moe.kernels.arena import Layout
+from hybrid_moe.kernels import pipeline, shapes
+from hybrid_moe.kernels.arena import Arena
+from hybrid_moe.kernels.combine import combine
 from hybrid_moe.kernels.grouped_gemm import tiles
-from hybrid_moe.kernels.grouped_gemm.triton import gemm as triton_gemm
-from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.grouped_gemm.triton import provider
+from hybrid_moe.kernels.launcher import limits_of
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
+from hybrid_moe.kernels.routing import reserve_routing
+from hybrid_moe.kernels.routing import route as route_steps
+from hybrid_moe.kernels.shapes import column_chunk, max_local_rows
 from hybrid_moe.measure.workloads import MODELS, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.policy import resolve
@@ -225,12 +230,12 @@ def test_rows_that_fill_no_tile():
 
 
 # Their Triton tiles: the specialised kernels don't run in the interpreter.
-SEVERAL_TIERS = sorted(
+SEVERAL_BUCKETS = sorted(
     {
         dataclasses.replace(plan, specialized=(None, None))
         for table in (tiles.TILES_SM90, tiles.TILES_SM100)
         for _, plan in table
-        if len(plan.gemm1.tiers) > 1
+        if len(plan.gemm1.m_buckets) > 1
     },
     key=str,
 )
@@ -240,36 +245,38 @@ SEVERAL_TIERS = sorted(
 def planned_with(monkeypatch, plan):
     """Calls take these tiles, whatever was planned before, and leave none planned."""
     with monkeypatch.context() as patch:
-        patch.setattr(triton_gemm, "tile_plan", lambda *_: plan)
+        patch.setattr(provider, "tile_plan", lambda *_: plan)
         forget_plans()
         yield
     forget_plans()
 
 
-@pytest.mark.parametrize("plan", SEVERAL_TIERS, ids=lambda plan: " ".join(str(t.block_m) for t in plan.gemm1.tiers))
-def test_rows_on_both_sides_of_every_tier(monkeypatch, plan):
-    bounds = {tier.block_m for tile in (plan.gemm1, plan.gemm2) for tier in tile.tiers}
+@pytest.mark.parametrize(
+    "plan", SEVERAL_BUCKETS, ids=lambda plan: " ".join(str(t.block_m) for t in plan.gemm1.m_buckets)
+)
+def test_rows_on_both_sides_of_every_m_bucket(monkeypatch, plan):
+    bounds = {bucket.block_m for tile in (plan.gemm1, plan.gemm2) for bucket in tile.m_buckets}
     # The last is cut off from more rows than a tile holds, so that each is also what a full tile leaves.
     rows = sorted({0, 1, *(bound + more for bound in bounds for more in (0, 1)), max(bounds) + min(bounds) + 1})
     with planned_with(monkeypatch, plan):
         assert_right(*with_rows(rows))
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_halves_by_one_product_or_two(monkeypatch, joined):
+@pytest.mark.parametrize("fused", [False, True])
+def test_halves_by_one_product_or_two(monkeypatch, fused):
     # Widths on both sides of a 128 block, whose scales the halves share or don't.
     problem, inputs = with_rows([1, 0, 19])
-    for narrow, wide in ((32, 64), (64, 128), (128, 128 if joined else 256)):
-        tiers = (tiles.Tier(16, 3, 2), tiles.Tier(32, 3))
-        plan = tiles.TilePlan(tiles.Tile(narrow, 4, tiers, joined=joined), tiles.Tile(wide, 4, tiers, joined=joined))
+    for narrow, wide in ((32, 64), (64, 128), (128, 128 if fused else 256)):
+        buckets = (tiles.MBucket(16, 3, 2), tiles.MBucket(32, 3))
+        plan = tiles.TilePlan(tiles.Tile(narrow, 4, buckets, fused=fused), tiles.Tile(wide, 4, buckets, fused=fused))
         with planned_with(monkeypatch, plan):
             assert_right(problem, inputs)
 
 
 @pytest.mark.parametrize("rows", [[], [16, 16], [64, 16]])
-def test_tiers_in_the_wrong_order(rows):
-    with pytest.raises(ValueError, match="tiers have"):
-        tiles.Tile(64, 4, tuple(tiles.Tier(m, 3) for m in rows))
+def test_m_buckets_in_the_wrong_order(rows):
+    with pytest.raises(ValueError, match="m_buckets: expected"):
+        tiles.Tile(64, 4, tuple(tiles.MBucket(m, 3) for m in rows))
 
 
 def test_strides():
@@ -343,7 +350,7 @@ def test_a_bias_in_float32(name):
     chosen = [local_rows_per_expert_and_token(i, problem) for i in (fine, coarse)]
     assert not torch.equal(*chosen)
     for each, wanted in zip((fine, coarse, fine), (*chosen, chosen[0]), strict=True):
-        assert torch.equal(routed(problem, each)["counts"], wanted.sum(dim=0).int())
+        assert torch.equal(routed(problem, each)["tokens_per_expert"], wanted.sum(dim=0).int())
     widened = inputs._replace(routing_bias=inputs.routing_bias.float())
     assert torch.equal(run(problem, widened), run(problem, inputs))
 
@@ -389,7 +396,7 @@ def test_a_token_without_numbers_spoils_no_other(offset):
         inputs = inputs_of(problem, 6, offset)
         spoilt = inputs._replace(routing_logits=inputs.routing_logits.clone())
         spoilt.routing_logits[2] = float("nan")
-        assert int(routed(problem, spoilt)["counts"].max()) <= 6
+        assert int(routed(problem, spoilt)["tokens_per_expert"].max()) <= 6
         others = [0, 1, 3, 4, 5]
         assert torch.equal(run(problem, spoilt)[others], run(problem, inputs)[others])
 
@@ -425,11 +432,11 @@ def test_columns_in_pieces(monkeypatch):
     problem = dataclasses.replace(problem_named("24 experts"), hidden_size=512)
     inputs = inputs_of(problem, tokens, 6)
     whole = assert_right(problem, inputs)
-    rows = pipeline.row_capacity(problem, tokens)
+    rows = max_local_rows(problem, tokens)
     for columns in (256, 128):
-        monkeypatch.setattr(pipeline, "MAX_ROWS_BYTES", rows * columns * 2)
+        monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", rows * columns * 2)
         forget_plans()
-        assert pipeline.column_chunk(problem, rows) == columns
+        assert column_chunk(problem, rows) == columns
         assert torch.equal(run(problem, inputs), whole)
     forget_plans()
 
@@ -470,25 +477,25 @@ def test_any_problem(case):
     assert_right(problem, inputs)
 
 
-def launch_of(problem):
+def limits_for(problem):
     backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)  # repairs the interpreter
     device = torch.device(DEVICE)
-    return pipeline.launch_on(torch.device("cuda", 0) if device.type == "cuda" else device)
+    return limits_of(torch.device("cuda", 0) if device.type == "cuda" else device)
 
 
 @pytest.mark.parametrize("routing", ["uniform", "concentrated"])
 @pytest.mark.parametrize("tokens", [1, 17, 65])
 def test_gemm1_signals_what_gemm2_waits_for(tokens, routing):
-    launch, inputs = launch_of(SMALL), inputs_of(SMALL, tokens, 4, routing)
+    limits, inputs = limits_for(SMALL), inputs_of(SMALL, tokens, 4, routing)
     output = torch.empty((tokens, SMALL.hidden_size), dtype=torch.bfloat16, device=inputs.hidden_states.device)
-    flow = pipeline.Pipeline(SMALL, triton_gemm.TritonGroupedGemm(DeviceKey.of(DEVICE).capability))
+    flow = pipeline.Pipeline(SMALL, provider.TritonGroupedGemm(DeviceKey.of(DEVICE).capability))
     with uninitialised_memory_filled():
-        memory = torch.empty(flow.layout(tokens).bytes, dtype=torch.uint8, device=DEVICE)
+        memory = torch.empty(flow.arena(tokens).bytes, dtype=torch.uint8, device=DEVICE)
     flow.run(inputs, output, memory)
-    form = Form.of(inputs, addresses_of(inputs), output, 1)
-    gemm2 = flow.plan(form, output.device, launch).steps[-2].constants.arguments
-    tensors = flow.layout(tokens).tensors(memory)
-    counts = tensors["counts"].cpu()
+    key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
+    gemm2 = flow.plan(key, output.device, limits).steps[-2].constants.arguments
+    tensors = flow.arena(tokens).tensors(memory)
+    counts = tensors["tokens_per_expert"].cpu()
     signals = -(-counts // gemm2["FIRST_M"]) * gemm2["SIGNALS"]
     assert int(counts.max()) > 0
     assert tensors["finished"].tolist() == [*signals.tolist(), int(signals.sum())]
@@ -498,19 +505,19 @@ def test_gemm1_signals_what_gemm2_waits_for(tokens, routing):
 
 
 def routed(problem, inputs, *steps, rows=()):
-    """The tensors of a call after its routing, by name; ``steps(form)`` are run behind it, on ``rows`` if they want."""
+    """The tensors of a call after its routing, by name; ``steps(key)`` are run behind it, on ``rows`` if they want."""
     output = torch.full(
         (inputs.num_tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=inputs.hidden_states.device
     )
-    form, layout = Form.of(inputs, addresses_of(inputs), output, 1), Layout()
-    pipeline.reserve_routing(layout, problem, inputs.num_tokens)
+    key, arena = LaunchKey.of(inputs, addresses_of(inputs), output, 1), Arena()
+    reserve_routing(arena, problem, inputs.num_tokens)
     with uninitialised_memory_filled():
-        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=DEVICE)
-    call = by_name(inputs, output, layout, memory)
-    for step in pipeline.route(problem, launch_of(problem), form, layout):
+        memory = torch.empty(arena.bytes, dtype=torch.uint8, device=DEVICE)
+    call = by_name(inputs, output, arena, memory)
+    for step in route_steps(problem, limits_for(problem), key, arena):
         step.run(call, output.device)
     for number, step in enumerate(steps):
-        step(form).run(call | {"rows": rows[number]}, output.device)
+        step(key).run(call | {"rows": rows[number]}, output.device)
     return call
 
 
@@ -536,7 +543,7 @@ def assert_routed(problem, inputs):
     torch.testing.assert_close(call["pair_weight"].cpu(), weights, rtol=1e-5, atol=1e-7)
 
     counts = torch.bincount(local[is_local], minlength=e)
-    assert torch.equal(call["counts"].cpu().long(), counts)
+    assert torch.equal(call["tokens_per_expert"].cpu().long(), counts)
     slots = call["slot_token"].cpu()
     for expert in range(e):
         # Its slots are numbered without gaps, and each leads back to its token.
@@ -606,15 +613,15 @@ def test_routing_of_extreme_logits():
 def test_combine(tokens):
     problem = problem_named("24 experts")
     inputs = inputs_of(problem, tokens, 5)
-    launch = launch_of(problem)
-    capacity, hidden = pipeline.row_capacity(problem, tokens), problem.hidden_size
-    rows = torch.randn((capacity, hidden), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    limits = limits_for(problem)
+    max_rows, hidden = max_local_rows(problem, tokens), problem.hidden_size
+    rows = torch.randn((max_rows, hidden), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     firsts = range(0, hidden, 128)
-    steps = [functools.partial(pipeline.combine, problem, launch, columns=128, first_column=first) for first in firsts]
+    steps = [functools.partial(combine, problem, limits, columns=128, first_column=first) for first in firsts]
     call = routed(problem, inputs, *steps, rows=[rows[:, first : first + 128].contiguous() for first in firsts])
     output = call["output"]
 
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), call["counts"].cpu().cumsum(0)])
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), call["tokens_per_expert"].cpu().cumsum(0)])
     pair, e = call["pair"].cpu().long(), problem.num_local_experts
     picked = rows.cpu().float()[torch.where(pair >= 0, start[pair % e] + pair // e, 0)]
     picked[pair < 0] = 0

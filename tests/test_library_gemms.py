@@ -16,12 +16,17 @@ from hybrid_moe.backends.triton_fused import GEMMS, TritonFused
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import FP8, RoutedInputs
 from hybrid_moe.kernels import interpreter, pipeline
-from hybrid_moe.kernels.arena import Layout
+from hybrid_moe.kernels.arena import Arena
 from hybrid_moe.kernels.grouped_gemm import libraries
-from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_capacity
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm, padded_max_rows
+from hybrid_moe.kernels.grouped_gemm.gather import gather
 from hybrid_moe.kernels.grouped_gemm.library_rows import Rows
 from hybrid_moe.kernels.grouped_gemm.sgl import FEW_ROWS, SglGroupedGemm, _shown_rows
-from hybrid_moe.kernels.plan import Form, addresses_of, by_name
+from hybrid_moe.kernels.grouped_gemm.swiglu import swiglu
+from hybrid_moe.kernels.launcher import DeviceLimits
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
+from hybrid_moe.kernels.routing import reserve_routing, route
+from hybrid_moe.kernels.shapes import max_local_rows
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
 from hybrid_moe.problem import MoEProblem
@@ -47,7 +52,7 @@ SMALL = MoEProblem(
     intermediate_size=256,
 )
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = pipeline.Launch(multiprocessors=4, pdl=False)
+LIMITS = DeviceLimits(num_sms=4, pdl=False)
 HOPPER = DeviceKey("gpu_x", (9, 0))
 BLACKWELL = DeviceKey("gpu_y", (10, 0))
 
@@ -215,14 +220,14 @@ def routed_inputs(tokens, problem=SMALL, routing="uniform", seed=0, offset=5):
 
 
 def run_pieces(problem, inputs, rows, *pieces):
-    """The tensors by name after ``pieces``: ``"route"``, a step that is made of a form, or what changes the tensors."""
+    """The tensors by name after ``pieces``: ``"route"``, a step that is made of a key, or what changes the tensors."""
     output = torch.empty((inputs.num_tokens, problem.hidden_size), dtype=torch.bfloat16)
-    form, layout = Form.of(inputs, addresses_of(inputs), output, rows.align), Layout()
-    pipeline.reserve_routing(layout, problem, inputs.num_tokens)
-    rows.reserve(layout)
-    call = by_name(inputs, output, layout, torch.empty(layout.bytes, dtype=torch.uint8))
+    key, arena = LaunchKey.of(inputs, addresses_of(inputs), output, rows.align), Arena()
+    reserve_routing(arena, problem, inputs.num_tokens)
+    rows.reserve(arena)
+    call = by_name(inputs, output, arena, torch.empty(arena.bytes, dtype=torch.uint8))
     for piece in pieces:
-        for step in pipeline.route(problem, LAUNCH, form, layout) if piece == "route" else [piece(call, form)]:
+        for step in route(problem, LIMITS, key, arena) if piece == "route" else [piece(call, key)]:
             if step is not None:
                 step.run(call, output.device)
     return call
@@ -244,7 +249,7 @@ def strided(inputs):
 def rows_of_experts(routed, problem, align):
     """``(expert, slot, token, row)`` of every pair, and the row where each expert starts and ends."""
     start, bounds, pairs = 0, [], []
-    for e, count in enumerate(routed["counts"].tolist()):
+    for e, count in enumerate(routed["tokens_per_expert"].tolist()):
         pairs += [(e, slot, int(routed["slot_token"][e, slot]), start + slot) for slot in range(count)]
         bounds.append((start, start + count))
         start += -(-count // align) * align
@@ -258,20 +263,20 @@ def rows_of_experts(routed, problem, align):
 )
 def test_gather(tokens, routing, change, align):
     inputs = change(routed_inputs(tokens, routing=routing))
-    capacity = padded_capacity(SMALL, tokens, align)
-    rows = Rows(SMALL, capacity, align=align, row_major_scales=align == 1, tables=True)
+    max_rows = padded_max_rows(SMALL, tokens, align)
+    rows = Rows(SMALL, max_rows, align=align, row_major_scales=align == 1, tables=True)
 
-    def poison(call, form):
+    def poison(call, key):
         call["gathered"].view(torch.uint8).fill_(0x7F)
         call["gathered_scale"].fill_(float("nan"))
 
-    call = run_pieces(SMALL, inputs, rows, poison, "route", lambda call, form: rows.gather(LAUNCH, form))
+    call = run_pieces(SMALL, inputs, rows, poison, "route", lambda call, key: gather(rows, LIMITS, key))
     gathered, gathered_scale = call["gathered"], scales(call["gathered_scale"], rows)
     pairs, bounds, total = rows_of_experts(call, SMALL, align)
     assert len(pairs) == int(local_rows_per_expert_and_token(inputs, SMALL).sum())
     assert call["start"].tolist() == [start for start, _ in bounds] + [total]
     assert call["end"].tolist() == [end for _, end in bounds]
-    assert total <= capacity
+    assert total <= max_rows
     got, wanted = gathered.view(torch.uint8), inputs.hidden_states.contiguous().view(torch.uint8)
     untouched = torch.ones(got.shape[0], dtype=torch.bool)
     for _, _, token, row in pairs:
@@ -280,7 +285,7 @@ def test_gather(tokens, routing, change, align):
         untouched[row] = False
     assert bool((got[untouched] == 0x7F).all()) and bool(gathered_scale[untouched].isnan().all())
     h, i = SMALL.hidden_size, SMALL.intermediate_size
-    counts = call["counts"].tolist()
+    counts = call["tokens_per_expert"].tolist()
     assert call["problem_sizes"].tolist() == [[[c, 2 * i, h] for c in counts], [[c, h, i] for c in counts]]
     assert call["strides"].tolist() == [[h] * 5, [i] * 5, [2 * i] * 5]
 
@@ -291,9 +296,9 @@ def test_gather(tokens, routing, change, align):
 def test_swiglu(intermediate, align, gate_first):
     problem = dataclasses.replace(SMALL, intermediate_size=intermediate, gate_first=gate_first)
     counts = torch.tensor([3, 0, 130 if align > 1 else 11, 1, 0], dtype=torch.int32)
-    capacity = 5 * 128 if align > 1 else 20
-    rows = Rows(problem, capacity, align=align, row_major_scales=align == 1, tables=False)
-    exist = torch.zeros(capacity, dtype=torch.bool)
+    max_rows = 5 * 128 if align > 1 else 20
+    rows = Rows(problem, max_rows, align=align, row_major_scales=align == 1, tables=False)
+    exist = torch.zeros(max_rows, dtype=torch.bool)
     start = 0
     for count in counts.tolist():
         exist[start : start + count] = True
@@ -301,14 +306,14 @@ def test_swiglu(intermediate, align, gate_first):
     values = torch.randn(int(exist.sum()), 2 * intermediate, generator=torch.Generator().manual_seed(1)) * 3
     values[0] = 0.0
 
-    def fill(call, form):
-        call["counts"].copy_(counts)
+    def fill(call, key):
+        call["tokens_per_expert"].copy_(counts)
         call["gemm1"].fill_(float("nan"))
         call["gemm1"][exist] = values.bfloat16()
         call["activated"].view(torch.uint8).fill_(0x55)
         call["activated_scale"].fill_(-1.0)
 
-    call = run_pieces(problem, routed_inputs(1, problem), rows, fill, lambda call, form: rows.swiglu(LAUNCH))
+    call = run_pieces(problem, routed_inputs(1, problem), rows, fill, lambda call, key: swiglu(rows, LIMITS))
     activated, activated_scale = call["activated"], scales(call["activated_scale"], rows)
 
     first, second = values.bfloat16().float().split(intermediate, dim=1)
@@ -369,9 +374,9 @@ def test_strided_inputs(sgl_library, deep_gemm_library):
 
 def test_sgl_kernel_sees_few_rows_where_few_are_expected(sgl_library, monkeypatch):
     full = MoEProblem()
-    capacity = {tokens: pipeline.row_capacity(full, tokens) for tokens in (1, 256, 512, 513, 14107)}
-    shown = {tokens: _shown_rows(full, tokens, rows) for tokens, rows in capacity.items()}
-    assert shown == {1: 8, 256: FEW_ROWS, 512: FEW_ROWS, 513: capacity[513], 14107: capacity[14107]}
+    max_rows = {tokens: max_local_rows(full, tokens) for tokens in (1, 256, 512, 513, 14107)}
+    shown = {tokens: _shown_rows(full, tokens, rows) for tokens, rows in max_rows.items()}
+    assert shown == {1: 8, 256: FEW_ROWS, 512: FEW_ROWS, 513: max_rows[513], 14107: max_rows[14107]}
     # Fewer rows shown than there are: the result is the same.
     from hybrid_moe.kernels.grouped_gemm import sgl as sgl_gemm
 
@@ -383,7 +388,7 @@ def test_workspace_bytes():
     full = MoEProblem()
     per_row = 7168 + 2 * 4096 + 2048 + (56 + 16) * 4
     assert per_row == 17_696
-    sgl, deep = (pipeline.Pipeline(full, gemm()).layout(14107).bytes for gemm in (SglGroupedGemm, DeepGemmGroupedGemm))
+    sgl, deep = (pipeline.Pipeline(full, gemm()).arena(14107).bytes for gemm in (SglGroupedGemm, DeepGemmGroupedGemm))
     routing = 4 * (32 * 14108 + 2 * 14107 * 8)
     assert 0 < sgl - routing - 112_856 * per_row < 200_000
     assert 0 < deep - routing - 116_864 * per_row < 5000
@@ -391,14 +396,14 @@ def test_workspace_bytes():
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 200])
 def test_padded_capacity_is_the_worst_routing(tokens):
-    rows, experts = pipeline.row_capacity(SMALL, tokens), SMALL.num_local_experts
+    rows, experts = max_local_rows(SMALL, tokens), SMALL.num_local_experts
     worst = 0
     # One row more than a full tile for as many experts as the rows allow, the rest in whole tiles for the last.
     for active in range(1, min(rows, experts) + 1):
         left = rows - (active - 1)
         worst = max(worst, (active - 1) * ALIGN + -(-left // ALIGN) * ALIGN)
-    assert padded_capacity(SMALL, tokens, ALIGN) >= worst
-    assert padded_capacity(SMALL, tokens, ALIGN) - worst <= ALIGN
+    assert padded_max_rows(SMALL, tokens, ALIGN) >= worst
+    assert padded_max_rows(SMALL, tokens, ALIGN) - worst <= ALIGN
 
 
 # ---- The peers ----------------------------------------------------------------------------------------------------

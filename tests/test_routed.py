@@ -13,7 +13,7 @@ from test_kernels import (
     SMALL,
     TWIN_TOLERANCE,
     forget_plans,
-    launch_of,
+    limits_for,
     problem_named,
     uninitialised_memory_filled,
 )
@@ -31,7 +31,7 @@ from hybrid_moe import (
     backends,
     fused_moe,
 )
-from hybrid_moe.kernels import pipeline
+from hybrid_moe.kernels import combine
 from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.numerics import check
@@ -69,7 +69,7 @@ def run(problem, routed, backend=CHOICE):
 def chosen_by_our_kernel(inputs, problem):
     """Ids and weights as the routing kernel has them: the reference's, but for the weights' last bits."""
     backends.prepare(problem, DeviceKey.of(DEVICE), CHOICE)  # repairs the interpreter
-    external = external_inputs(inputs, problem, launch_of(problem))
+    external = external_inputs(inputs, problem, limits_for(problem))
     ids = (external.experts + inputs.local_expert_offset) % problem.num_experts
     return RoutedInputs(ids, external.weights, *inputs[2:])
 
@@ -88,7 +88,7 @@ def assert_sorted(problem, routed):
     assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
     assert torch.equal(found["pair_weight"].cpu(), torch.where(is_local, weights, 0.0))
     counts = torch.bincount(local[is_local], minlength=e)
-    assert torch.equal(found["counts"].cpu().long(), counts)
+    assert torch.equal(found["tokens_per_expert"].cpu().long(), counts)
     slots = found["slot_token"].cpu()
     assert slots.shape == (e, tokens)
     for expert in range(e):
@@ -173,7 +173,7 @@ def test_weights_are_final():
 
 @pytest.mark.parametrize("branch", [False, True], ids=["all loaded", "local loaded"])
 def test_what_stands_beside_no_local_expert_is_never_used(monkeypatch, branch):
-    monkeypatch.setattr(pipeline, "COMBINE_BRANCH_TOKENS", 1 if branch else 512)
+    monkeypatch.setattr(combine, "BRANCH_TOKENS", 1 if branch else 512)
     forget_plans()
     tokens = 6
     problem = dataclasses.replace(SMALL, hidden_size=128, intermediate_size=128)
@@ -200,7 +200,9 @@ def test_an_expert_that_a_token_names_twice_gets_the_sum_of_the_weights():
             routed = given(inputs, ids, weights)
             output = assert_right(problem, routed)
             found = tensors_after_routing(problem, routed)
-            assert torch.equal(found["counts"], local_rows_per_expert_and_token(routed, problem).sum(dim=0).int())
+            assert torch.equal(
+                found["tokens_per_expert"], local_rows_per_expert_and_token(routed, problem).sum(dim=0).int()
+            )
             if tokens == 1:
                 once = given(
                     inputs, torch.tensor([[0, -1, -1, -1]]).int(), weights.sum(dim=1, keepdim=True).repeat(1, 4)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hybrid_moe.inputs import MoEInputs
-from hybrid_moe.kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
-from hybrid_moe.kernels.pipeline import Launch, Pipeline, column_chunk, row_capacity
-from hybrid_moe.kernels.plan import Form
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+from hybrid_moe.kernels.launcher import DeviceLimits
+from hybrid_moe.kernels.pipeline import Pipeline
+from hybrid_moe.kernels.plan import LaunchKey
+from hybrid_moe.kernels.shapes import column_chunk, max_local_rows
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, MODELS
 
 FEW = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
@@ -16,8 +18,8 @@ HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
 TRITON = ["gemm1_swiglu_kernel", "gemm2_kernel"]
 
 
-def form_of(num_tokens, **changes):
-    form = Form(
+def key_of(num_tokens, **changes):
+    key = LaunchKey(
         kind=MoEInputs,
         num_tokens=num_tokens,
         stride_routing=256,
@@ -30,12 +32,12 @@ def form_of(num_tokens, **changes):
         aligned=True,
         output_aligned=True,
     )
-    return form._replace(**changes)
+    return key._replace(**changes)
 
 
 def gemms(num_tokens, capability=(9, 0), problem=DEEPSEEK_V3, **changes):
     """Names of both GEMMs' kernels."""
-    steps = TritonGroupedGemm(capability).steps(problem, Launch(132, pdl=True), form_of(num_tokens, **changes))
+    steps = TritonGroupedGemm(capability).steps(problem, DeviceLimits(132, pdl=True), key_of(num_tokens, **changes))
     names = dict.fromkeys(step.kernel.function.__name__ for step in steps)
     return [name for name in names if "gemm" in name]
 
@@ -66,8 +68,7 @@ def test_what_they_cannot_read_goes_to_the_others():
     # Rows that start at odd places: their tokens alone are gathered by pieces of 16 bytes.
     assert gemms(4096, stride_hidden=7168 + 8) == [TRITON[0], HOPPER[1]]
     assert gemms(4096, stride_hidden=2 * 7168) == HOPPER
-    # Both: GEMM2 would draw tiles by a ticket that GEMM1's narrow tiles count with.
-    assert gemms(16, stride_hidden=7168 + 8) == TRITON
+    assert gemms(16, stride_hidden=7168 + 8) == [TRITON[0], FEW[1]]
 
 
 def test_sizes_they_are_not_made_for():
@@ -75,43 +76,43 @@ def test_sizes_they_are_not_made_for():
     assert gemms(4096, problem=small) == HOPPER
     assert gemms(4096, problem=dataclasses.replace(small, intermediate_size=384)) == TRITON
     assert gemms(4096, problem=dataclasses.replace(small, hidden_size=640)) == [HOPPER[0], TRITON[1]]
-    # Their ring of eight 128 blocks must not hold more than a tile.
+    # Their eight stages must not hold more than a tile.
     wide = dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
     assert gemms(16, problem=wide) == FEW
     assert gemms(16, problem=dataclasses.replace(wide, intermediate_size=896)) == TRITON
 
 
-def test_a_ticket_for_each_launch():
-    """GEMM1's, and GEMM2's for each chunk of columns: two would draw the same tiles from one."""
+def test_a_tile_counter_for_each_launch():
+    """GEMM1's, and GEMM2's for each chunk of columns, by its number: two would draw the same tiles from one."""
     gemm, num_tokens = TritonGroupedGemm((9, 0)), 20000
-    columns = column_chunk(DEEPSEEK_V3, row_capacity(DEEPSEEK_V3, num_tokens))
+    columns = column_chunk(DEEPSEEK_V3, max_local_rows(DEEPSEEK_V3, num_tokens))
     assert columns == DEEPSEEK_V3.hidden_size // 2
-    steps = gemm.steps(DEEPSEEK_V3, Launch(132, pdl=True), form_of(num_tokens))
-    tickets = [step.operands[step.operands.index("tickets") + 1] for step in steps if "tickets" in step.operands]
-    assert tickets == [0, 1, 2]
-    layout = Pipeline(DEEPSEEK_V3, gemm).layout(num_tokens)
-    assert layout.places["tickets"].shape == (3,)
+    steps = gemm.steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(num_tokens))
+    counters = [operand for step in steps for operand in step.operands if str(operand).endswith("tile_counter")]
+    assert counters == ["gemm1_tile_counter", "gemm2_tile_counter", "gemm2_tile_counter"]
+    assert [step.operands[-2] for step in steps if "gemm2_tile_counter" in step.operands] == [0, columns]
+    places = Pipeline(DEEPSEEK_V3, gemm).arena(num_tokens).places
+    assert (places["gemm1_tile_counter"].shape, places["gemm2_tile_counter"].shape) == ((1,), (2,))
 
 
-def test_tickets_of_few_rows():
-    """Both launches draw tiles by one, and GEMM1 quantises by one for each row tile's 128 block, behind these."""
+@pytest.mark.parametrize("num_tokens, row_tiles", [(1, 8), (4, 32), (80, 32 + (640 - 32) // 32)])
+def test_counters_of_few_rows(num_tokens, row_tiles):
+    """Tiles are drawn by one for each launch, and GEMM1 quantises by one for each row tile's 128 block."""
     gemm = TritonGroupedGemm((9, 0))
-    for num_tokens, row_tiles in ((1, 8), (4, 32), (80, 32 + (640 - 32) // 32)):
-        first, second, _ = gemm.steps(DEEPSEEK_V3, Launch(132, pdl=True), form_of(num_tokens))
-        at = first.operands.index("tickets")
-        assert first.operands[at + 1 : at + 3] == (0, 2)
-        assert second.operands[second.operands.index("tickets") + 1] == 1
-        layout = Pipeline(DEEPSEEK_V3, gemm).layout(num_tokens)
-        assert layout.places["tickets"].shape[0] >= 2 + row_tiles * 16
-        assert layout.places["unquantized"].shape == (8 * num_tokens, 2048)
+    first, second, _ = gemm.steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(num_tokens))
+    assert {"gemm1_tile_counter", "block_arrivals"} <= {*first.operands}
+    assert "gemm2_tile_counter" in second.operands and "block_arrivals" not in second.operands
+    places = Pipeline(DEEPSEEK_V3, gemm).arena(num_tokens).places
+    assert places["block_arrivals"].shape[0] >= row_tiles * 16
+    assert places["unquantized"].shape == (8 * num_tokens, 2048)
 
 
 @pytest.mark.parametrize("num_tokens", [16, 80, 200, 901])
 def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
-    """Rows of a tile, and what a tile's 128 block signals: each consumer of `hopper_kernels` does for its half."""
+    """Rows of a tile, and what a tile's 128 block signals: each consumer of `sm90.many_rows` does for its half."""
     for changes in ({}, {"stride_hidden": 7168 + 8}, {"aligned": False}):
-        form = form_of(num_tokens, **changes)
-        first, second, _ = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, Launch(132, pdl=True), form)
+        key = key_of(num_tokens, **changes)
+        first, second, _ = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key)
         name, constants = first.kernel.function.__name__, first.constants.arguments
         rows = {FEW[0]: 32, HOPPER[0]: 128}.get(name) or constants["BLOCK_M"]
         blocks = DEEPSEEK_V3.intermediate_size // 128

@@ -146,7 +146,7 @@ def passed(problem: MoEProblem) -> set[str]:
 
 class _CutlassRunner(Runner):
     def __init__(self, moe: Callable[..., Any], problem: MoEProblem) -> None:
-        from ..kernels import external, interpreter, pipeline
+        from ..kernels import external, interpreter, launcher
 
         self._moe = moe
         self._problem = problem
@@ -154,7 +154,7 @@ class _CutlassRunner(Runner):
         if flashinfer_package.takes(moe, "profile_ids"):
             self._layer_arguments["profile_ids"] = [-1, -1]  # what its tuner answers without a surrounding autotune()
         self._external_inputs = external.external_inputs
-        self._launch_on = pipeline.launch_on
+        self._limits_of = launcher.limits_of
         if interpreter.interpreting():
             interpreter.repair()
 
@@ -172,7 +172,7 @@ class _CutlassRunner(Runner):
                     f"{name} doesn't start at a multiple of 16 bytes, as flashinfer_cutlass wants: call .clone()"
                 )
         with torch.cuda.device_of(output):  # Triton launches on the current device
-            external = self._external_inputs(inputs, self._problem, self._launch_on(output.device))
+            external = self._external_inputs(inputs, self._problem, self._limits_of(output.device))
             self._moe(
                 input=external.hidden_states,
                 token_selected_experts=external.experts,

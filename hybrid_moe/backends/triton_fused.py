@@ -75,7 +75,7 @@ def _text(capability: tuple[int, int] | None) -> str:
 def _gemm(name: str, device: DeviceKey) -> GroupedGemm:
     # Imported where used: `import hybrid_moe` imports no kernel library.
     if name == "triton":
-        from ..kernels.grouped_gemm.triton.gemm import TritonGroupedGemm
+        from ..kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 
         return TritonGroupedGemm(device.capability)
     if name == "sgl_kernel":
@@ -107,7 +107,7 @@ class _TritonRunner(Runner):
         self._pipeline.run(inputs, output, memory)
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        return self._pipeline.layout(num_tokens).bytes
+        return self._pipeline.arena(num_tokens).bytes
 
     def reserved_bytes(self, num_tokens: int) -> int:
         return self.workspace_bytes(num_tokens)

@@ -25,7 +25,7 @@ class Place(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Layout:
+class Arena:
     """Names of the intermediate tensors and their places, which are a function of the shapes alone.
 
     Attributes

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
-from .launch import let_next_kernel_start, wait_for_previous_kernel
+from ..problem import MoEProblem
+from .launcher import Constants, DeviceLimits, Kernel
+from .pdl import let_next_kernel_start, wait_for_previous_kernel
+from .plan import LaunchKey
+from .shapes import pow2
+from .steps import Step
+
+# Programs that a multiprocessor runs at once; more of them share a token's columns only up to this.
+PROGRAMS = 16
+# Of a token's column blocks that one program adds up at once: as many loads are in flight together.
+BLOCKS = 8
+# From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.
+BRANCH_TOKENS = 512
 
 
 @triton.jit(do_not_specialize=["first_block"])
 def combine_kernel(
     rows_ptr,  # [rows, COLUMNS] bfloat16: the second GEMM's result for each pair
-    counts_ptr,  # [E] int32
+    tokens_per_expert_ptr,  # [E] int32
     pair_ptr,  # [T, TOP_K] int32
     pair_weight_ptr,  # [T, TOP_K] float32
     output_ptr,  # [T, HIDDEN] bfloat16; COLUMNS columns from 128 * first_block on are written
@@ -38,7 +52,7 @@ def combine_kernel(
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, E_POW2)
-    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
     if BRANCH:
         # All choices before the first branch: behind it, each would be waited for.
@@ -66,3 +80,41 @@ def combine_kernel(
             value = tl.load(rows_ptr + row * COLUMNS + column, mask=wanted, other=0.0)
             total += value.to(tl.float32) * weight
     tl.store(output_ptr + token * HIDDEN + first_block * 128 + column, total.to(tl.bfloat16), mask=real)
+
+
+COMBINE = Kernel(combine_kernel)
+
+
+def combine(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, columns: int, first_column: int) -> Step:
+    """The weighted sum for the columns that ``rows`` holds, ``[max_rows, columns]`` bfloat16."""
+    tokens = key.num_tokens
+    # The largest power of two that divides the columns, up to what spreads few tokens over the device.
+    block_n = min(512 if tokens < limits.num_sms // 4 else 1024, columns & -columns)
+    blocks = columns // block_n
+    programs = max(1, min(blocks, limits.num_sms * PROGRAMS // tokens))
+    blocks_each = min(pow2(-(-blocks // programs)), BLOCKS)
+    grid = (tokens, -(-blocks // blocks_each))
+    branch = tokens >= BRANCH_TOKENS
+    constants = _combine_constants(problem, limits, columns, block_n, blocks_each, key.row_alignment, branch)
+    operands = ("rows", "tokens_per_expert", "pair", "pair_weight", "output", first_column // problem.block)
+    return Step(COMBINE, grid, operands, constants)
+
+
+@functools.lru_cache(maxsize=256)
+def _combine_constants(
+    problem: MoEProblem, limits: DeviceLimits, columns: int, block_n: int, blocks: int, align: int, branch: bool
+) -> Constants:
+    arguments = {
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "HIDDEN": problem.hidden_size,
+        "COLUMNS": columns,
+        "ALIGN": align,
+        "BRANCH": branch,
+        "BLOCKS": blocks,
+        "BLOCK_N": block_n,
+        "PDL": limits.pdl,
+    }
+    return Constants(arguments, {**limits.options, "num_warps": 4})

@@ -1,8 +1,8 @@
 """Launches of compiled kernels by addresses, straight through the function in C at the bottom of Triton's launcher.
 
 On the way there Triton makes a closure for each launch, asks every tensor for its address and the driver whether that
-is the device's, and encodes every tensor descriptor anew: about as much time again as the launch takes, for each. What
-is left out here hangs on the shapes alone, but for the hooks of profilers: where one is set, Triton's own launch is
+is the device's, and encodes every tensor descriptor again: about as much time again as the launch takes, for each. What
+is left out here depends on the shapes alone, but for the hooks of profilers: where one is set, Triton's own launch is
 wanted (`is_hooked`). Another release than those below gets that too, as nothing promises that the function stays.
 """
 
@@ -19,7 +19,7 @@ import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from .launch import Constants
+from .launcher import Constants
 from .steps import Tiles
 
 # (stream, values): launches with those of the values that are the kernel's arguments.

@@ -6,16 +6,18 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 from ..inputs import Inputs, RoutedInputs
 from ..problem import MoEProblem
-from .dequantize import dequantize_kernel
-from .launch import Constants, Kernel
-from .pipeline import Launch, pow2, selection_constants
-from .plan import addresses_of, all_aligned
-from .routing import renumber_kernel, select_kernel
-
-SELECT, RENUMBER, DEQUANTIZE = Kernel(select_kernel), Kernel(renumber_kernel), Kernel(dequantize_kernel)
+from .arena import Arena
+from .launcher import Constants, DeviceLimits, Kernel
+from .pdl import wait_for_previous_kernel
+from .plan import LaunchKey, Plan, addresses_of
+from .routing import renumber_kernel, select_kernel, selection_constants
+from .shapes import pow2
+from .steps import Step
 
 
 class External(NamedTuple):
@@ -38,36 +40,64 @@ class External(NamedTuple):
     weights: torch.Tensor
 
 
-def external_inputs(inputs: Inputs, problem: MoEProblem, launch: Launch) -> External:
+# Strides that follow T: one binary serves every T, so that none is compiled while serving.
+@triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t"])
+def dequantize_kernel(
+    hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
+    scale_ptr,  # [HIDDEN/128, T] float32
+    x_ptr,  # [T, HIDDEN] bfloat16, out
+    stride_scale_k,
+    stride_scale_t,
+    STRIDE_HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (T, HIDDEN / BLOCK_N).
+
+    Must follow a kernel that lets it start when all before that has finished and whose results it doesn't need. It
+    waits for that one at its own end, and lets nothing start before: what comes next finds the results of both.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * (BLOCK_N // 128) + tl.arange(0, BLOCK_N // 128)
+    column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column).to(tl.float32)
+    scale = tl.load(scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k)
+    tl.store(x_ptr + token * HIDDEN + column, (value * scale[:, None]).to(tl.bfloat16))
+    wait_for_previous_kernel(PDL)
+
+
+SELECT, RENUMBER, DEQUANTIZE = Kernel(select_kernel), Kernel(renumber_kernel), Kernel(dequantize_kernel)
+
+
+def external_inputs(inputs: Inputs, problem: MoEProblem, limits: DeviceLimits) -> External:
     """Launch the routing, or the renumbering of given experts, and the dequantisation, which run side by side."""
-    tokens, device = inputs.num_tokens, inputs.hidden_states.device
-    aligned = all_aligned(addresses_of(inputs))
-    external = External(
-        torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=device),
-        torch.empty((tokens, problem.top_k), dtype=torch.int32, device=device),
-        torch.empty((tokens, problem.top_k), dtype=torch.float32, device=device),
-    )
-    results, offset = (external.experts, external.weights), int(inputs.local_expert_offset)
-    if isinstance(inputs, RoutedInputs):
-        ids, weights = inputs.topk_ids, inputs.topk_weights
-        given = (ids, weights, *results, offset, ids.stride(0), weights.stride(0))
-        RENUMBER.launch((tokens,), given, _renumber_constants(problem, launch), device, aligned)
+    device = inputs.hidden_states.device
+    hidden = torch.empty((inputs.num_tokens, problem.hidden_size), dtype=torch.bfloat16, device=device)
+    addresses = addresses_of(inputs)
+    plan = _plan(problem, limits, LaunchKey.of(inputs, addresses, hidden, 1), device)
+    memory = torch.empty(plan.arena.bytes, dtype=torch.uint8, device=device)
+    plan.run(inputs, addresses, hidden, memory)
+    tensors = plan.arena.tensors(memory)
+    return External(hidden, tensors["experts"], tensors["weights"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, device: torch.device) -> Plan:
+    tokens, arena = key.num_tokens, Arena()
+    arena.reserve("experts", (tokens, problem.top_k), torch.int32)
+    arena.reserve("weights", (tokens, problem.top_k), torch.float32)
+    routing = (*key.kind._fields[:2], "experts", "weights", "local_expert_offset")
+    if key.kind is RoutedInputs:
+        operands = (*routing, key.stride_routing, key.stride_weights)
+        first = Step(RENUMBER, (tokens,), operands, _renumber_constants(problem, limits))
     else:
-        select = _select_constants(problem, launch, inputs.routing_logits.stride(0), inputs.routing_bias.dtype)
-        chosen = (inputs.routing_logits, inputs.routing_bias, *results, offset, float(inputs.routed_scaling_factor))
-        SELECT.launch((tokens,), chosen, select, device, aligned)
-    stride_scale_k, stride_scale_t = inputs.hidden_states_scale.stride()
-    widened = (
-        inputs.hidden_states,
-        inputs.hidden_states_scale,
-        external.hidden_states,
-        stride_scale_k,
-        stride_scale_t,
-    )
-    blocks = problem.hidden_size // _block_n(problem)
-    dequantize = _dequantize_constants(problem, launch, inputs.hidden_states.stride(0))
-    DEQUANTIZE.launch((tokens, blocks), widened, dequantize, device, aligned)
-    return external
+        constants = _select_constants(problem, limits, key.stride_routing, key.dtype_routing)
+        first = Step(SELECT, (tokens,), (*routing, "routed_scaling_factor"), constants)
+    widened = ("hidden_states", "hidden_states_scale", "output", key.stride_scale_k, key.stride_scale_t)
+    grid = (tokens, problem.hidden_size // _block_n(problem))
+    second = Step(DEQUANTIZE, grid, widened, _dequantize_constants(problem, limits, key.stride_hidden))
+    return Plan(key, arena, (first, second), device)
 
 
 def _block_n(problem: MoEProblem) -> int:
@@ -76,29 +106,31 @@ def _block_n(problem: MoEProblem) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _select_constants(problem: MoEProblem, launch: Launch, stride_logits: int, bias_dtype: torch.dtype) -> Constants:
-    # One for each dtype of the bias: see `pipeline`.
-    arguments = {"STRIDE_LOGITS": stride_logits, **selection_constants(problem), "PDL": launch.pdl}
-    return Constants(arguments, {**launch.options, "num_warps": 1})
+def _select_constants(
+    problem: MoEProblem, limits: DeviceLimits, stride_logits: int, bias_dtype: torch.dtype
+) -> Constants:
+    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
+    arguments = {"STRIDE_LOGITS": stride_logits, **selection_constants(problem), "PDL": limits.pdl}
+    return Constants(arguments, {**limits.options, "num_warps": 1})
 
 
 @functools.lru_cache(maxsize=256)
-def _renumber_constants(problem: MoEProblem, launch: Launch) -> Constants:
+def _renumber_constants(problem: MoEProblem, limits: DeviceLimits) -> Constants:
     arguments = {
         "NUM_EXPERTS": problem.num_experts,
         "TOP_K": problem.top_k,
         "TOP_K_POW2": pow2(problem.top_k),
-        "PDL": launch.pdl,
+        "PDL": limits.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": 1})
+    return Constants(arguments, {**limits.options, "num_warps": 1})
 
 
 @functools.lru_cache(maxsize=256)
-def _dequantize_constants(problem: MoEProblem, launch: Launch, stride_hidden: int) -> Constants:
+def _dequantize_constants(problem: MoEProblem, limits: DeviceLimits, stride_hidden: int) -> Constants:
     arguments = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,
         "BLOCK_N": _block_n(problem),
-        "PDL": launch.pdl,
+        "PDL": limits.pdl,
     }
-    return Constants(arguments, {**launch.options, "num_warps": 4})
+    return Constants(arguments, {**limits.options, "num_warps": 4})

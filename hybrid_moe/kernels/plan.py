@@ -1,10 +1,10 @@
-"""All that calls of one form have in common: made at the first of them, so that another one only fills addresses in."""
+"""All that calls with one `LaunchKey` share: made at the first of them, so that another one only fills addresses in."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from triton.runtime import driver
 
 from ..inputs import Inputs, MoEInputs, RoutedInputs
 from . import direct
-from .arena import Layout
-from .steps import AnyStep, Step, Tiles
+from .arena import Arena
+from .steps import AnyStep, LibraryStep, Tiles
 
 
 def addresses_of(inputs: Inputs) -> list[int]:
@@ -21,8 +21,8 @@ def addresses_of(inputs: Inputs) -> list[int]:
     return [tensor.data_ptr() for tensor in inputs[:-2]]
 
 
-class Form(NamedTuple):
-    """What the launches of a call hang on, beside its problem and its device.
+class LaunchKey(NamedTuple):
+    """What the launches of a call depend on, besides its problem and its device.
 
     Attributes
     ----------
@@ -40,7 +40,8 @@ class Form(NamedTuple):
     row_alignment
         Of the grouped GEMM: each expert's rows start at a multiple of it.
     aligned, output_aligned
-        Whether all tensors of the inputs, and the output, start at multiples of 16 bytes.
+        Whether all tensors of the inputs, and the output, start at multiples of 16 bytes. Decided here alone: the first
+        decides which kernels are launched, both together how.
     """
 
     kind: type[MoEInputs] | type[RoutedInputs]
@@ -56,7 +57,7 @@ class Form(NamedTuple):
     output_aligned: bool
 
     @classmethod
-    def of(cls, inputs: Inputs, addresses: Sequence[int], output: torch.Tensor, row_alignment: int) -> Form:
+    def of(cls, inputs: Inputs, addresses: Sequence[int], output: torch.Tensor, row_alignment: int) -> LaunchKey:
         """Of a call; ``addresses`` are those of the inputs' tensors."""
         # Every call pays for this; the constructor would take as long again.
         first, second, hidden = inputs[:3]
@@ -84,35 +85,34 @@ def all_aligned(addresses: Sequence[int]) -> bool:
     return functools.reduce(operator.or_, addresses) % 16 == 0
 
 
-def by_name(inputs: Inputs, output: torch.Tensor, layout: Layout, memory: torch.Tensor) -> dict[str, Any]:
+def by_name(inputs: Inputs, output: torch.Tensor, arena: Arena, memory: torch.Tensor) -> dict[str, Any]:
     """What the names in a call's steps stand for."""
     return {
         **inputs._asdict(),
         "local_expert_offset": int(inputs.local_expert_offset),
         "routed_scaling_factor": float(inputs.routed_scaling_factor),
         "output": output,
-        **layout.tensors(memory),
+        **arena.tensors(memory),
     }
 
 
 class Plan:
-    """The steps of a call and the layout of its intermediate tensors, for one form of call and one device.
+    """The steps of a call and the arena of its intermediate tensors, for one key and one device.
 
     Parameters
     ----------
-    form, layout, steps, device
+    key, arena, steps, device
         ``device`` with its index.
     """
 
-    __slots__ = ("layout", "steps", "device", "_names", "_by_address", "addressed")
+    __slots__ = ("arena", "steps", "device", "_names", "_aligned", "addressed")
 
-    def __init__(self, form: Form, layout: Layout, steps: Sequence[AnyStep], device: torch.device) -> None:
-        self.layout = layout
+    def __init__(self, key: LaunchKey, arena: Arena, steps: Sequence[AnyStep], device: torch.device) -> None:
+        self.arena = arena
         self.steps = tuple(steps)
         self.device = device
-        self._names = (*form.kind._fields, "output", *layout.places)
-        # What is compiled is compiled for tensors that start at multiples of 16 bytes.
-        self._by_address = device.type == "cuda" and form.aligned and form.output_aligned
+        self._names = (*key.kind._fields, "output", *arena.places)
+        self._aligned = key.aligned and key.output_aligned
         self.addressed = self._find_addressed()
 
     def run(self, inputs: Inputs, addresses: Sequence[int], output: torch.Tensor, memory: torch.Tensor) -> None:
@@ -121,46 +121,56 @@ class Plan:
         Parameters
         ----------
         inputs, output
-            Of the form.
+            Of the key.
         addresses
             Of the inputs' tensors.
         memory
-            `Layout.bytes` bytes and more, for the intermediate tensors.
+            `Arena.bytes` bytes and more, for the intermediate tensors.
         """
         addressed = self.addressed
         if addressed is not None and not direct.is_hooked():
-            addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr())
+            call = by_name(inputs, output, self.arena, memory) if addressed.libraries else None
+            addressed.run(inputs, addresses, output.data_ptr(), memory.data_ptr(), call)
             return
-        call = by_name(inputs, output, self.layout, memory)
+        call = by_name(inputs, output, self.arena, memory)
         for step in self.steps:
-            step.run(call, self.device)
+            step.run(call, self.device, self._aligned)
         if addressed is None:
             self.addressed = self._find_addressed()  # now that all kernels are compiled
 
     def _find_addressed(self) -> Addressed | None:
-        """The same launches by addresses; None where a library wants tensors or a kernel can't be launched so."""
-        if not self._by_address:
+        """The same launches by addresses; None where a kernel isn't compiled yet or can't be launched so."""
+        if self.device.type != "cuda" or not self._aligned:
             return None
-        addressed = Addressed(self._names, [place.offset for place in self.layout.places.values()], self.device)
-        for step in self.steps:
-            if not isinstance(step, Step) or not addressed.add(step):
-                return None
-        return addressed
+        addressed = Addressed(self._names, [place.offset for place in self.arena.places.values()], self.device)
+        return addressed if all(map(addressed.add, self.steps)) else None
 
 
 class Addressed:
-    """The launches of a plan by addresses, which come from a list of values: what the call's names stand for first."""
+    """The launches of a plan by addresses, which come from a list of values: what the call's names stand for first.
+
+    Attributes
+    ----------
+    launchers : list
+        Of this package's kernels.
+    libraries : list
+        Libraries' steps, each with the number of launchers before it.
+    """
 
     def __init__(self, names: Sequence[str], offsets: Sequence[int], device: torch.device) -> None:
         self._device = device
         self._at = {name: at for at, name in enumerate(names)}
         self._offsets = list(offsets)
-        self._numbers: list[Any] = []  # behind what is named; None where an encoded descriptor will be
+        self._numbers: list[Any] = []  # after what is named; None where an encoded descriptor will be
         self._encoded: list[tuple[int, Callable[[int], Any], int]] = []  # its place, the function, the address's place
         self.launchers: list[direct.Launcher] = []
+        self.libraries: list[tuple[int, LibraryStep]] = []
 
-    def add(self, step: Step) -> bool:
-        """Add a launch, in their order; whether it can be made so."""
+    def add(self, step: AnyStep) -> bool:
+        """Add a step, in their order; whether it can be made so."""
+        if isinstance(step, LibraryStep):
+            self.libraries.append((len(self.launchers), step))
+            return True
         compiled = step.kernel.compiled(step.constants, self._device)
         if compiled is None:
             return False
@@ -204,9 +214,18 @@ class Addressed:
             values[at] = encode(values[of])
         return values
 
-    def run(self, inputs: Inputs, addresses: Sequence[int], output: int, memory: int) -> None:
-        """Launch all; every line of this is added to every call."""
+    def run(
+        self, inputs: Inputs, addresses: Sequence[int], output: int, memory: int, call: Mapping[str, Any] | None = None
+    ) -> None:
+        """Launch all; every line of this is added to every call. ``call``: the tensors by name, for libraries."""
         values = self.values(inputs, addresses, output, memory)
         stream = driver.active.get_current_stream(self._device.index)
-        for launch in self.launchers:
+        first = 0
+        if call is not None:
+            for end, step in self.libraries:
+                for launch in self.launchers[first:end]:
+                    launch(stream, values)
+                step.function(call)
+                first = end
+        for launch in self.launchers[first:] if first else self.launchers:
             launch(stream, values)

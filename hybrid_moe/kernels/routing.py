@@ -14,10 +14,21 @@ of their scores.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
+import torch
 import triton
 import triton.language as tl
 
-from .launch import let_next_kernel_start, wait_for_previous_kernel
+from ..inputs import RoutedInputs
+from ..problem import MoEProblem
+from .arena import Arena
+from .launcher import Constants, DeviceLimits, Kernel
+from .pdl import let_next_kernel_start, wait_for_previous_kernel
+from .plan import LaunchKey
+from .shapes import pow2
+from .steps import AnyStep, Operand, Step
 
 
 @triton.jit
@@ -142,7 +153,7 @@ def place_pairs(
     expert,
     weight,
     token,
-    counts_ptr,
+    tokens_per_expert_ptr,
     slot_token_ptr,
     pair_ptr,
     pair_weight_ptr,
@@ -162,9 +173,9 @@ def place_pairs(
     is_local = chosen & (local >= 0) & (local < E)
     wait_for_previous_kernel(PDL)
     if ALONE:
-        clear(counts_ptr, num_counters, 128)
+        clear(tokens_per_expert_ptr, num_counters, 128)
         tl.debug_barrier()
-    slot = tl.atomic_add(counts_ptr + local, 1, mask=is_local)
+    slot = tl.atomic_add(tokens_per_expert_ptr + local, 1, mask=is_local)
     pair_at = token * TOP_K + choice
     tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
     tl.store(pair_weight_ptr + pair_at, weight, mask=chosen)
@@ -176,7 +187,7 @@ def place_pairs(
 def route_kernel(
     logits_ptr,  # [T, NUM_EXPERTS] float32, rows STRIDE_LOGITS apart
     bias_ptr,  # [NUM_EXPERTS] bfloat16 or float32
-    counts_ptr,  # [E] int32, out; zeros on entry, unless ALONE
+    tokens_per_expert_ptr,  # [E] int32, out; zeros on entry, unless ALONE
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
     pair_weight_ptr,  # [T, TOP_K] float32, out
@@ -225,7 +236,7 @@ def route_kernel(
         topk_expert,
         weight,
         token,
-        counts_ptr,
+        tokens_per_expert_ptr,
         slot_token_ptr,
         pair_ptr,
         pair_weight_ptr,
@@ -244,7 +255,7 @@ def route_kernel(
 def scatter_kernel(
     ids_ptr,  # [T, TOP_K] int32 global experts, rows stride_ids apart; what is no expert's number is none
     weights_ptr,  # [T, TOP_K] float32, rows stride_weights apart
-    counts_ptr,  # these four as `route_kernel` has them
+    tokens_per_expert_ptr,  # these four as `route_kernel` has them
     slot_token_ptr,
     pair_ptr,
     pair_weight_ptr,
@@ -272,7 +283,7 @@ def scatter_kernel(
         # The combine loads the weights beside other ranks' experts too, which may be no numbers.
         tl.where((local >= 0) & (local < E), weight, 0.0),
         token,
-        counts_ptr,
+        tokens_per_expert_ptr,
         slot_token_ptr,
         pair_ptr,
         pair_weight_ptr,
@@ -368,3 +379,96 @@ def renumber_kernel(
         ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
     )
     store_experts(expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, NUM_EXPERTS, TOP_K)
+
+
+CLEAR, ROUTE, SCATTER = Kernel(clear_kernel), Kernel(route_kernel), Kernel(scatter_kernel)
+
+
+def reserve_routing(
+    arena: Arena, problem: MoEProblem, num_tokens: int, counters: Mapping[str, int] | None = None
+) -> None:
+    """Add the result of `route`: for each local expert its tokens, for each token its pairs.
+
+    ``counters`` are int32 in one piece, which is cleared: ``tokens_per_expert`` ``[E]``, ``finished`` ``[E + 1]``, and
+    by name what the grouped GEMM counts with; each starts at a multiple of 16 bytes. ``slot_token`` is ``[E, T]``,
+    ``pair`` and ``pair_weight`` are ``[T, top_k]``.
+    """
+    e = problem.num_local_experts
+    lengths = {"tokens_per_expert": e, "finished": e + 1, **(counters or {})}
+    start, length = arena.bytes, 0
+    for name, numbers in lengths.items():
+        arena.overlay(name, start + 4 * length, (numbers,), torch.int32)
+        length += (numbers + 3) // 4 * 4
+    arena.reserve("counters", (length,), torch.int32)
+    arena.reserve("slot_token", (e, num_tokens), torch.int32)
+    arena.reserve("pair", (num_tokens, problem.top_k), torch.int32)
+    arena.reserve("pair_weight", (num_tokens, problem.top_k), torch.float32)
+
+
+def route(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, arena: Arena) -> list[AnyStep]:
+    """The routing, and before it the clearing of the counters; one kernel for one token.
+
+    Where the experts are chosen already, it only sorts.
+    """
+    counters = arena.places["counters"].shape[0]
+    alone = key.num_tokens == 1
+    results = ("tokens_per_expert", "slot_token", "pair", "pair_weight")
+    numbers: tuple[Operand, ...] = (key.num_tokens, counters, "local_expert_offset")
+    if key.kind is RoutedInputs:
+        kernel, constants = SCATTER, _scatter_constants(problem, limits, alone)
+        numbers += (key.stride_routing, key.stride_weights)
+    else:
+        kernel, constants = ROUTE, _route_constants(problem, limits, key.stride_routing, key.dtype_routing, alone)
+        numbers += ("routed_scaling_factor",)
+    operands = (*key.kind._fields[:2], *results, *numbers)
+    clear = Step(CLEAR, (1,), ("counters", counters), _clear_constants(limits))
+    step = Step(kernel, (key.num_tokens,), operands, constants)
+    return [step] if alone else [clear, step]
+
+
+@functools.lru_cache(maxsize=256)
+def _clear_constants(limits: DeviceLimits) -> Constants:
+    return Constants({"BLOCK": 1024, "PDL": limits.pdl}, {**limits.options, "num_warps": 4})
+
+
+@functools.lru_cache(maxsize=256)
+def _scatter_constants(problem: MoEProblem, limits: DeviceLimits, alone: bool) -> Constants:
+    arguments = {
+        "NUM_EXPERTS": problem.num_experts,
+        "E": problem.num_local_experts,
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "ALONE": alone,
+        "PDL": limits.pdl,
+    }
+    return Constants(arguments, {**limits.options, "num_warps": 1})
+
+
+@functools.lru_cache(maxsize=256)
+def _route_constants(
+    problem: MoEProblem, limits: DeviceLimits, stride_logits: int, bias_dtype: torch.dtype, alone: bool
+) -> Constants:
+    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
+    arguments = {
+        "STRIDE_LOGITS": stride_logits,
+        "E": problem.num_local_experts,
+        **selection_constants(problem),
+        "ALONE": alone,
+        "PDL": limits.pdl,
+    }
+    return Constants(arguments, {**limits.options, "num_warps": 1})
+
+
+def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
+    """How experts are selected: the last compile-time arguments of `routing.select_experts`, in its order."""
+    return {
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "N_GROUP": problem.n_group,
+        "N_GROUP_POW2": pow2(problem.n_group),
+        "TOPK_GROUP": problem.topk_group,
+        "GROUP_SIZE": problem.group_size,
+        "GROUP_SIZE_POW2": pow2(problem.group_size),
+        "SOFTMAX": problem.softmax,
+        "RENORMALIZE": problem.renormalize,
+    }

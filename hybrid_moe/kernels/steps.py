@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Constants, Kernel
+from .launcher import Constants, Kernel
 
 
 class Tiles(NamedTuple):
@@ -61,18 +61,15 @@ class Step:
         See `Kernel.launch`.
     operands
         What the kernel's arguments are before its constants.
-    aligned
-        Whether all tensors among them start at multiples of 16 bytes.
     """
 
     kernel: Kernel
     grid: tuple[int, ...]
     operands: tuple[Operand, ...]
     constants: Constants
-    aligned: bool
 
-    def run(self, call: Mapping[str, Any], device: torch.device) -> None:
-        """Launch with the tensors and numbers of a call, by name."""
+    def run(self, call: Mapping[str, Any], device: torch.device, aligned: bool = False) -> None:
+        """Launch with the tensors and numbers of a call, by name; ``aligned`` as `Kernel.launch` has it."""
         arguments = tuple(
             call[operand]
             if isinstance(operand, str)
@@ -81,7 +78,7 @@ class Step:
             else operand
             for operand in self.operands
         )
-        self.kernel.launch(self.grid, arguments, self.constants, device, self.aligned)
+        self.kernel.launch(self.grid, arguments, self.constants, device, aligned)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +87,7 @@ class LibraryStep:
 
     function: Callable[[Mapping[str, Any]], None]
 
-    def run(self, call: Mapping[str, Any], device: torch.device) -> None:
+    def run(self, call: Mapping[str, Any], device: torch.device, aligned: bool = False) -> None:
         """Call it with the tensors of a call, by name."""
         self.function(call)
 

@@ -7,23 +7,23 @@ import functools
 import torch
 
 from ..inputs import FP8, Inputs, check_unquantized
-from ..kernels.arena import Layout
+from ..kernels.arena import Arena
 from ..problem import MoEProblem
 from ..reference import quantize_rows
 
 
 @functools.lru_cache(maxsize=1024)
-def layout_of(num_tokens: int, hidden_size: int) -> Layout:
+def arena_of(num_tokens: int, hidden_size: int) -> Arena:
     """Where ``values`` and ``scale`` of quantised hidden states lie."""
-    layout = Layout()
-    layout.reserve("values", (num_tokens, hidden_size), FP8)
-    layout.reserve("scale", (hidden_size // 128, num_tokens), torch.float32)
-    return layout
+    arena = Arena()
+    arena.reserve("values", (num_tokens, hidden_size), FP8)
+    arena.reserve("scale", (hidden_size // 128, num_tokens), torch.float32)
+    return arena
 
 
 def bytes_of(problem: MoEProblem, num_tokens: int) -> int:
     """What `quantize` takes at the end of the memory that it is given."""
-    return layout_of(num_tokens, problem.hidden_size).bytes
+    return arena_of(num_tokens, problem.hidden_size).bytes
 
 
 def quantize(inputs: Inputs, memory: torch.Tensor | None = None) -> Inputs:
@@ -49,8 +49,8 @@ def quantize(inputs: Inputs, memory: torch.Tensor | None = None) -> Inputs:
 
         result = None
         if memory is not None:
-            layout = layout_of(*hidden.shape)
-            result = layout.tensors(memory[memory.numel() - layout.bytes :])
+            arena = arena_of(*hidden.shape)
+            result = arena.tensors(memory[memory.numel() - arena.bytes :])
         values, scale = quantize_on_gpu(hidden, result)
     else:
         values, scale = quantize_rows(hidden)

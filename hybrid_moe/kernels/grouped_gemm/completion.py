@@ -32,10 +32,10 @@ class Signals(NamedTuple):
 
 
 @triton.jit
-def draw_ticket(ticket_ptr):
-    """How many have drawn before; what all their threads stored before they did can be loaded then."""
+def count_arrival(arrivals_ptr):
+    """How many programs arrived before this one; what their threads stored before that can be loaded from now on."""
     tl.debug_barrier()
-    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

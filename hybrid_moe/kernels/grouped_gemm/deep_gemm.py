@@ -9,12 +9,17 @@ import triton
 
 from ...device import DeviceKey
 from ...problem import MoEProblem
-from ..arena import Layout
-from ..pipeline import GroupedGemm, Launch, combine, row_capacity
-from ..plan import Form
+from ..arena import Arena
+from ..combine import combine
+from ..launcher import DeviceLimits
+from ..plan import LaunchKey
+from ..shapes import max_local_rows
 from ..steps import AnyStep, LibraryStep
 from . import libraries
+from .base import GroupedGemm
+from .gather import gather
 from .library_rows import Rows
+from .swiglu import swiglu
 
 # Rows of the library's tile on Hopper, unless a process sets another: no tile holds two experts.
 ALIGN = 128
@@ -48,16 +53,16 @@ class DeepGemmGroupedGemm(GroupedGemm):
         """As the library says at each call: others in this process may have set it, and its tiles follow it."""
         return int(libraries.deep_gemm().get_mk_alignment_for_contiguous_layout())
 
-    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+    def reserve(self, arena: Arena, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The rows of both GEMMs in full width for the worst routing, and the experts' bounds."""
-        _rows(problem, num_tokens, row_alignment).reserve(layout)
+        _rows(problem, num_tokens, row_alignment).reserve(arena)
 
-    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+    def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
         """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine."""
         grouped_mm = getattr(libraries.deep_gemm(), libraries.DEEP_GEMM_FUNCTION)
-        rows = _rows(problem, form.num_tokens, form.row_alignment)
+        rows = _rows(problem, key.num_tokens, key.row_alignment)
         # The library chooses its tiles by it.
-        expected = triton.cdiv(form.num_tokens * problem.top_k, problem.num_experts)
+        expected = triton.cdiv(key.num_tokens * problem.top_k, problem.num_experts)
 
         def gemm(call: Mapping[str, Any], values: str, weights: str, output: str) -> None:
             grouped_mm(
@@ -70,21 +75,21 @@ class DeepGemmGroupedGemm(GroupedGemm):
             )
 
         return [
-            rows.gather(launch, form),
+            gather(rows, limits, key),
             LibraryStep(lambda call: gemm(call, "gathered", "gemm1_weights", "gemm1")),
-            rows.swiglu(launch),
+            swiglu(rows, limits),
             LibraryStep(lambda call: gemm(call, "activated", "gemm2_weights", "rows")),
-            combine(problem, launch, form, problem.hidden_size, 0),
+            combine(problem, limits, key, problem.hidden_size, 0),
         ]
 
 
 def _rows(problem: MoEProblem, num_tokens: int, align: int) -> Rows:
-    capacity = padded_capacity(problem, num_tokens, align)
-    return Rows(problem, capacity, align=align, row_major_scales=False, tables=False)
+    max_rows = padded_max_rows(problem, num_tokens, align)
+    return Rows(problem, max_rows, align=align, row_major_scales=False, tables=False)
 
 
-def padded_capacity(problem: MoEProblem, num_tokens: int, align: int) -> int:
+def padded_max_rows(problem: MoEProblem, num_tokens: int, align: int) -> int:
     """Most rows that any routing can give, each expert's rounded up to a multiple of ``align``."""
-    rows = row_capacity(problem, num_tokens)
+    rows = max_local_rows(problem, num_tokens)
     active = min(problem.num_local_experts, rows)
     return (active + (rows - active) // align) * align

@@ -9,12 +9,17 @@ import torch
 
 from ...device import DeviceKey
 from ...problem import MoEProblem
-from ..arena import Layout
-from ..pipeline import GroupedGemm, Launch, combine, row_capacity
-from ..plan import Form
+from ..arena import Arena
+from ..combine import combine
+from ..launcher import DeviceLimits
+from ..plan import LaunchKey
+from ..shapes import max_local_rows
 from ..steps import AnyStep, LibraryStep
 from . import libraries
+from .base import GroupedGemm
+from .gather import gather
 from .library_rows import Rows
+from .swiglu import swiglu
 
 # What SGLang reserves for CUTLASS.
 WORKSPACE_BYTES = 90_000
@@ -49,18 +54,18 @@ class SglGroupedGemm(GroupedGemm):
             reasons.append(f"num_local_experts is {problem.num_local_experts}; at most {MAX_EXPERTS} is wanted")
         return reasons
 
-    def reserve(self, layout: Layout, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+    def reserve(self, arena: Arena, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The rows of both GEMMs in full width for the worst routing, and the experts' tables."""
-        _rows(problem, num_tokens).reserve(layout)
-        layout.reserve("pointers", (5, problem.num_local_experts), torch.int64)
-        layout.reserve("layouts", (2, problem.num_local_experts, LAYOUT_INTS), torch.int32)
-        layout.reserve("workspace", (WORKSPACE_BYTES,), torch.uint8)
+        _rows(problem, num_tokens).reserve(arena)
+        arena.reserve("pointers", (5, problem.num_local_experts), torch.int64)
+        arena.reserve("layouts", (2, problem.num_local_experts, LAYOUT_INTS), torch.int32)
+        arena.reserve("workspace", (WORKSPACE_BYTES,), torch.uint8)
 
-    def steps(self, problem: MoEProblem, launch: Launch, form: Form) -> list[AnyStep]:
+    def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
         """Gather, GEMM1, SwiGLU with quantisation, GEMM2, combine."""
         grouped_mm = libraries.sgl_grouped_mm()
-        rows = _rows(problem, form.num_tokens)
-        shown = _shown_rows(problem, form.num_tokens, rows.capacity)
+        rows = _rows(problem, key.num_tokens)
+        shown = _shown_rows(problem, key.num_tokens, rows.max_rows)
 
         def gemm1(call: Mapping[str, Any]) -> None:
             h, _, two_i = call["strides"].unbind()
@@ -71,16 +76,16 @@ class SglGroupedGemm(GroupedGemm):
             _run(grouped_mm, call, "rows", ("activated", "activated_scale"), shown, (i, i, h), 1)
 
         return [
-            rows.gather(launch, form),
+            gather(rows, limits, key),
             LibraryStep(gemm1),
-            rows.swiglu(launch),
+            swiglu(rows, limits),
             LibraryStep(gemm2),
-            combine(problem, launch, form, problem.hidden_size, 0),
+            combine(problem, limits, key, problem.hidden_size, 0),
         ]
 
 
 def _rows(problem: MoEProblem, num_tokens: int) -> Rows:
-    return Rows(problem, row_capacity(problem, num_tokens), align=1, row_major_scales=True, tables=True)
+    return Rows(problem, max_local_rows(problem, num_tokens), align=1, row_major_scales=True, tables=True)
 
 
 def _run(
@@ -109,7 +114,7 @@ def _run(
     )
 
 
-def _shown_rows(problem: MoEProblem, num_tokens: int, capacity: int) -> int:
+def _shown_rows(problem: MoEProblem, num_tokens: int, max_rows: int) -> int:
     """How many rows `a` shows to the library, which chooses its tiles by it."""
     few = num_tokens * problem.top_k / problem.num_experts <= FEW_ROWS_PER_EXPERT
-    return min(capacity, FEW_ROWS) if few else capacity
+    return min(max_rows, FEW_ROWS) if few else max_rows

@@ -11,7 +11,7 @@ from .sm90 import few_rows, many_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Tier:
+class MBucket:
     """Rows of a tile, with the load pipeline that suits them.
 
     Parameters
@@ -39,13 +39,13 @@ class Tile:
         Columns of the result that one step computes. GEMM1 computes ``block_n`` gate and as many up columns.
     num_warps
         Warps of a program.
-    tiers
-        By rows. An expert's rows are cut by the last; what is left of them for a tile takes the first tier that holds
-        it. They are known on the device alone. All tiers share one kernel, whose registers and shared memory are the
+    m_buckets
+        By rows. An expert's rows are cut by the last; what is left of them for a tile takes the first bucket that holds
+        it. They are known on the device alone. All buckets share one kernel, whose registers and shared memory are the
         most that any of them needs.
-    programs_per_multiprocessor
+    programs_per_sm
         Grid bound: programs share the tiles, so more of them than are resident only add start-up work.
-    joined
+    fused
         One product computes both halves of a tile's columns (GEMM1: gate and up), instead of two that wait for one
         another and need fewer registers at a time.
     max_registers
@@ -54,27 +54,27 @@ class Tile:
 
     block_n: int
     num_warps: int
-    tiers: tuple[Tier, ...]
-    programs_per_multiprocessor: int = 7
-    joined: bool = False
+    m_buckets: tuple[MBucket, ...]
+    programs_per_sm: int = 7
+    fused: bool = False
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        rows = [tier.block_m for tier in self.tiers]
+        rows = [bucket.block_m for bucket in self.m_buckets]
         if not rows or rows != sorted(set(rows)):
-            raise ValueError(f"tiers have {rows} rows; one or more are wanted, each with more than the one before")
+            raise ValueError(f"m_buckets: expected one or more, each with more rows than the one before, got {rows}")
 
     @property
     def block_m(self) -> int:
         """Rows of a full tile."""
-        return self.tiers[-1].block_m
+        return self.m_buckets[-1].block_m
 
 
 class Specialized(enum.Enum):
     """Kernels of one architecture alone, by the rows that they are for."""
 
-    FEW = enum.auto()  # `hopper_few_kernels`
-    MANY = enum.auto()  # `hopper_kernels`
+    FEW = enum.auto()  # `sm90.few_rows`
+    MANY = enum.auto()  # `sm90.many_rows`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class TilePlan:
     Parameters
     ----------
     gemm1, gemm2
-        Of the kernels in `triton_kernels`.
+        Of the plain Triton kernels.
     specialized
         What GEMM1 and GEMM2 are instead, if anything. The tiles are then for what those kernels can't read, as inputs
         that don't start at multiples of 16 bytes.
@@ -95,9 +95,11 @@ class TilePlan:
     specialized: tuple[Specialized | None, Specialized | None] = (None, None)
 
 
-_FEW = TilePlan(Tile(64, 4, (Tier(16, 4),)), Tile(128, 4, (Tier(16, 3, 2),), joined=True))
-_MANY = (Tile(128, 4, (Tier(64, 3),), 4), Tile(256, 8, (Tier(128, 3),), 4))
-_GEMM2 = Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True)
+_16_X4_PAIRS, _16_X3_PAIRS = MBucket(16, num_stages=4, k_unroll=2), MBucket(16, num_stages=3, k_unroll=2)
+_16_X4, _64_X3, _64_X4 = MBucket(16, num_stages=4), MBucket(64, num_stages=3), MBucket(64, num_stages=4)
+_128_X3, _128_X4 = MBucket(128, num_stages=3), MBucket(128, num_stages=4)
+
+_FUSED_GEMM2 = Tile(block_n=128, num_warps=4, m_buckets=(_16_X3_PAIRS, _64_X4), fused=True)
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
@@ -105,29 +107,58 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
     (
         0.5,
         TilePlan(
-            Tile(32, 4, (Tier(16, 4, 2),), joined=True),
-            Tile(64, 4, (Tier(16, 3, 2),), joined=True),
-            (Specialized.FEW, Specialized.FEW),
+            gemm1=Tile(block_n=32, num_warps=4, m_buckets=(_16_X4_PAIRS,), fused=True),
+            gemm2=Tile(block_n=64, num_warps=4, m_buckets=(_16_X3_PAIRS,), fused=True),
+            specialized=(Specialized.FEW, Specialized.FEW),
         ),
     ),
     (
         2.5,
-        TilePlan(Tile(32, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2, (Specialized.FEW, Specialized.FEW)),
+        TilePlan(
+            gemm1=Tile(block_n=32, num_warps=4, m_buckets=(_16_X4_PAIRS, _64_X4), fused=True),
+            gemm2=_FUSED_GEMM2,
+            specialized=(Specialized.FEW, Specialized.FEW),
+        ),
     ),
-    (8.0, TilePlan(Tile(64, 4, (Tier(16, 4, 2), Tier(64, 4)), joined=True), _GEMM2)),
-    (float("inf"), TilePlan(*_MANY, specialized=(Specialized.MANY, Specialized.MANY))),
+    (
+        8.0,
+        TilePlan(
+            gemm1=Tile(block_n=64, num_warps=4, m_buckets=(_16_X4_PAIRS, _64_X4), fused=True),
+            gemm2=_FUSED_GEMM2,
+        ),
+    ),
+    (
+        float("inf"),
+        TilePlan(
+            gemm1=Tile(block_n=128, num_warps=4, m_buckets=(_64_X3,), programs_per_sm=4),
+            gemm2=Tile(block_n=256, num_warps=8, m_buckets=(_128_X3,), programs_per_sm=4),
+            specialized=(Specialized.MANY, Specialized.MANY),
+        ),
+    ),
 )
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
-    (0.5, _FEW),
+    (
+        0.5,
+        TilePlan(
+            gemm1=Tile(block_n=64, num_warps=4, m_buckets=(_16_X4,)),
+            gemm2=Tile(block_n=128, num_warps=4, m_buckets=(_16_X3_PAIRS,), fused=True),
+        ),
+    ),
     (
         80.0,
         TilePlan(
-            Tile(64, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True),
-            Tile(128, 4, (Tier(16, 3, 2), Tier(64, 4)), joined=True),
+            gemm1=Tile(block_n=64, num_warps=4, m_buckets=(_16_X3_PAIRS, _64_X4), fused=True),
+            gemm2=_FUSED_GEMM2,
         ),
     ),
-    (float("inf"), TilePlan(Tile(64, 8, (Tier(128, 4),), 2), Tile(128, 8, (Tier(128, 4),), 2, joined=True))),
+    (
+        float("inf"),
+        TilePlan(
+            gemm1=Tile(block_n=64, num_warps=8, m_buckets=(_128_X4,), programs_per_sm=2),
+            gemm2=Tile(block_n=128, num_warps=8, m_buckets=(_128_X4,), programs_per_sm=2, fused=True),
+        ),
+    ),
 )
 
 
@@ -155,5 +186,5 @@ def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
     def unroll(wanted: int) -> int:
         return next(u for u in range(wanted, 0, -1) if inner // block % u == 0)
 
-    tiers = tuple(replace(tier, k_unroll=unroll(tier.k_unroll)) for tier in tile.tiers)
-    return replace(tile, block_n=tile.block_n if columns % tile.block_n == 0 else block, tiers=tiers)
+    m_buckets = tuple(replace(bucket, k_unroll=unroll(bucket.k_unroll)) for bucket in tile.m_buckets)
+    return replace(tile, block_n=tile.block_n if columns % tile.block_n == 0 else block, m_buckets=m_buckets)

@@ -1,20 +1,17 @@
-"""What the warp-specialised kernels share: the tile scheduler, the pipeline's stages, and what they are compiled for.
-
-Without ``from __future__ import annotations``: Triton compares the fields of an aggregate with their annotations.
-"""
+"""What the warp-specialised kernels share: the tile scheduler, pipeline stages, and what they are compiled for."""
 
 import functools
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate
 
 from ....problem import MoEProblem
-from ...launch import Constants
-from ...pipeline import Launch, pow2
+from ...aggregate import aggregate
+from ...launcher import Constants, DeviceLimits
+from ...shapes import pow2
 from ...steps import Tiles
 from ..completion import Signals
 
@@ -26,19 +23,6 @@ COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 byt
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.constexpr_function
-def _set_fields(self, **fields):
-    for name, value in fields.items():
-        setattr(self, name, value if isinstance(value, gl.base_value) else gl.constexpr(value))
-
-
-@dataclass_transform(kw_only_default=True)
-def aggregate(cls):
-    """Triton's aggregate, constructed by keyword: Triton 3.6 wants an ``__init__``, 3.9 makes one."""
-    cls.__init__ = _set_fields
-    return _aggregate(cls)
 
 
 @aggregate
@@ -251,21 +235,21 @@ class SwizzledTiles(Tiles):
 
 
 @functools.lru_cache(maxsize=256)
-def gemm1_constants(problem: MoEProblem, launch: Launch, resources: Resources, stride_hidden: int) -> Constants:
+def gemm1_constants(problem: MoEProblem, limits: DeviceLimits, resources: Resources, stride_hidden: int) -> Constants:
     """What the first GEMM's kernels are compiled for."""
     arguments = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "GATE_FIRST": problem.gate_first,
-        **_shared_arguments(problem, launch, resources),
+        **_shared_arguments(problem, limits, resources),
     }
-    return Constants(arguments, {**launch.options, **resources.options})
+    return Constants(arguments, {**limits.options, **resources.options})
 
 
 @functools.lru_cache(maxsize=256)
 def gemm2_constants(
-    problem: MoEProblem, launch: Launch, resources: Resources, columns: int, first: Signals
+    problem: MoEProblem, limits: DeviceLimits, resources: Resources, columns: int, first: Signals
 ) -> Constants:
     """The same for the second GEMM; ``first`` are the signals of the step that computed the activation."""
     arguments = {
@@ -274,12 +258,12 @@ def gemm2_constants(
         "COLUMNS": columns,
         "FIRST_M": first.block_m,
         "SIGNALS": first.per_row_tile,
-        **_shared_arguments(problem, launch, resources),
+        **_shared_arguments(problem, limits, resources),
     }
-    return Constants(arguments, {**launch.options, **resources.options})
+    return Constants(arguments, {**limits.options, **resources.options})
 
 
-def _shared_arguments(problem: MoEProblem, launch: Launch, resources: Resources) -> dict[str, int | bool]:
+def _shared_arguments(problem: MoEProblem, limits: DeviceLimits, resources: Resources) -> dict[str, int | bool]:
     return {
         "E": problem.num_local_experts,
         # A lane of a warp without a value would cost it registers.
@@ -287,5 +271,5 @@ def _shared_arguments(problem: MoEProblem, launch: Launch, resources: Resources)
         "STAGES": resources.stages,
         "CONSUMER_REGISTERS": resources.consumer_registers,
         "PRODUCER_REGISTERS": resources.producer_registers,
-        "PDL": launch.pdl,
+        "PDL": limits.pdl,
     }

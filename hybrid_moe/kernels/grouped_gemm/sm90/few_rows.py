@@ -46,12 +46,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ....problem import MoEProblem
-from ...launch import Kernel, let_next_kernel_start, wait_for_previous_kernel
-from ...pipeline import Launch, max_row_tiles, row_capacity
-from ...plan import Form
+from ...aggregate import aggregate
+from ...launcher import DeviceLimits, Kernel
+from ...pdl import let_next_kernel_start, wait_for_previous_kernel
+from ...plan import LaunchKey
 from ...quantize import quantize_block, swiglu_of
+from ...shapes import max_local_rows, max_row_tiles
 from ...steps import Step
-from ..completion import Signals, all_finished, await_expert, draw_ticket, signal
+from ..completion import Signals, all_finished, await_expert, count_arrival, signal
 from .common import (
     COPY,
     LINE,
@@ -59,7 +61,6 @@ from .common import (
     Resources,
     SwizzledTiles,
     TileScheduler,
-    aggregate,
     channel_slots,
     gemm1_constants,
     gemm2_constants,
@@ -339,7 +340,7 @@ def store_activation(p, sums, tile, first_row, row_tile, rows, ROWS: gl.constexp
     at = row_at[None, :] + (tile.n * (BLOCK_N // 2) + column)[:, None]
     gl.store(at, value, mask=(slot < rows)[None, :] & (column >= 0)[:, None])
     block = tile.n // 4
-    if draw_ticket(p.block_arrivals_ptr + row_tile * (p.INTERMEDIATE // 128) + block) == 3:
+    if count_arrival(p.block_arrivals_ptr + row_tile * (p.INTERMEDIATE // 128) + block) == 3:
         whole_column = gl.arange(0, 128, layout=gl.SliceLayout(0, WHOLE))
         whole_slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WHOLE))
         real = whole_slot < rows
@@ -445,7 +446,7 @@ def make_accumulator():
     return Accumulator(sums=sums, acc_full=acc_full, acc_empty=acc_empty)
 
 
-@gluon.jit(do_not_specialize=["drawn", "tickets", "stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
 def hopper_few_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -457,9 +458,8 @@ def hopper_few_gemm1_kernel(
     out_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32, out
     unquantized_ptr,  # [max_rows, INTERMEDIATE] float32, scratch
     finished_ptr,  # [E + 1] int32, zeros on entry: a signal for each row tile's 128 block of the activation
-    tickets_ptr,  # int32, zeros on entry: number ``drawn``, and from ``tickets`` on [row tiles, INTERMEDIATE/128]
-    drawn,
-    tickets,
+    block_arrivals_ptr,  # [row tiles, INTERMEDIATE/128] int32, zeros on entry
+    tile_counter_ptr,  # int32, zero on entry
     stride_scale_k,
     stride_scale_t,
     num_tokens,
@@ -480,7 +480,7 @@ def hopper_few_gemm1_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tickets_ptr + drawn, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2), E, E_POW2,
+        tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2), E, E_POW2,
         channel_slots(STAGES, HIDDEN // 128),
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
@@ -491,7 +491,7 @@ def hopper_few_gemm1_kernel(
         out_ptr=out_ptr,
         out_scale_ptr=out_scale_ptr,
         unquantized_ptr=unquantized_ptr,
-        block_arrivals_ptr=tickets_ptr + tickets,
+        block_arrivals_ptr=block_arrivals_ptr,
         max_rows=max_rows,
         pipeline=pipeline,
         scheduler=scheduler,
@@ -517,7 +517,7 @@ def hopper_few_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["drawn", "first_column", "max_rows"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows"])
 def hopper_few_gemm2_kernel(
     activated_ptr,  # [max_rows, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -526,8 +526,7 @@ def hopper_few_gemm2_kernel(
     tokens_per_expert_ptr,  # [E] int32
     finished_ptr,  # [E + 1] int32: GEMM1's signals, see `completion`
     out_ptr,  # [max_rows, COLUMNS] bfloat16, out: columns first_column... of the result
-    tickets_ptr,  # int32, number ``drawn`` of them zero on entry
-    drawn,
+    tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
     HIDDEN: gl.constexpr,
@@ -551,7 +550,7 @@ def hopper_few_gemm2_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tickets_ptr + drawn, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
         channel_slots(STAGES, INTERMEDIATE // 128),
     )  # fmt: skip
     let_next_kernel_start(PDL)
@@ -602,48 +601,42 @@ def signals(problem: MoEProblem) -> Signals:
     return Signals(BLOCK_M.value, problem.intermediate_size // problem.block)
 
 
-def first_ticket(problem: MoEProblem, columns: int) -> int:
-    """Behind those that tiles are drawn by: GEMM1's and, for each chunk of ``columns``, GEMM2's."""
-    return 1 + problem.hidden_size // columns
-
-
-def num_tickets(problem: MoEProblem, num_tokens: int, columns: int) -> int:
-    """Of both GEMMs; GEMM1 quantises by those of its row tiles' 128 blocks."""
+def block_arrivals(problem: MoEProblem, num_tokens: int) -> int:
+    """Counters of `gemm1`: one for each row tile and 128 block of the activation, which its tiles share."""
     blocks = problem.intermediate_size // problem.block
-    return first_ticket(problem, columns) + max_row_tiles(problem, num_tokens, BLOCK_M.value) * blocks
+    return max_row_tiles(problem, num_tokens, BLOCK_M.value) * blocks
 
 
-def gemm1(problem: MoEProblem, launch: Launch, form: Form, columns: int) -> Step:
-    """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales."""
+def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
+    """SwiGLU of the first GEMM: ``[max_rows, I]`` e4m3 and ``[I/128, max_rows]`` scales."""
     e, width, inner = problem.num_local_experts, problem.intermediate_size, problem.hidden_size
     operands = (
         "hidden_states",
         "hidden_states_scale",
         SwizzledTiles("gemm1_weights", e, 2 * width, inner, 1, 32),
         "gemm1_weights_scale",
-        "counts",
+        "tokens_per_expert",
         "slot_token",
         "activated",
         "activated_scale",
         "unquantized",
         "finished",
-        "tickets",
-        0,
-        first_ticket(problem, columns),
-        form.stride_scale_k,
-        form.stride_scale_t,
-        form.num_tokens,
-        row_capacity(problem, form.num_tokens),
+        "block_arrivals",
+        "gemm1_tile_counter",
+        key.stride_scale_k,
+        key.stride_scale_t,
+        key.num_tokens,
+        max_local_rows(problem, key.num_tokens),
     )
-    tiles = max_row_tiles(problem, form.num_tokens, BLOCK_M.value) * (width // (BLOCK_N.value // 2))
-    grid = (min(tiles, PROGRAMS * launch.multiprocessors),)
-    return Step(GEMM1, grid, operands, gemm1_constants(problem, launch, RESOURCES, form.stride_hidden), True)
+    tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (width // (BLOCK_N.value // 2))
+    grid = (min(tiles, PROGRAMS * limits.num_sms),)
+    return Step(GEMM1, grid, operands, gemm1_constants(problem, limits, RESOURCES, key.stride_hidden))
 
 
 def gemm2(
     problem: MoEProblem,
-    launch: Launch,
-    form: Form,
+    limits: DeviceLimits,
+    key: LaunchKey,
     columns: int,
     first_column: int,
     first: Signals,
@@ -652,20 +645,19 @@ def gemm2(
 
     ``first`` are the signals of the step that computed the activation.
     """
-    e, inner, capacity = problem.num_local_experts, problem.intermediate_size, row_capacity(problem, form.num_tokens)
+    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
     operands = (
         "activated",
         "activated_scale",
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, BLOCK_N.value),
         "gemm2_weights_scale",
-        "counts",
+        "tokens_per_expert",
         "finished",
         "rows",
-        "tickets",
-        1 + first_column // columns,
+        "gemm2_tile_counter",
         first_column,
-        capacity,
+        max_rows,
     )
-    tiles = max_row_tiles(problem, form.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
-    grid = (min(tiles, PROGRAMS * launch.multiprocessors),)
-    return Step(GEMM2, grid, operands, gemm2_constants(problem, launch, RESOURCES, columns, first), True)
+    tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
+    grid = (min(tiles, PROGRAMS * limits.num_sms),)
+    return Step(GEMM2, grid, operands, gemm2_constants(problem, limits, RESOURCES, columns, first))

@@ -42,10 +42,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ....problem import MoEProblem
-from ...launch import Kernel, let_next_kernel_start, wait_for_previous_kernel
-from ...pipeline import Launch, row_capacity
-from ...plan import Form
+from ...aggregate import aggregate
+from ...launcher import DeviceLimits, Kernel
+from ...pdl import let_next_kernel_start, wait_for_previous_kernel
+from ...plan import LaunchKey
 from ...quantize import quantize, swiglu_of
+from ...shapes import max_local_rows
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see, signal
 from .common import (
@@ -56,7 +58,6 @@ from .common import (
     Resources,
     SwizzledTiles,
     TileScheduler,
-    aggregate,
     channel_slots,
     gemm1_constants,
     gemm2_constants,
@@ -411,7 +412,7 @@ def store_rows(p, total, first_row, rows, first_column):
     gl.store(at, value, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
 
 
-@gluon.jit(do_not_specialize=["ticket", "stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
 def hopper_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -422,8 +423,7 @@ def hopper_gemm1_kernel(
     out_ptr,  # [max_rows, INTERMEDIATE] e4m3, out
     out_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32, out
     finished_ptr,  # [E + 1] int32, zeros on entry: two signals for each row tile's 128 block of the activation
-    tickets_ptr,  # int32, number ``ticket`` of them zero on entry
-    ticket,
+    tile_counter_ptr,  # int32, zero on entry
     stride_scale_k,
     stride_scale_t,
     num_tokens,
@@ -446,7 +446,7 @@ def hopper_gemm1_kernel(
     for number in gl.static_range(4):
         mbarrier.init(ready.index(number), count=1)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tickets_ptr + ticket, BLOCK_M, INTERMEDIATE // 128, E, E_POW2,
+        tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M, INTERMEDIATE // 128, E, E_POW2,
         channel_slots(STAGES, HIDDEN // 128),
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
@@ -481,7 +481,7 @@ def hopper_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["ticket", "first_column", "max_rows"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows"])
 def hopper_gemm2_kernel(
     activated,  # descriptor of [max_rows, INTERMEDIATE] e4m3, 128 rows by 128
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -490,8 +490,7 @@ def hopper_gemm2_kernel(
     tokens_per_expert_ptr,  # [E] int32
     finished_ptr,  # [E + 1] int32: GEMM1's signals, see `completion`
     out_ptr,  # [max_rows, COLUMNS] bfloat16, out: columns first_column... of the result
-    tickets_ptr,  # int32, number ``ticket`` of them zero on entry
-    ticket,
+    tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
     HIDDEN: gl.constexpr,
@@ -513,7 +512,7 @@ def hopper_gemm2_kernel(
     gl.static_assert(COLUMNS % BLOCK_N == 0)
     pipeline = make_pipeline(BLOCK_M, WG_N, 2, 2, STAGES)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tickets_ptr + ticket, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
         channel_slots(STAGES, INTERMEDIATE // 128),
     )  # fmt: skip
     let_next_kernel_start(PDL)
@@ -558,33 +557,27 @@ def fits(problem: MoEProblem) -> tuple[bool, bool]:
     return long, long and problem.hidden_size % COLUMNS == 0
 
 
-def num_tickets(problem: MoEProblem, columns: int) -> int:
-    """Of GEMM1 and, for each chunk of ``columns``, of GEMM2: programs draw their tiles by them."""
-    return 1 + problem.hidden_size // columns
-
-
-def gemm1(problem: MoEProblem, launch: Launch, form: Form) -> Step:
-    """SwiGLU of the first GEMM: ``[capacity, I]`` e4m3 and ``[I/128, capacity]`` scales."""
+def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
+    """SwiGLU of the first GEMM: ``[max_rows, I]`` e4m3 and ``[I/128, max_rows]`` scales."""
     e, width, inner = problem.num_local_experts, problem.intermediate_size, problem.hidden_size
     operands = (
         "hidden_states",
         "hidden_states_scale",
         SwizzledTiles("gemm1_weights", e, 2 * width, inner, 1, 64),
         "gemm1_weights_scale",
-        "counts",
+        "tokens_per_expert",
         "slot_token",
         "activated",
         "activated_scale",
         "finished",
-        "tickets",
-        0,
-        form.stride_scale_k,
-        form.stride_scale_t,
-        form.num_tokens,
-        row_capacity(problem, form.num_tokens),
+        "gemm1_tile_counter",
+        key.stride_scale_k,
+        key.stride_scale_t,
+        key.num_tokens,
+        max_local_rows(problem, key.num_tokens),
     )
-    constants = gemm1_constants(problem, launch, RESOURCES, form.stride_hidden)
-    return Step(GEMM1, (launch.multiprocessors,), operands, constants, True)
+    constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden)
+    return Step(GEMM1, (limits.num_sms,), operands, constants)
 
 
 def signals(problem: MoEProblem) -> Signals:
@@ -592,24 +585,25 @@ def signals(problem: MoEProblem) -> Signals:
     return Signals(BLOCK_M.value, 2 * problem.intermediate_size // problem.block)
 
 
-def gemm2(problem: MoEProblem, launch: Launch, form: Form, columns: int, first_column: int, first: Signals) -> Step:
+def gemm2(
+    problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, columns: int, first_column: int, first: Signals
+) -> Step:
     """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
 
     ``first`` are the signals of the step that computed the activation.
     """
-    e, inner, capacity = problem.num_local_experts, problem.intermediate_size, row_capacity(problem, form.num_tokens)
+    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
     operands = (
-        SwizzledTiles("activated", 1, capacity, inner, 1, BLOCK_M.value),
+        SwizzledTiles("activated", 1, max_rows, inner, 1, BLOCK_M.value),
         "activated_scale",
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, 128),
         "gemm2_weights_scale",
-        "counts",
+        "tokens_per_expert",
         "finished",
         "rows",
-        "tickets",
-        1 + first_column // columns,
+        "gemm2_tile_counter",
         first_column,
-        capacity,
+        max_rows,
     )
-    constants = gemm2_constants(problem, launch, RESOURCES, columns, first)
-    return Step(GEMM2, (launch.multiprocessors,), operands, constants, True)
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first)
+    return Step(GEMM2, (limits.num_sms,), operands, constants)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
-from .launch import let_next_kernel_start, wait_for_previous_kernel
-from .quantize import quantize_block, swiglu_of
+from ...problem import MoEProblem
+from ..launcher import Constants, DeviceLimits, Kernel
+from ..pdl import let_next_kernel_start, wait_for_previous_kernel
+from ..quantize import quantize_block, swiglu_of
+from ..shapes import pow2
+from ..steps import Step
+from .library_rows import Rows
+
+PROGRAMS = 8  # that a multiprocessor runs at once
 
 
 @triton.jit(do_not_specialize=["stride_scale_r", "stride_scale_k"])
 def swiglu_quantize_kernel(
-    rows_ptr,  # [capacity, 2 * INTERMEDIATE] bfloat16; up and gate halves, or the other way round if GATE_FIRST
-    counts_ptr,  # [E] int32
-    out_ptr,  # [capacity, INTERMEDIATE] e4m3, out; only rows that exist are written
+    rows_ptr,  # [max_rows, 2 * INTERMEDIATE] bfloat16; up and gate halves, or the other way round if GATE_FIRST
+    tokens_per_expert_ptr,  # [E] int32
+    out_ptr,  # [max_rows, INTERMEDIATE] e4m3, out; only rows that exist are written
     out_scale_ptr,  # float32, out: of row r and block k at r * stride_scale_r + k * stride_scale_k
     stride_scale_r,
     stride_scale_k,
@@ -35,7 +44,7 @@ def swiglu_quantize_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     expert = tl.arange(0, E_POW2)
-    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     ends = tl.cumsum(count, axis=0)
     # Rows of no use between an expert and the next.
     gap = tl.cdiv(count, ALIGN) * ALIGN - count
@@ -54,3 +63,33 @@ def swiglu_quantize_kernel(
         tl.store(out_ptr + row * INTERMEDIATE + column, quantized)
         scale_column = (first_block + block).to(tl.int64)
         tl.store(out_scale_ptr + row * stride_scale_r + scale_column * stride_scale_k, scale)
+
+
+SWIGLU = Kernel(swiglu_quantize_kernel)
+
+
+def swiglu(rows: Rows, limits: DeviceLimits) -> Step:
+    """SwiGLU and quantisation of ``gemm1`` into ``activated``."""
+    blocks = rows.problem.intermediate_size // rows.problem.block
+    # A row is cut into pieces where there are too few rows to occupy the GPU.
+    most = 2 if rows.max_rows < 8 * limits.num_sms else 8
+    piece = next(n for n in (8, 4, 2, 1) if n <= most and blocks % n == 0)
+    pieces = rows.max_rows * (blocks // piece)
+    strides = rows.scale_strides(rows.problem.intermediate_size)
+    grid = (min(pieces, limits.num_sms * PROGRAMS),)
+    constants = _swiglu_constants(rows.problem, limits, rows.align, piece)
+    return Step(SWIGLU, grid, ("gemm1", "tokens_per_expert", "activated", "activated_scale", *strides), constants)
+
+
+@functools.lru_cache(maxsize=256)
+def _swiglu_constants(problem: MoEProblem, limits: DeviceLimits, align: int, blocks: int) -> Constants:
+    arguments = {
+        "INTERMEDIATE": problem.intermediate_size,
+        "GATE_FIRST": problem.gate_first,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "ALIGN": align,
+        "BLOCKS": blocks,
+        "PDL": limits.pdl,
+    }
+    return Constants(arguments, {**limits.options, "num_warps": 1 if blocks < 8 else 4})

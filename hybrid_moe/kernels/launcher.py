@@ -1,33 +1,48 @@
-"""What every kernel of the pipeline shares: how it is launched, and programmatic dependent launch."""
+"""Kernels with what they are compiled for, and the limits of the device that they are launched on."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import triton.language as tl
-from triton import JITFunction, jit
+from triton import JITFunction
 from triton.compiler import CompiledKernel
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Argument: TypeAlias = torch.Tensor | TensorDescriptor | int | float
 
 
-@jit
-def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Wait until the kernel before this one has finished and its writes are visible (programmatic dependent launch)."""
-    if PDL:
-        gdc_wait()
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What bounds launches on a device.
+
+    Parameters
+    ----------
+    num_sms
+        Streaming multiprocessors: they bound the grids.
+    pdl
+        Whether kernels use programmatic dependent launch (compute capability 9.0 on).
+    """
+
+    num_sms: int
+    pdl: bool
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Launch options of every kernel; fused multiply-add is said outright, as Triton's default is changing."""
+        return {"launch_pdl": self.pdl, "enable_fp_fusion": True}
 
 
-@jit
-def let_next_kernel_start(PDL: tl.constexpr):
-    """Allow the next kernel's blocks to be scheduled: they set up while this one still works, then wait."""
-    if PDL:
-        gdc_launch_dependents()
+@functools.cache
+def limits_of(device: torch.device) -> DeviceLimits:
+    """Of the device that a call's tensors are on; of no GPU in the interpreter."""
+    if device.type != "cuda":
+        return DeviceLimits(num_sms=4, pdl=False)
+    return DeviceLimits(torch.cuda.get_device_properties(device).multi_processor_count, pdl=True)
 
 
 class Constants:
@@ -44,7 +59,7 @@ class Constants:
 
 
 class Kernel:
-    """A Triton kernel whose repeated launches skip Triton's binding of arguments, which costs far more than the launch.
+    """A Triton kernel, launched by Triton; keeps the binaries, which `direct` launches by addresses.
 
     Parameters
     ----------
@@ -59,7 +74,7 @@ class Kernel:
         self._compiled: dict[tuple[Constants, int | None], CompiledKernel] = {}
 
     def compiled(self, constants: Constants, device: torch.device) -> CompiledKernel | None:
-        """What repeated launches on ``device`` use; None before the first, and in the interpreter."""
+        """The binary for tensors that start at multiples of 16 bytes; None before their first launch on ``device``."""
         return self._compiled.get((constants, device.index))
 
     def launch(
@@ -83,18 +98,11 @@ class Kernel:
         device
             Of the tensors.
         aligned
-            Whether every tensor starts at a multiple of 16 bytes: the binary that is kept assumes it. Others go through
-            Triton's own launch.
+            Whether every tensor starts at a multiple of 16 bytes: the binary is kept for such.
         """
-        key = (constants, device.index)
-        compiled = self._compiled.get(key) if aligned else None
-        if compiled is None:
-            # Later launches go by position alone.
-            assert self._names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
-            compiled = self.function[grid](*arguments, **constants.arguments, **constants.options)
-            # The interpreter returns nothing to keep.
-            if aligned and isinstance(compiled, CompiledKernel):
-                self._compiled[key] = compiled
-        else:
-            three = (*grid, 1, 1)[:3]
-            compiled[three](*arguments, *constants.arguments.values())
+        # By addresses, the arguments go by position alone.
+        assert self._names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
+        compiled = self.function[grid](*arguments, **constants.arguments, **constants.options)
+        # The interpreter returns nothing to keep.
+        if aligned and isinstance(compiled, CompiledKernel):
+            self._compiled[constants, device.index] = compiled

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
-from .launch import let_next_kernel_start, wait_for_previous_kernel
+from ...problem import MoEProblem
+from ..launcher import Constants, DeviceLimits, Kernel
+from ..pdl import let_next_kernel_start, wait_for_previous_kernel
+from ..plan import LaunchKey
+from ..shapes import pow2
+from ..steps import Step
+from .library_rows import Rows
 
 
 # Strides that follow T: one binary serves every T, so that none is compiled while serving.
@@ -13,9 +21,9 @@ from .launch import let_next_kernel_start, wait_for_previous_kernel
 def gather_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
-    counts_ptr,  # [E] int32
+    tokens_per_expert_ptr,  # [E] int32
     pair_ptr,  # [T, TOP_K] int32, see `routing.route_kernel`
-    rows_ptr,  # [capacity, HIDDEN] e4m3, out; only rows that exist are written
+    rows_ptr,  # [max_rows, HIDDEN] e4m3, out; only rows that exist are written
     rows_scale_ptr,  # float32, out: of row r and block k at r * stride_rows_scale_r + k * stride_rows_scale_k
     start_ptr,  # [E + 1] int32, out: each expert's first row; after the last expert, where the next one would start
     end_ptr,  # [E] int32, out: the row after each expert's last
@@ -44,7 +52,7 @@ def gather_kernel(
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, E_POW2)
-    count = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+    count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
 
     choice = tl.arange(0, TOP_K_POW2)
@@ -85,3 +93,48 @@ def gather_kernel(
             tl.store(strides_ptr + expert, long * HIDDEN, mask=real)
             tl.store(strides_ptr + E + expert, long * INTERMEDIATE, mask=real)
             tl.store(strides_ptr + 2 * E + expert, long * (2 * INTERMEDIATE), mask=real)
+
+
+GATHER = Kernel(gather_kernel)
+
+
+def gather(rows: Rows, limits: DeviceLimits, key: LaunchKey) -> Step:
+    """The copy of the tokens into ``gathered``, which fills the tables as well."""
+    operands = (
+        "hidden_states",
+        "hidden_states_scale",
+        "tokens_per_expert",
+        "pair",
+        "gathered",
+        "gathered_scale",
+        "start",
+        "end",
+        "problem_sizes" if rows.tables else "start",
+        "strides" if rows.tables else "start",
+        key.stride_scale_k,
+        key.stride_scale_t,
+        *rows.scale_strides(rows.problem.hidden_size),
+    )
+    constants = _gather_constants(rows.problem, limits, rows.align, key.stride_hidden, rows.tables)
+    return Step(GATHER, (key.num_tokens,), operands, constants)
+
+
+@functools.lru_cache(maxsize=256)
+def _gather_constants(
+    problem: MoEProblem, limits: DeviceLimits, align: int, stride_hidden: int, tables: bool
+) -> Constants:
+    hidden_pow2 = pow2(problem.hidden_size)
+    arguments = {
+        "STRIDE_HIDDEN": stride_hidden,
+        "E": problem.num_local_experts,
+        "E_POW2": pow2(problem.num_local_experts),
+        "TOP_K": problem.top_k,
+        "TOP_K_POW2": pow2(problem.top_k),
+        "HIDDEN": problem.hidden_size,
+        "HIDDEN_POW2": hidden_pow2,
+        "INTERMEDIATE": problem.intermediate_size,
+        "ALIGN": align,
+        "TABLES": tables,
+        "PDL": limits.pdl,
+    }
+    return Constants(arguments, {**limits.options, "num_warps": 8 if hidden_pow2 >= 4096 else 4})

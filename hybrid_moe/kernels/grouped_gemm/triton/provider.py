@@ -1,0 +1,84 @@
+"""Provider ``triton``: this package's own GEMMs with their tiles; needs no other library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ....device import DeviceKey
+from ....problem import MoEProblem
+from ...arena import Arena
+from ...combine import combine
+from ...launcher import DeviceLimits
+from ...plan import LaunchKey
+from ...shapes import column_chunk, max_local_rows
+from ...steps import AnyStep
+from ..base import GroupedGemm
+from ..sm90 import few_rows, many_rows
+from ..tiles import Specialized, TilePlan, tile_plan
+from . import gemm1, gemm2
+
+
+class TritonGroupedGemm(GroupedGemm):
+    """Two launches: GEMM1 with gather, SwiGLU and quantisation; GEMM2."""
+
+    name = "triton"
+
+    def __init__(self, capability: tuple[int, int] | None = None) -> None:
+        self._capability = capability
+
+    def plan(self, problem: MoEProblem, num_tokens: int) -> TilePlan:
+        """The tiles that `steps` uses."""
+        return tile_plan(problem, num_tokens, self._capability)
+
+    def not_supported_reasons(self, problem: MoEProblem, device: DeviceKey) -> list[str]:
+        """None: what Triton needs is asked by the backend."""
+        return []
+
+    def reserve(self, arena: Arena, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
+        """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
+        rows = max_local_rows(problem, num_tokens)
+        # Kernels for few rows take the place of narrow tiles alone, and want what these do.
+        gemm1.reserve_activation(arena, problem, rows, self.plan(problem, num_tokens).gemm1)
+        arena.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
+
+    def counters(self, problem: MoEProblem, num_tokens: int) -> Mapping[str, int]:
+        """Tiles done of each 128 block of the activation, ``[row tiles, I/128]``; tiles drawn of each launch."""
+        plan = self.plan(problem, num_tokens)
+        arrivals = gemm1.block_arrivals(problem, num_tokens, plan.gemm1)
+        if Specialized.FEW in plan.specialized:
+            arrivals = max(arrivals, few_rows.block_arrivals(problem, num_tokens))
+        counters = {"block_arrivals": arrivals}
+        if any(plan.specialized):
+            counters["gemm1_tile_counter"] = 1
+            chunk = column_chunk(problem, max_local_rows(problem, num_tokens))
+            counters["gemm2_tile_counter"] = problem.hidden_size // chunk
+        return counters
+
+    def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
+        """GEMM1, then GEMM2 and the combine for each chunk of columns."""
+        plan = self.plan(problem, key.num_tokens)
+        columns = column_chunk(problem, max_local_rows(problem, key.num_tokens))
+        first, second = plan.specialized if key.aligned else (None, None)
+        if key.stride_hidden % 16:  # each row is copied 16 bytes at a time
+            first = None
+        steps: list[AnyStep] = []
+        if first is Specialized.MANY:
+            steps.append(many_rows.gemm1(problem, limits, key))
+            signals = many_rows.signals(problem)
+        elif first is Specialized.FEW:
+            steps.append(few_rows.gemm1(problem, limits, key))
+            signals = few_rows.signals(problem)
+        else:
+            steps.append(gemm1.gemm1(problem, limits, key, plan.gemm1))
+            signals = gemm1.signals(problem, plan.gemm1)
+        for first_column in range(0, problem.hidden_size, columns):
+            if second is Specialized.MANY and columns % many_rows.COLUMNS == 0:
+                steps.append(many_rows.gemm2(problem, limits, key, columns, first_column, signals))
+            elif second is Specialized.FEW:
+                steps.append(few_rows.gemm2(problem, limits, key, columns, first_column, signals))
+            else:
+                steps.append(gemm2.gemm2(problem, limits, key, plan.gemm2, columns, first_column, signals))
+            steps.append(combine(problem, limits, key, columns, first_column))
+        return steps

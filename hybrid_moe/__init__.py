@@ -17,11 +17,13 @@ from .problem import MoEProblem
 from .serving import metrics
 from .serving.out_of_memory import CallOutOfMemoryError
 from .serving.quarantine import Quarantined, quarantined, release_quarantine
+from .serving.shadow import Breach, ShadowCheck, ShadowStatus
 from .version import __version__ as __version__
 
 __all__ = [
     "BackendFailedError",
     "BackendUnsupportedError",
+    "Breach",
     "CallOutOfMemoryError",
     "Candidate",
     "Choice",
@@ -36,6 +38,8 @@ __all__ = [
     "PolicyMismatchWarning",
     "Quarantined",
     "RoutedInputs",
+    "ShadowCheck",
+    "ShadowStatus",
     "fused_moe",
     "load_policy",
     "metrics",

@@ -35,6 +35,7 @@ from .serving.call import Call, launch, new_dispatch, new_output, out_of_memory
 from .serving.dispatch import Dispatch
 from .serving.metrics import Counters, Sample
 from .serving.quarantine import QUARANTINE
+from .serving.shadow import Shadow, ShadowCheck, ShadowStatus
 from .serving.warmup import WarmedUp
 from .serving.workspace import Workspaces
 
@@ -172,6 +173,8 @@ class HybridMoE:
         which they share. The first call on a stream reserves it; `warm_up` does on its own. A call with more tokens is
         right too, and reserves what it takes. Without an argument every call does. ``flashinfer_trtllm`` and
         ``flashinfer_cutlass`` reserve their own memory in any case, and so does ``torch_reference``.
+    shadow_check
+        Compares a few tokens of every so many calls with the reference while the layer serves; see `ShadowCheck`.
 
     Attributes
     ----------
@@ -203,6 +206,7 @@ class HybridMoE:
         backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
+        shadow_check: ShadowCheck | None = None,
     ) -> None:
         if max_num_tokens is not None:
             warmup.check_count("max_num_tokens", max_num_tokens)
@@ -252,6 +256,9 @@ class HybridMoE:
         self.max_num_tokens = max_num_tokens
         self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
+        self._shadow: Shadow | None = None
+        if shadow_check is not None:
+            self._shadow = Shadow(shadow_check, self.problem, self.device, self._device)
         self._dispatch: Dispatch
         self._policy = policy
         QUARANTINE.join(self)
@@ -304,6 +311,7 @@ class HybridMoE:
             backend=dispatch.backend,
             policy=dispatch.policy,
             max_num_tokens=self.max_num_tokens,
+            shadow_check=None if self._shadow is None else self._shadow.options,
         )
         return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
 
@@ -316,6 +324,7 @@ class HybridMoE:
         backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
+        shadow_check: ShadowCheck | None = None,
     ) -> HybridMoE:
         """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all.
 
@@ -338,6 +347,7 @@ class HybridMoE:
             backend=backend,
             policy=policy,
             max_num_tokens=max_num_tokens,
+            shadow_check=shadow_check,
         )
 
     def __call__(
@@ -389,6 +399,63 @@ class HybridMoE:
             return custom_ops.call_layer(inputs, output, self._handle)
         return self.run(inputs, output)
 
+    def check_replay(
+        self,
+        routing_logits: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        hidden_states_scale: torch.Tensor | None = None,
+        *,
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        output: torch.Tensor,
+        choice: Candidate | None = None,
+    ) -> None:
+        """Let the shadow check look at a call of this layer that a CUDA graph has replayed, which runs no Python.
+
+        Call it after each replay, on its stream and before its tensors are written again; one of every so many is
+        compared, as eager calls are.
+
+        Parameters
+        ----------
+        routing_logits, hidden_states, hidden_states_scale, topk_ids, topk_weights, output
+            The tensors that the graph reads and writes, as the captured call was given them.
+        choice
+            What was captured: `choice` at the time. By default what would run now.
+
+        Raises
+        ------
+        ValueError
+            The layer has no ``shadow_check``, or the output lies where the hidden states were.
+        TypeError, ValueError
+            As a call.
+        """
+        if self._shadow is None:
+            raise ValueError("check_replay: expected a layer with shadow_check=, got one without")
+        rest = (hidden_states, hidden_states_scale, *self._held)
+        inputs: Inputs
+        if self._routing_bias is None:
+            inputs = RoutedInputs(topk_ids, topk_weights, *rest)  # type: ignore[arg-type]
+        else:
+            inputs = MoEInputs(routing_logits, self._routing_bias, *rest)  # type: ignore[arg-type]
+        if hidden_states_scale is None:
+            check_unquantized(hidden_states)
+        check_activations(inputs, self.problem)
+        check_output(output, inputs, self.problem)
+        if output.data_ptr() == hidden_states.data_ptr():
+            raise ValueError("output lies where hidden_states were; expected one of its own, to compare it with them")
+        if tokens := inputs.num_tokens:
+            self._shadow.after_replay(self.choice(tokens) if choice is None else choice, tokens, inputs, output)
+
+    @property
+    def shadow(self) -> ShadowStatus | None:
+        """What the layer's shadow checks have found so far; ``None`` without ``shadow_check``."""
+        return None if self._shadow is None else self._shadow.status()
+
+    def finish_shadow_checks(self) -> None:
+        """Wait for the shadow checks in flight and judge them: before weights are written in place, and at the end."""
+        if self._shadow is not None:
+            self._shadow.finish()
+
     def run(self, inputs: Inputs, output: torch.Tensor | None = None) -> torch.Tensor:
         """Run on inputs that are given whole; all but the activations are taken to be the layer's own, unchecked."""
         problem = self.problem
@@ -408,7 +475,11 @@ class HybridMoE:
             if output is None:
                 output = new_output(problem, inputs)
             if tokens:
-                self._launch(dispatch.counted(tokens), inputs, output)
+                runner, shadow = dispatch.counted(tokens), self._shadow
+                if shadow is None or (sample := shadow.begin(dispatch.choice, tokens, inputs)) is None:
+                    self._launch(runner, inputs, output)
+                else:
+                    shadow.watch(sample, functools.partial(self._launch, runner, inputs, output), output)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(dispatch, problem, tokens, given, error) from error
         return output
@@ -508,6 +579,8 @@ class HybridMoE:
                 if self._dispatch.choice(tokens) == choice:
                     raise
                 continue
+            if self._shadow is not None:
+                self._shadow.warm_up(inputs, output)
             return WarmedUp(choice, tokens, time.perf_counter() - begin)
 
     def reload_policy(self, policy: Policy | str | Path | None = None) -> None:

@@ -50,6 +50,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     default_config: ClassVar[Mapping[str, ConfigValue]] = MappingProxyType({})
+    # Whether it takes the routing's bias in bfloat16, whatever it is given.
+    rounds_bias: ClassVar[bool] = False
 
     def configs(self) -> Iterator[Mapping[str, ConfigValue]]:
         """Configurations worth measuring, the default one first."""

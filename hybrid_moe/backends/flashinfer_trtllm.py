@@ -93,6 +93,7 @@ class FlashinferTrtllm(Backend):
     """TensorRT-LLM's fused MoE kernels, as flashinfer ships them. Needs the extra ``[flashinfer]``, SM100 or SM103."""
 
     name = "flashinfer_trtllm"
+    rounds_bias = True
 
     def packages(self, config: Mapping[str, ConfigValue]) -> tuple[str, ...]:
         """The kernels are flashinfer's."""

@@ -215,9 +215,94 @@ def _samples(totals: Mapping[Label, tuple[int, int]]) -> tuple[Sample, ...]:
     return tuple(Sample(label, *counts) for label, counts in totals.items() if counts[0])
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowSample:
+    """What shadow checks have found of one candidate so far; no count ever falls.
+
+    Attributes
+    ----------
+    device, problem, choice
+        As `Label` has them.
+    checks, breaches, skipped
+        See `ShadowStatus`.
+    """
+
+    device: str
+    problem: MoEProblem
+    choice: Candidate
+    checks: int
+    breaches: int
+    skipped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sample as a JSON object."""
+        return {
+            "device": self.device,
+            "problem": self.problem.definition,
+            "backend": self.choice.backend,
+            "config": dict(self.choice.config),
+            "checks": self.checks,
+            "breaches": self.breaches,
+            "skipped": self.skipped,
+        }
+
+
+class _Checks:
+    """Checks made, results that were wrong, and checks left out."""
+
+    def __init__(self) -> None:
+        self.counters = Counter(), Counter(), Counter()
+
+    def totals(self) -> tuple[int, int, int]:
+        checks, breaches, skipped = (counter.totals()[0] for counter in self.counters)
+        return checks, breaches, skipped
+
+
+class ShadowCounters:
+    """The counts of one layer's shadow checks, which `shadow_snapshot` has as well."""
+
+    def __init__(self, device: str, problem: MoEProblem) -> None:
+        self._device, self._problem, self._own = device, problem, _Checks()
+
+    def checked(self, choice: Candidate, passed: bool) -> None:
+        """Count a check of ``choice``."""
+        self._add(choice, 0)
+        if not passed:
+            self._add(choice, 1)
+
+    def skipped(self, choice: Candidate) -> None:
+        """Count a check that was due and not made."""
+        self._add(choice, 2)
+
+    def totals(self) -> tuple[int, int, int]:
+        """Checks, breaches and checks left out of this layer."""
+        return self._own.totals()
+
+    def _add(self, choice: Candidate, which: int) -> None:
+        # For good, and few: one for each candidate of a problem.
+        of_process = _CHECKS.setdefault((self._device, self._problem, choice), _Checks())
+        for checks in (self._own, of_process):
+            checks.counters[which].add(1)
+
+
+_CHECKS: dict[tuple[str, MoEProblem, Candidate], _Checks] = {}
+
+
+def shadow_snapshot() -> tuple[ShadowSample, ...]:
+    """What the shadow checks of all layers of the process have found so far, one sample a candidate."""
+    return tuple(ShadowSample(*key, *checks.totals()) for key, checks in _CHECKS.copy().items())
+
+
+def _after_fork_in_child() -> None:
+    _PROCESS.renew_locks()
+    for checks in _CHECKS.values():
+        for counter in checks.counters:
+            counter.renew_lock()
+
+
 _PROCESS = _Process()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _PROCESS.renew_locks())
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def snapshot() -> tuple[Sample, ...]:

@@ -95,6 +95,7 @@ def resources(kernel, capability: int) -> dict[str, object]:
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {
+        "triton": triton.__version__,
         "shared": kernel.metadata.shared,
         "registers": int(registers.group(1)) if registers else None,
         "spill_bytes": int(spill.group(1)) + int(spill.group(2)) if spill else None,

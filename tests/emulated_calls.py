@@ -48,8 +48,8 @@ class Given(TritonGroupedGemm):
 
     def plan(self, problem, num_tokens):
         # Tiles for few rows need the memory that kernels for few rows need.
-        few = FEW in self._wanted
-        usual = super().plan(dataclasses.replace(problem, num_experts=4096 if few else 4), max(num_tokens, 4))
+        tokens_per_expert = 2 if FEW in self._wanted else 100
+        usual = super().plan(problem, tokens_per_expert * problem.num_experts // problem.top_k)
         return dataclasses.replace(usual, specialized=self._wanted)
 
 

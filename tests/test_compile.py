@@ -44,6 +44,9 @@ SPECIALIZED = {
     "hopper_gemm2_kernel",
 }
 
+# In the environment's folder; see the Makefile.
+OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
 
@@ -53,10 +56,11 @@ def compiled(request):
     return request.param, rows_of(compiling(request.param))
 
 
-def compiling(capability, *models):
-    """Start `compile_pipeline.py` in a process of its own."""
+def compiling(capability, *models, triton=None):
+    """Start `compile_pipeline.py` in a process of its own, with the release of Triton in a folder."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), environment.get("PYTHONPATH")]))
+    folders = [triton and str(triton), str(TESTS.parent), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     return subprocess.Popen(
         [sys.executable, str(TESTS / "compile_pipeline.py"), str(capability), *models],
         stdout=subprocess.PIPE,
@@ -166,3 +170,15 @@ def test_the_layers_of_other_models():
         routes = [row["options"] for row in rows if row["kernel"] == "route_kernel"]
         assert [options["GROUP_SIZE"] for options in routes] == [384, 128, 128]
         assert [options["SOFTMAX"] for options in routes] == [False, False, True]
+
+
+@pytest.mark.skipif(not OLDEST_TRITON.exists(), reason="`make oldest-triton` installs the oldest release")
+def test_the_oldest_release_of_triton():
+    """All that a call launches on Hopper, with few rows and many; the records were measured with it."""
+    rows = rows_of(compiling(90, "deepseek-v3", triton=OLDEST_TRITON))
+    assert {row["triton"] for row in rows} == {"3.6.0"}
+    assert {row["kernel"] for row in rows} >= SPECIALIZED | {"route_kernel", "combine_kernel"}
+    assert {describe(row) for row in rows if row["shared"] > SHARED_MEMORY} == set()
+    for row in rows:
+        assert row["spill_bytes"] <= (0 if row["kernel"] in SPECIALIZED else SPILL_BYTES[90]), describe(row)
+        assert row["wgmma"] == ("gemm" in row["kernel"]) and not row["older_mma"], describe(row)

@@ -9,7 +9,8 @@ Emulated are
 - TMA and cp.async as copies that are complete some time later: until then NaN is where they write;
 - wgmma, which reads its operands until it has been waited for;
 - global memory in which a store is seen late (`memory`), and signals, copies or arrivals that a test holds back;
-- integers of 32 and 64 bits that raise `Overflow`, pointers that raise where they leave their tensor.
+- integers of 32 and 64 bits that raise `Overflow`, pointers that raise where they leave their tensor; a
+  tensor may be too large for any memory (`Huge`).
 
 An `EmulationError` is raised too where a copy writes what is being read or written, where a product reads what was
 stored by threads and not fenced, where a barrier gets too many arrivals, where a kernel stores an element twice, and
@@ -30,47 +31,61 @@ import torch
 import triton.language as tl
 
 from .language import TileDescriptor
-from .memory import GlobalMemory, Pointer
+from .memory import GlobalMemory, Huge, Pointer
 from .schedule import Delay, Hang, Machine, Task
 from .translate import Translator
 from .values import EmulationError, Overflow, Scalar
 
-__all__ = ["EmulationError", "Hang", "Overflow", "Task", "launch", "run_steps"]
+__all__ = ["EmulationError", "Hang", "Huge", "Overflow", "Task", "launch", "launches", "run_steps"]
 
 _translate = Translator()
 
 
 def launch(
-    launches: Sequence[tuple[Any, tuple[int, ...], Mapping[str, Any], int]], seed: int = 0, delay: Delay | None = None
+    kernels: Sequence[tuple[Any, tuple[int, ...], Mapping[str, Any], int]],
+    seed: int = 0,
+    delay: Delay | None = None,
+    only: Sequence[tuple[int, ...]] = (),
 ) -> None:
-    """Run kernels, each a jitted function, its grid, its arguments by name and its number of warps."""
+    """Run kernels, each a jitted function, its grid, its arguments by name and its number of warps.
+
+    ``only`` are the programs of the grids that run, if not all.
+    """
     memory = GlobalMemory()
     machine = Machine(memory, seed, delay)
-    for function, grid, arguments, warps in launches:
+    for function, grid, arguments, warps in kernels:
         body = _translate(function)
         parameters = inspect.signature(function.fn).parameters
         values = {
             name: value if _is_constant(parameters[name]) else _argument(memory, name, value)
             for name, value in arguments.items()
         }
-        machine.launch(function.fn.__name__, grid, functools.partial(body, **values), 32 * warps)
+        machine.launch(function.fn.__name__, grid, functools.partial(body, **values), 32 * warps, only)
     machine.run()
 
 
 def run_steps(
-    steps: Sequence[Any], calls: Sequence[Mapping[str, Any]], seed: int = 0, delay: Delay | None = None
+    steps: Sequence[Any],
+    calls: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    delay: Delay | None = None,
+    only: Sequence[tuple[int, ...]] = (),
 ) -> None:
     """Run the steps of a plan, once for each call, which says what their names stand for (`plan.by_name`)."""
-    launches = []
-    for call in calls:
-        for step in steps:
-            constants = step.constants
-            values = [_operand(operand, call) for operand in step.operands]
-            names = list(inspect.signature(step.kernel.function.fn).parameters)
-            arguments = dict(zip(names, [*values, *constants.arguments.values()], strict=True))
-            assert list(constants.arguments) == names[len(values) :], step.kernel.function.fn.__name__
-            launches.append((step.kernel.function, step.grid, arguments, constants.options.get("num_warps", 4)))
-    launch(launches, seed, delay)
+    launch([kernel for call in calls for kernel in launches(steps, call)], seed, delay, only)
+
+
+def launches(steps: Sequence[Any], call: Mapping[str, Any]) -> list[tuple[Any, tuple[int, ...], dict[str, Any], int]]:
+    """Of the steps of a plan, as `launch` wants them."""
+    found = []
+    for step in steps:
+        constants = step.constants
+        values = [_operand(operand, call) for operand in step.operands]
+        names = list(inspect.signature(step.kernel.function.fn).parameters)
+        arguments = dict(zip(names, [*values, *constants.arguments.values()], strict=True))
+        assert list(constants.arguments) == names[len(values) :], step.kernel.function.fn.__name__
+        found.append((step.kernel.function, step.grid, arguments, constants.options.get("num_warps", 4)))
+    return found
 
 
 def _operand(operand: Any, call: Mapping[str, Any]) -> Any:
@@ -84,7 +99,7 @@ def _is_constant(parameter: inspect.Parameter) -> bool:
 
 
 def _argument(memory: GlobalMemory, name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | Huge):
         return Pointer(memory.region(name, value))
     if hasattr(value, "block_shape"):
         region = memory.region(name, value.base)

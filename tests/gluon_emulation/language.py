@@ -204,7 +204,7 @@ def atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str | None =
     task, region = current_task(), pointer.region
     offsets, wanted = places(pointer, mask)
     polled = task.polled
-    task.pause("atomic")
+    task.pause(f"atomic {region.name}" + ("" if offsets.dim() else f"[{int(offsets)}]"))
     if sem in (None, "release", "acq_rel"):
         task.publish()
     memory, view = task.machine.memory, region.storage.view(region.dtype)
@@ -289,6 +289,10 @@ class Memory(Shared):
 
     def _view(self, function: Any, path: str) -> Memory:
         return Memory(self.allocation, [function(view) for view in self.views], self._path + path)
+
+    def load(self, layout: Any = None) -> Any:
+        current_task().pause("load")
+        return super().load(layout)
 
     def store(self, value: Any) -> None:
         task = current_task()

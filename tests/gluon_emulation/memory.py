@@ -71,11 +71,34 @@ def _elements(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
+class Huge:
+    """In the place of a tensor that no memory holds: ``values`` over and over; ``stored`` is what was stored."""
+
+    def __init__(self, elements: int, values: torch.Tensor) -> None:
+        self.elements, self.dtype, self._values = elements, values.dtype, values.flatten()
+        self.stored: dict[int, float] = {}
+
+    def data_ptr(self) -> int:
+        """Aligned, as a descriptor wants it."""
+        return 0
+
+    def read(self, dtype: torch.dtype, index: torch.Tensor, seen: int | None, program: int = -1) -> torch.Tensor:
+        """The values over and over."""
+        return self._values[index % self._values.numel()]
+
+    def write(self, region: Region, index: torch.Tensor, values: Any, now: int, program: Any, once: bool) -> None:
+        """Keep them."""
+        self.stored.update(zip(index.tolist(), values.tolist(), strict=True))
+
+
 class Region:
     """A tensor that a kernel has as an argument."""
 
-    def __init__(self, name: str, tensor: torch.Tensor, storage: Storage) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor | Huge, storage: Storage | Huge) -> None:
         self.name, self.dtype, self.storage = name, tensor.dtype, storage
+        if isinstance(tensor, Huge):
+            self.first, self.end = 0, tensor.elements
+            return
         self.first = tensor.storage_offset()
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         self.end = self.first + (span if tensor.numel() else 0)
@@ -98,8 +121,10 @@ class GlobalMemory:
         self._storages: dict[int, Storage] = {}
         self.now = 0
 
-    def region(self, name: str, tensor: torch.Tensor) -> Region:
+    def region(self, name: str, tensor: torch.Tensor | Huge) -> Region:
         """Of an argument."""
+        if isinstance(tensor, Huge):
+            return Region(name, tensor, tensor)
         key = tensor.untyped_storage().data_ptr()
         if key not in self._storages:
             self._storages[key] = Storage(tensor)

@@ -6,9 +6,10 @@ or a copy. Kernels follow one another as on a stream with programmatic dependent
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .memory import Barrier, Descriptor, GlobalMemory, Pointer, Shared, Store, gather, poison
@@ -18,7 +19,8 @@ STAY = 0.6  # how often a warp group goes on where another might
 FLUSH = 0.02  # how often a store is visible before it has to be
 RESIDENT = 16  # programs of a kernel that run at once
 MOST_OPERATIONS = 3_000_000
-# (what, task) -> whether it is to happen as late as possible; what: "atomic", "arrive", "copy", "start" or "end".
+# (what, task) -> whether it is to happen as late as possible. What: "atomic x_ptr[3]", or "arrive", "copy", "load",
+# "store", "product", "start" or "end".
 Delay = Callable[[str, "Task"], bool]
 _thread = threading.local()
 
@@ -39,12 +41,20 @@ def current_task() -> Task:
 class KernelRun:
     """A launched kernel; ``body`` runs one program."""
 
-    def __init__(self, number: int, name: str, grid: tuple[int, ...], body: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        grid: tuple[int, ...],
+        body: Callable[[], None],
+        only: Sequence[tuple[int, ...]] = (),
+    ) -> None:
         self.number, self.name, self.body = number, name, body
         self.grid = (*grid, 1, 1)[:3]
-        self.programs = self.grid[0] * self.grid[1] * self.grid[2]
+        indices = only or list(itertools.product(*map(range, grid[::-1])))
+        self.programs = len(indices)
         self.released = self.ended = 0
-        self.to_come: Iterator[tuple[int, ...]] = iter(())
+        self.to_come = iter(only or [index[::-1] for index in indices])
 
     @property
     def complete(self) -> bool:
@@ -194,13 +204,13 @@ class Machine:
         self._failure: BaseException | None = None
         self._over = threading.Event()
 
-    def launch(self, name: str, grid: tuple[int, ...], body: Callable[[], None], threads: int) -> None:
-        """Behind those before."""
-        kernel = KernelRun(len(self.kernels), name, grid, body)
+    def launch(
+        self, name: str, grid: tuple[int, ...], body: Callable[[], None], threads: int, only: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Behind those before; of the grid ``only`` these programs run, if any are named."""
+        kernel = KernelRun(len(self.kernels), name, grid, body, only)
         before = self.kernels[-1] if self.kernels else None
         self.kernels.append(kernel)
-        x, y, z = kernel.grid
-        kernel.to_come = iter([(i, j, k)[: len(grid)] for k in range(z) for j in range(y) for i in range(x)])
         for _ in range(RESIDENT):
             self._start_program(kernel, before, threads)
 

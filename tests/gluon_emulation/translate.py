@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import types
 from typing import Any
 
@@ -76,7 +77,10 @@ class Translator:
 
     def _aggregate(self, original: Any) -> Any:
         """A class with the same fields, methods and properties."""
-        fields = list(original.__annotations__)
+        annotations = vars(original).get("__annotations__")
+        if annotations is None:  # Triton 3.6 keeps the class to itself
+            annotations = inspect.getclosurevars(original.__new__).nonlocals["cls"].__annotations__
+        fields = list(annotations)
         members: dict[str, Any] = {}
         made = self._remember(original, type(original.__name__, (), {}))
         for base in reversed(original.__mro__):

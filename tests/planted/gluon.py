@@ -1,0 +1,373 @@
+"""Bugs in the Gluon kernels."""
+
+from mutations import Mutation
+
+ANY = ("tests/test_emulated_kernels.py",)
+FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
+MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
+LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
+CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
+TWICE = ("tests/test_emulated_kernels.py::test_memory_is_free_when_the_call_ends", *ANY)
+WIDE = ("tests/test_emulated_addresses.py",)
+
+
+def common(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/common.py", old, new, wrong, tests, equivalent)
+
+
+def few(old: str, new: str, wrong: str, tests: tuple[str, ...] = FEW, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/few_rows.py", old, new, wrong, tests, equivalent)
+
+
+def many(old: str, new: str, wrong: str, tests: tuple[str, ...] = MANY, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/many_rows.py", old, new, wrong, tests, equivalent)
+
+
+def completion(old: str, new: str, wrong: str, tests: tuple[str, ...] = LATE, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/completion.py", old, new, wrong, tests, equivalent)
+
+
+MUTATIONS = [
+    # The tile scheduler
+    common("at = gl.sum((ends <= number)", "at = gl.sum((ends < number)", "an expert's first tile is the one's before"),
+    common("gl.where(expert < at, tokens, 0)", "gl.where(expert <= at, tokens, 0)", "rows start behind their expert's"),
+    common(
+        "m=inside % height,\n            n=inside // height",
+        "m=inside // height,\n            n=inside % height",
+        "row and column tile swapped",
+    ),
+    common(
+        "row_tiles = (tokens + (self.BLOCK_M - 1)) // self.BLOCK_M",
+        "row_tiles = tokens // self.BLOCK_M",
+        "an expert's last rows have no tile",
+    ),
+    common(
+        "gl.where(expert < at, row_tiles, 0)",
+        "gl.where(expert <= at, row_tiles, 0)",
+        "tiles counted from behind the expert",
+    ),
+    common(
+        "gl.num_programs(0) + gl.atomic_add",
+        "gl.num_programs(0) - 1 + gl.atomic_add",
+        "a tile is computed twice and the last left out",
+    ),
+    common(
+        "slot = turn % self.SLOTS\n        self.numbers", "slot = 0 * turn\n        self.numbers", "one slot for all"
+    ),
+    common(
+        "(turn // self.SLOTS) & 1)\n        return gl.sum",
+        "turn & 1)\n        return gl.sum",
+        "the scheduler's phase flips each turn",
+    ),
+    common(
+        "        mbarrier.wait(self.published.index(slot), (turn // self.SLOTS) & 1)\n",
+        "",
+        "the next tile's number is read before it is there",
+    ),
+    common(
+        "return max(4, -(-(STAGES + 2) // K_BLOCKS))",
+        "return 1",
+        "one slot for the next tile's number: written again before it is read",
+    ),
+    # The pipeline
+    common(
+        "mbarrier.wait(self.empty.index(stage), ((step // self.STAGES) & 1) ^ 1)",
+        "mbarrier.wait(self.empty.index(stage), (step // self.STAGES) & 1)",
+        "the producer waits for the other phase",
+    ),
+    common(
+        "        mbarrier.wait(self.empty.index(stage), ((step // self.STAGES) & 1) ^ 1)\n",
+        "",
+        "a stage is filled while it is read",
+    ),
+    common(
+        "(step // self.STAGES) & 1, pred=pred)",
+        "((step // self.STAGES) & 1) ^ 1, pred=pred)",
+        "the consumers wait for the other phase",
+    ),
+    common(
+        "        mbarrier.wait(self.full.index(step % self.STAGES), (step // self.STAGES) & 1, pred=pred)\n",
+        "        pass\n",
+        "a stage is read before it is full",
+    ),
+    common("count=129)", "count=128)", "a stage is full before its last copies"),
+    common("count=READERS)", "count=1)", "one consumer's release is enough", MANY),
+    common("increment_count=False", "increment_count=True", "copies arrive once more than is waited for"),
+    # Few rows
+    few("(self.GATE if part else self.UP)", "(self.UP if part else self.GATE)", "gate and up swapped"),
+    few("value = swiglu_of(gate, up)", "value = swiglu_of(up, gate)", "silu of up"),
+    few(
+        "return first + self.UP // 128 * K_BLOCKS, first + self.GATE // 128 * K_BLOCKS",
+        "return first + self.GATE // 128 * K_BLOCKS, first + self.UP // 128 * K_BLOCKS",
+        "scales of gate and up swapped",
+    ),
+    few("tile.n // 4) * K_BLOCKS", "tile.n // 8) * K_BLOCKS", "GEMM1's scale of the wrong block of columns"),
+    few("self.first_column // 128 + tile.n // 2", "tile.n // 2", "GEMM2's scales of the first chunk", CHUNKS),
+    few("+ tile.n // 2\n", "+ (tile.n + 1) // 2\n", "GEMM2's scale of the block after"),
+    few("p.first_column + tile.n * BLOCK_N", "tile.n * BLOCK_N", "GEMM2's weights of the first chunk", CHUNKS),
+    few(
+        "sums.store(total + sums.load(SUM))\n        store_", "sums.store(total)\n        store_", "GEMM1 drops a half"
+    ),
+    few("sums.store(total + sums.load(SUM))\n        slot", "sums.store(total)\n        slot", "GEMM2 drops a half"),
+    few("first = (step + WG) & 1", "first = WG", "blocks of the wrong parity where a sum has an odd number"),
+    few("        left, right = next_left, next_right\n", "", "the scales of the first block for all"),
+    few("right_at, block + 4, K_BLOCKS", "right_at, block + 3, K_BLOCKS", "the scale of the block before"),
+    few("block = gl.minimum(block, K_BLOCKS - 1)", "block = block", "scales are read past the last block's"),
+    few(
+        "        fence_async_shared()  # rows that were not written by TMA\n",
+        "",
+        "no fence between the copies of rows and the product",
+    ),
+    few(
+        "        product = warpgroup_mma_wait(0, deps=[product])\n        pipeline.consumer_release(step + block)\n",
+        "        pipeline.consumer_release(step + block)\n        product = warpgroup_mma_wait(0, deps=[product])\n",
+        "a stage is released while it is read",
+    ),
+    few("use_acc=False", "use_acc=True", "each block's product has those before in it"),
+    few(
+        "mbarrier.wait(accumulator.acc_empty.index(0), (turn & 1) ^ 1)\n        sums.store(total)\n"
+        "        mbarrier.arrive(accumulator.acc_full.index(0), count=1)\n    else:\n"
+        "        mbarrier.wait(accumulator.acc_full.index(0), turn & 1)\n        sums.store(total + sums.load(SUM))\n"
+        "        store_activation",
+        "sums.store(total)\n"
+        "        mbarrier.arrive(accumulator.acc_full.index(0), count=1)\n    else:\n"
+        "        mbarrier.wait(accumulator.acc_full.index(0), turn & 1)\n        sums.store(total + sums.load(SUM))\n"
+        "        store_activation",
+        "GEMM1's half of the next sum over the one that is stored",
+    ),
+    few(
+        "        store_activation(p, sums, tile, first_row, row_tile, rows, ROWS)\n"
+        "        mbarrier.arrive(accumulator.acc_empty.index(0), count=1)\n",
+        "        mbarrier.arrive(accumulator.acc_empty.index(0), count=1)\n"
+        "        store_activation(p, sums, tile, first_row, row_tile, rows, ROWS)\n",
+        "the sum is given back before it is read",
+    ),
+    few("+ block) == 3:", "+ block) == 2:", "a block is quantised by the third of its four tiles"),
+    few("block = tile.n // 4\n", "block = tile.n // 2\n", "a block's tiles draw from two counters"),
+    few(
+        ', cache_modifier=".cg")\n        quantized',
+        ")\n        quantized",
+        "others' columns by way of the first-level cache",
+        FEW,
+        equivalent="The ticket acquires: what was stored before it is seen, whichever way the load goes.",
+    ),
+    few("row_tile * (p.INTERMEDIATE // 128) + block", "block", "row tiles draw from one counter"),
+    few("        signal(p.finished_ptr, tile.expert, p.E)\n", "", "GEMM1 never signals"),
+    few(
+        "        gl.store(p.out_scale_ptr + block.to(gl.int64) * p.max_rows + row, scale, mask=real)\n"
+        "        signal(p.finished_ptr, tile.expert, p.E)\n",
+        "        signal(p.finished_ptr, tile.expert, p.E)\n"
+        "        gl.store(p.out_scale_ptr + block.to(gl.int64) * p.max_rows + row, scale, mask=real)\n",
+        "the signal comes before the scales",
+        LATE,
+    ),
+    few(
+        "            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)\n",
+        "",
+        "GEMM2 doesn't wait for its expert",
+    ),
+    few("if block >= ready:", "if block > ready:", "a block's weights are not loaded"),
+    few("            ready = AHEAD\n", "            ready = 0\n", "the first weights are loaded twice"),
+    few("if K_BLOCKS % GROUP > 0:", "if K_BLOCKS % GROUP > 1:", "the last block of an odd number is left out"),
+    few("scale_at += GROUP * stride_scale_k", "scale_at += stride_scale_k", "row scales of the wrong block"),
+    few(
+        "gl.where(p.num_tokens > 1, tile.rows, 0)",
+        "tile.rows",
+        "one token's number is read",
+        FEW,
+        equivalent=("What is read is 0, the only token's number, which the mask spares the wait for."),
+    ),
+    few("x_row.to(gl.int64) * p.STRIDE_HIDDEN", "x_row * p.STRIDE_HIDDEN", "GEMM1's rows by 32 bits", WIDE),
+    few("x_row.to(gl.int64) * p.INTERMEDIATE", "x_row * p.INTERMEDIATE", "GEMM2's rows by 32 bits", WIDE),
+    few("row.to(gl.int64) * p.stride_scale_t", "row * p.stride_scale_t", "scales by 32 bits", WIDE),
+    few("tile.expert.to(gl.int64) * p.num_tokens", "tile.expert * p.num_tokens", "tokens' numbers by 32 bits", WIDE),
+    few("(first_row + slot).to(gl.int64) * p.COLUMNS", "(first_row + slot) * p.COLUMNS", "result by 32 bits", WIDE),
+    few(
+        "row_at = p.unquantized_ptr + (first_row + slot).to(gl.int64) * p.INTERMEDIATE",
+        "row_at = p.unquantized_ptr + (first_row + slot) * p.INTERMEDIATE",
+        "activation by 32 bits",
+        WIDE,
+    ),
+    few("row = (first_row + whole_slot).to(gl.int64)", "row = first_row + whole_slot", "whole rows by 32 bits", WIDE),
+    few("block.to(gl.int64) * p.max_rows", "block * p.max_rows", "activation's scales by 32 bits", WIDE),
+    few(
+        "    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.\n"
+        "    wait_for_previous_kernel(PDL)\n",
+        "",
+        "GEMM2 may end before GEMM1: what it still counts with is somebody else's",
+        TWICE,
+    ),
+    few("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
+    few('load_tokens_per_expert(".cg")\n    through', 'load_tokens_per_expert("")\n    through', "old counts in GEMM2"),
+    few("slot_token_ptr=slot_token_ptr", "slot_token_ptr=tokens_per_expert_ptr", "tokens' numbers from elsewhere"),
+    few("UP=INTERMEDIATE if GATE_FIRST else 0", "UP=0", "up is gate where gate comes first"),
+    few(
+        "tile_counter_ptr + first_column // COLUMNS",
+        "tile_counter_ptr",
+        "two chunks draw their tiles from one counter",
+        CHUNKS,
+    ),
+    few("return Signals(BLOCK_M.value,", "return Signals(2 * BLOCK_M.value,", "GEMM2 waits for too few signals", LATE),
+    few('"gemm1_tile_counter",', '"gemm2_tile_counter",', "both GEMMs draw their tiles from one counter"),
+    # Many rows
+    many("weight_row + p.UP + wg", "weight_row + p.GATE + wg", "gate's weights for up"),
+    many("up, gate = total.reshape", "gate, up = total.reshape", "gate and up swapped"),
+    many("(1 - WG) * 2", "WG * 2", "each consumer takes its own largest values for the other's"),
+    many("(turn >> 1) & 1)", "turn & 1)", "the exchange's phase flips each turn"),
+    many("parity = turn & 1\n        mine", "parity = 0 * turn\n        mine", "one buffer for the exchange"),
+    many(
+        "        mbarrier.wait(self.ready.index(parity * 2 + 1 - WG), (turn >> 1) & 1)\n",
+        "",
+        "the other's largest values are read before they are there",
+    ),
+    many("+ tile.n) * K_BLOCKS", "+ tile.n // 2) * K_BLOCKS", "GEMM1's scale of the wrong block of columns"),
+    many(
+        "self.first_column // 128 + tile.n * 2 + WG",
+        "tile.n * 2 + WG",
+        "GEMM2's scales of the first chunk",
+        CHUNKS,
+    ),
+    many("+ tile.n * 2 + WG", "+ tile.n * 2", "both consumers of GEMM2 have the left one's scales"),
+    many("p.first_column + tile.n * BLOCK_N", "tile.n * BLOCK_N", "GEMM2's weights of the first chunk", CHUNKS),
+    many("column = done.n * BLOCK_N + WG * WG_N", "column = done.n * BLOCK_N + (1 - WG) * WG_N", "halves swapped"),
+    many("column = done.n * BLOCK_N", "column = tile.n * BLOCK_N", "stored where the next tile belongs"),
+    many(
+        "store_quantized(p, value, amax, first_row, rows, done.n",
+        "store_quantized(p, value, amax, first_row, rows, tile.n",
+        "the activation is stored where the next tile belongs",
+    ),
+    many(
+        "signal(p.finished_ptr, done.expert",
+        "signal(p.finished_ptr, tile.expert",
+        "the next tile's expert is signalled",
+    ),
+    many("    if WG == 0:\n        slot", "    if WG == 2:\n        slot", "the activation's scales are not stored"),
+    many("block_n * 128 + WG * 64", "block_n * 128", "both consumers store the left half"),
+    many(
+        "below = promoted(below, product, lower_scale",
+        "below = promoted(total, product, lower_scale",
+        "lower sum begins with the upper one",
+    ),
+    many(
+        "below = promoted(below, product, lower_scale",
+        "below = promoted(below, product, upper_scale",
+        "lower rows by the upper ones' scales",
+    ),
+    many("scale.slice(CHUNK, CHUNK).load", "scale.slice(0, CHUNK).load", "the upper rows' scales for the lower"),
+    many("x.slice(CHUNK, CHUNK, dim=0)", "x.slice(0, CHUNK, dim=0)", "the upper rows again for the lower"),
+    many("ahead = gl.minimum(block + 1, K_BLOCKS - 1)", "ahead = block", "weight scales of the block before"),
+    many(
+        "left, right, upper_scale, lower_scale = next_left, next_right, next_upper, next_lower\n",
+        "left, right = next_left, next_right\n",
+        "the first block's row scales for all",
+    ),
+    many(
+        "gl.where(column < WG_N // 2, left, right)", "gl.where(column < WG_N // 2, right, left)", "up's scale for gate"
+    ),
+    many(
+        "    if FENCE:\n        fence_async_shared()  # rows that were not written by TMA\n",
+        "",
+        "no fence between the copies of rows and the product",
+    ),
+    many(
+        "        product = warpgroup_mma_wait(0, deps=[product])\n        pipeline.consumer_release(step)\n",
+        "        pipeline.consumer_release(step)\n        product = warpgroup_mma_wait(0, deps=[product])\n",
+        "a stage is released while it is read",
+    ),
+    many(
+        "use_acc = p.max_rows < 0\n    up_at",
+        "use_acc = p.max_rows > 0\n    up_at",
+        "a product has the one before in it",
+    ),
+    many("step + 1, block + 1 < K_BLOCKS, SPLIT", "step + 1, True, SPLIT", "the next tile's first block is waited for"),
+    many(
+        "step + 1, block + 1 < K_BLOCKS, SPLIT", "step, block + 1 < K_BLOCKS, SPLIT", "row scales of the block before"
+    ),
+    many("            let_async_copies_see(p.PDL)\n", "", "TMA may read the activation as it was before", LATE),
+    many(
+        "            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)\n",
+        "",
+        "GEMM2 doesn't wait for its expert",
+    ),
+    many("scale_at += p.max_rows", "scale_at += 0", "the first block's row scales for all"),
+    many(
+        "if rows > CHUNK:\n            store_rows",
+        "if rows >= CHUNK:\n            store_rows",
+        "an empty half is stored",
+        MANY,
+        equivalent="At 64 rows the lower half's mask is empty: nothing is stored.",
+    ),
+    many(
+        "if rows > CHUNK:\n            total, below, step = multiply(\n                p.pipeline, up_at",
+        "if rows > CHUNK + 1:\n            total, below, step = multiply(\n                p.pipeline, up_at",
+        "a 65th row is left out in GEMM1",
+    ),
+    many("rows - CHUNK, done.n, WG", "rows, done.n, WG", "rows behind the tile's are stored"),
+    many("(BLOCK_M + BLOCK_N) * 128", "BLOCK_N * 128", "the rows' bytes are not waited for"),
+    many(
+        "return Signals(BLOCK_M.value, 2 *", "return Signals(BLOCK_M.value, 1 *", "half of the signals are enough", LATE
+    ),
+    many(
+        "tile_counter_ptr + first_column // COLUMNS",
+        "tile_counter_ptr",
+        "two chunks draw their tiles from one counter",
+        CHUNKS,
+    ),
+    many("row.to(gl.int64) * p.stride_scale_t", "row * p.stride_scale_t", "scales by 32 bits", WIDE),
+    many("x_row.to(gl.int64) * p.STRIDE_HIDDEN", "x_row * p.STRIDE_HIDDEN", "GEMM1's rows by 32 bits", WIDE),
+    many("tile.expert.to(gl.int64) * p.num_tokens", "tile.expert * p.num_tokens", "tokens' numbers by 32 bits", WIDE),
+    many(
+        "(first_row + slot).to(gl.int64)[:, None] * p.INTERMEDIATE",
+        "(first_row + slot)[:, None] * p.INTERMEDIATE",
+        "activation by 32 bits",
+        WIDE,
+    ),
+    many(
+        "(first_row + slot).to(gl.int64)[:, None] * p.COLUMNS",
+        "(first_row + slot)[:, None] * p.COLUMNS",
+        "result by 32 bits",
+        WIDE,
+    ),
+    many("block_n.to(gl.int64) * p.max_rows", "block_n * p.max_rows", "activation's scales by 32 bits", WIDE),
+    many(
+        "    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.\n"
+        "    wait_for_previous_kernel(PDL)\n",
+        "",
+        "GEMM2 may end before GEMM1: what it still counts with is somebody else's",
+        TWICE,
+    ),
+    many("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
+    many(
+        'load_tokens_per_expert(".cg")\n    through', 'load_tokens_per_expert("")\n    through', "old counts in GEMM2"
+    ),
+    # What GEMM2 waits for
+    completion(
+        "    tl.debug_barrier()\n    tl.atomic_add(finished_ptr + expert",
+        "    tl.atomic_add(finished_ptr + expert",
+        "one thread signals before the others have stored",
+    ),
+    completion(
+        'tl.atomic_add(finished_ptr + expert, 1, sem="release"',
+        'tl.atomic_add(finished_ptr + expert, 1, sem="relaxed"',
+        "an expert's signal publishes nothing",
+    ),
+    completion(
+        'tl.atomic_add(finished_ptr + E, 1, sem="release"',
+        'tl.atomic_add(finished_ptr + E, 1, sem="relaxed"',
+        "the signal of all publishes nothing",
+        LATE,
+        equivalent="It follows the expert's by the same thread, and who sees it waits for the end of GEMM1.",
+    ),
+    completion(
+        'tl.atomic_add(finished_ptr + at, 0, sem="acquire"',
+        'tl.atomic_add(finished_ptr + at, 0, sem="relaxed"',
+        "GEMM2 may see what was there before",
+    ),
+    completion("    tl.debug_barrier()\n    return", "    return", "a ticket is drawn before the stores are joined"),
+    completion('1, sem="acq_rel"', '1, sem="relaxed"', "a ticket neither publishes nor acquires"),
+    completion(">= tl.sum(", "> 0 * tl.sum(", "all are finished with the first signal"),
+    completion(
+        "seen(finished_ptr, at) < wanted", "seen(finished_ptr, at) < wanted - 1", "the last signal is not waited for"
+    ),
+    completion("FIRST_M * SIGNALS)\n", "FIRST_M * SIGNALS - SIGNALS)\n", "the last row tile is not waited for"),
+]

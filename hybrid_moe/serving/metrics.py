@@ -20,6 +20,8 @@ from ..problem import MoEProblem
 
 T = TypeVar("T")
 
+__all__ = ["Counter", "Counters", "Label", "Sample", "ShadowSample", "shadow_snapshot", "snapshot"]
+
 # Calls that a counter notes before it adds them up.
 _BATCH = 4096
 

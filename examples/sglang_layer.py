@@ -42,12 +42,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatcher
-from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat, is_expert_remapping_enabled
-from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
-from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+try:
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatcher
+    from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat, is_expert_remapping_enabled
+    from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+    from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(f"{error.name} is not installed: pip install sglang") from None
 
 from hybrid_moe import HybridMoE
 

@@ -42,11 +42,11 @@ def test_learn_from_traces(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--solution", "mine"], "--solution is 'mine'; a name and what it is are wanted"),
+        (["--solution", "mine"], "--solution: expected NAME=VALUE as my_kernel=triton_fused[gemm=triton], got 'mine'"),
         (["--solution", "mine=fast"], "solution 'mine' is said to be 'fast'"),
         (["--solution", "x=flashinfer_trtllm"], "no trace is of the solution x; found: mine"),
         (["--solution", "mine=triton_fused", "--solution", "mine=torch_reference"], "names 'mine' twice"),
-        (["--where", "triton"], "--where is 'triton'"),
+        (["--where", "triton"], "--where: expected NAME=VALUE as triton=3.6, got 'triton'"),
         (["--where", "triton=1.0", "--solution", "mine=triton_fused"], "where is triton=1.0; the records have"),
     ],
 )

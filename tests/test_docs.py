@@ -178,7 +178,8 @@ def test_the_map_of_the_code_is_whole():
 
 def test_the_order_of_dependencies_is_the_one_that_is_checked():
     (order,) = (b.text for b in blocks(ROOT / "docs/architecture.md") if b.text.startswith("cli ->"))
-    assert tuple(re.findall(r"\w+", order)) == test_architecture.SPINE
+    places = [test_architecture.SPINE.index(part) for part in re.findall(r"\w+", order)]
+    assert places == sorted(places)
 
 
 def test_the_table_of_backends_is_whole():

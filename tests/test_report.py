@@ -491,7 +491,7 @@ def test_command_refuses(files, tmp_path):
     two = write(tmp_path / "two.jsonl", [record(FAST_SMALL, 1, 5), record(FAST_SMALL, 1, 5, device="gpu_y")])
     cases = {
         ("--policy", other): "is for nvidia_h200",
-        ("--device", "gpu_z"): "the records have gpu_x",
+        ("--device", "gpu_z"): "expected one of the records' gpu_x, got gpu_z",
         (): "hybrid-moe learn RECORDS",
         ("--policy", policy, "--png", tmp_path): "is a folder",
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -21,22 +24,55 @@ from .common import err, show_warning
 
 # What a person can put right: bad input, an unusable file (PolicyError is a ValueError), a device that can't run it.
 # Anything else is a bug, and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, BackendUnsupportedError, NoBackendError, SweepError, torch.OutOfMemoryError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    MemoryError,
+    BackendUnsupportedError,
+    NoBackendError,
+    SweepError,
+    torch.OutOfMemoryError,
+)
+# torch has no error of its own for a CPU that is out of memory.
+_EXPECTED = (*USER_ERRORS, RuntimeError)
 
 
 class _Commands(TyperGroup):
     """Turns the errors that a person can put right into one message and exit code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _pipe_may_close():  # the help is printed here
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # `hybrid-moe explain | head`: no error
-            raise
-        except USER_ERRORS as error:
-            if ctx.params.get("traceback"):
+            with _pipe_may_close():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            raise typer.Exit(130) from None
+        except _EXPECTED as error:
+            if ctx.params.get("traceback") or not _is_users(error):
                 raise
             err.print(Text(f"error: {_message(error)}", style="bold red"), soft_wrap=True)
             raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _pipe_may_close() -> Iterator[None]:
+    """`hybrid-moe explain | head -1`: who reads has read enough, which is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still in the buffer is written at exit, where nobody catches an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _is_users(error: Exception) -> bool:
+    return isinstance(error, USER_ERRORS) or "can't allocate memory" in str(error)
 
 
 def _message(error: Exception) -> str:
@@ -51,6 +87,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # markup would swallow "[default: ...]" and "name[key=value]"
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="FP8 block-scale MoE layers on the backend that was measured fastest for this GPU and number of tokens.",
 )
 
@@ -71,8 +108,15 @@ def _options(
     pass
 
 
-for _module in (demo, run, explain, regenerate, learn, verify, evaluate, report, solution, doctor):
-    app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
+# In the order of the help. Each has its one line there (SUMMARY), and examples at the end of its own (EXAMPLES).
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (demo, run, explain, regenerate, learn, verify, evaluate, report, solution, doctor)
+}
+for _name, _module in COMMANDS.items():
+    # \b: lines that are not to be joined.
+    _examples = "\n\n".join(f"\b\n{line}" for line in ("Examples:", *(f"  {e}" for e in _module.EXAMPLES)))
+    app.command(short_help=_module.SUMMARY, epilog=_examples)(getattr(_module, _name))
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -20,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segment
 from rich.text import Text
 
-from ..device import DeviceKey
+from ..device import DeviceKey, device_slug
 from ..policy import resolve
 from ..policy.schema import Policy
 from ..policy.store import find_policy, how_to_make_one, known_policies, load_policy
@@ -36,9 +38,19 @@ class PrintableConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        """As it is: rich would exit with 1, and who reads our output may stop where they like."""
+        raise BrokenPipeError
 
-# A pipe has no width: 80 columns would fold the tables.
-out = PrintableConsole(width=None if sys.stdout is not None and sys.stdout.isatty() else 120, highlight=False)
+
+def _width() -> int | None:
+    """Columns of stdout: a terminal says its own, and a pipe has 120 unless COLUMNS says otherwise."""
+    if sys.stdout is not None and sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal():
+        return None
+    return 120
+
+
+out = PrintableConsole(width=_width(), highlight=False)
 err = PrintableConsole(stderr=True, highlight=False)
 
 Where = Annotated[
@@ -73,7 +85,7 @@ def _pairs(option: str, given: list[str] | None, pattern: str, example: str) -> 
     for text in given or ():
         match = re.fullmatch(pattern, text)
         if match is None:
-            raise ValueError(f"{option} is {text!r}; a name and what it is are wanted, as {example}")
+            raise ValueError(f"{option}: expected NAME=VALUE as {example}, got {text!r}")
         name, value = match.groups()
         if name in found:
             raise ValueError(f"{option} names {name!r} twice, as {found[name]} and as {value}")
@@ -118,23 +130,50 @@ def policy_or_nearest(device: str | None, problem: MoEProblem, path: Path | None
 
 
 def _no_policy(device: str, problem: MoEProblem) -> ValueError:
-    known = "; ".join(sorted({f"{p.device} for {p.definition}" for _, p in known_policies()})) or "none"
+    known = known_devices()
+    by_definition: dict[str, list[str]] = {}
+    for name, definitions in known.items():
+        for definition in definitions:
+            by_definition.setdefault(definition, []).append(name)
+    there = "; ".join(f"{', '.join(names)} for {definition}" for definition, names in by_definition.items()) or "none"
+    words = {word: name for name in known for word in (*name.split("_"), name)}
+    close = difflib.get_close_matches(device.lower(), words, n=1)
+    hint = f" Did you mean {words[close[0]]}?" if close and device not in known else ""
     return ValueError(
-        f"no policy for device {device} and {problem.definition}. There are policies of: {known}. "
+        f"no policy for device {device} and {problem.definition}.{hint} There are policies of: {there}. "
         f"{how_to_make_one(problem)}"
     )
 
 
 def _wanted_device(device: str | None, path: Path | None) -> str:
     loaded = policy_in(path)
-    if device is None and loaded is not None:
-        device = loaded.device
-    if device is None and torch.cuda.is_available():
-        device = DeviceKey.of("cuda").name
-    if device is None:
-        devices = ", ".join(sorted({policy.device for _, policy in known_policies()})) or "none"
-        raise ValueError(f"torch finds no GPU here: name one with --device. There are policies of: {devices}")
-    return device
+    if device is not None:
+        return device_named(device, known_devices() if loaded is None else [loaded.device])
+    if loaded is not None:
+        return loaded.device
+    if torch.cuda.is_available():
+        return DeviceKey.of("cuda").name
+    devices = ", ".join(known_devices()) or "none"
+    raise ValueError(f"torch finds no GPU here: name one with --device. There are policies of: {devices}")
+
+
+def known_devices() -> dict[str, list[str]]:
+    """The devices that policies are looked up for here, each with the definitions that it has one for."""
+    found: dict[str, set[str]] = {}
+    for _, policy in known_policies():
+        found.setdefault(policy.device, set()).add(policy.definition)
+    return {device: sorted(found[device]) for device in sorted(found)}
+
+
+def device_named(text: str, known: Iterable[str]) -> str:
+    """The device that is meant: ``b200`` or ``NVIDIA B200`` is ``nvidia_b200`` if no other known one has these words.
+
+    Returned as it is if it is none of them: what comes of that is said where it is looked up.
+    """
+    slug = device_slug(text)
+    words = set(slug.split("_"))
+    meant = [name for name in known if name == slug] or [name for name in known if words <= set(name.split("_"))]
+    return meant[0] if len(meant) == 1 else text
 
 
 def print_json(value: object) -> None:

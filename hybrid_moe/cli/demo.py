@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import os
 import warnings
-from pathlib import Path
 
 import torch
 import typer
@@ -17,17 +16,23 @@ from ..candidate import Candidate
 from ..device import DeviceKey
 from ..learn.learner import learn_from_files
 from ..measure.bench import poisoned_output
+from ..measure.readers import shipped_records_dir
 from ..measure.single import call_fused_moe, checked, simple_time
 from ..measure.timing import Work
 from ..measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, LayerWeights, Workload, make_inputs, random_weights
 from ..policy.resolve import decision_table, policy_or_nearest
 from ..policy.schema import LearnerOptions, Policy
 from ..policy.select import resolve
-from ..policy.store import dumps_policy, load_policy, policy_path, shipped_policy_dir
+from ..policy.store import dumps_policy, policy_path, shipped_policy_dir
 from ..problem import MoEProblem
 from ..reference import moe_reference
 from . import view
 from .common import out, steps, warnings_shown
+from .table import Column, Fitted
+
+SUMMARY = "Learn, choose, run and check, anywhere"
+EXAMPLES = ("hybrid-moe demo",)
+
 
 B200 = "nvidia_b200"
 # The learner's options for the shipped B200 policy: the regimes that its data was published with.
@@ -85,19 +90,19 @@ def _without_gpu() -> list[str]:
     out.rule("1. Learn", align="left")
     policy = _learn_b200(failures)
     out.print(view.regimes(policy))
-    out.print(view.regret("training regret", policy.training_regret))
-    out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret) + "\n")
+    out.print(view.regrets(policy) + "\n")
 
     out.rule("2. Choose", align="left")
     out.print("What the policy runs on a B200; `hybrid-moe explain --device nvidia_b200 --num-tokens 16` says why.")
     table = resolve(policy, policy.problem, DeviceKey(B200))
-    chosen = view.table(">T", "regime", "choice", ">slowdown against the fastest")
+    slowdown_of_choice = Column("slowdown against the fastest", right=True)
+    chosen = Fitted([Column("T", right=True), Column("regime"), Column("choice"), slowdown_of_choice])
     measured = {e.num_tokens: e for r in policy.regimes for e in r.evidence}
     for num_tokens in (13, 14, 15, 16, 32, 33, 901):
         decision = table.decision(num_tokens)
         at = measured.get(num_tokens)
         slowdown = "no result" if at is None else f"{at.slowdown[str(decision.choice)]:.2f}"
-        chosen.add_row(str(num_tokens), view.regime_text(decision), escape(str(decision.choice)), slowdown)
+        chosen.add(str(num_tokens), view.regime_text(decision), decision.choice, slowdown)
     out.print(chosen)
 
     out.rule("3. Run and check", align="left")
@@ -124,14 +129,12 @@ def _without_gpu() -> list[str]:
 
 def _learn_b200(failures: list[str]) -> Policy:
     shipped = policy_path(shipped_policy_dir(), B200, DEEPSEEK_V3)
-    data = Path(__file__).parents[2] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
-    about = "published speedups over a PyTorch reference (flashinfer-bench); nothing on B200 was measured by us"
-    if not data.is_file():  # installed from a wheel
-        policy = load_policy(shipped)
-        out.print(f"The shipped policy for {B200}, learned from {policy.inputs[0].name}: {about}.")
-        return policy
+    data = shipped_records_dir() / "data" / "nvidia_b200_2026-02-02.md"
     policy = learn_from_files([data], B200_OPTIONS)
-    out.print(f"A policy for {B200} from benchmarks/data/{data.name}: {about}.")
+    out.print(
+        f"A policy for {B200} from {data.name}: published speedups over a PyTorch reference (flashinfer-bench); "
+        "nothing on B200 was measured by us."
+    )
     if shipped.is_file() and shipped.read_text(encoding="utf-8") == dumps_policy(policy):
         out.print("Byte for byte what is shipped.")
     else:

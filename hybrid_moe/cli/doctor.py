@@ -13,6 +13,7 @@ from rich.markup import escape
 from .. import backends
 from ..candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from ..device import DeviceKey
+from ..learn.report.letters import assign_letters
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import policy_or_nearest
 from ..policy.schema import PolicyError
@@ -22,6 +23,10 @@ from ..serving.quarantine import QUARANTINE
 from ..version import __version__
 from . import view
 from .common import Json, out, print_json, this_device
+
+SUMMARY = "What this machine has, and what works here"
+EXAMPLES = ("hybrid-moe doctor",)
+
 
 # Packages that no backend runs on.
 _OTHERS = ("numpy", "flashinfer-bench")
@@ -141,12 +146,14 @@ def _print(report: dict[str, Any]) -> None:
     out.print(f"[bold]device[/]    {escape(text)}")
     out.print(f"[bold]problem[/]   {report['problem']}\n")
 
-    table = view.table("backend", "works here", "why not, or what to know")
+    letters = assign_letters(Candidate(row["backend"], row["config"]) for row in report["backends"])
+    out.print("Which backends work here, each with its letter in strips and figures:")
     for row in report["backends"]:
-        works = "[green]yes[/]" if row["works"] else "[yellow]no[/]"
-        said = "\n".join([*row["reasons"], *row["remarks"]])
-        table.add_row(escape(str(Candidate(row["backend"], row["config"]))), works, escape(said))
-    out.print(table)
+        candidate = Candidate(row["backend"], row["config"])
+        works = "[green]yes[/]" if row["works"] else "[yellow]no [/]"
+        head = f"{works} {letters[candidate]}  [bold]{escape(str(candidate))}[/]"
+        out.print(view.item(head, *(escape(said) for said in (*row["reasons"], *row["remarks"]))))
+    out.print()
 
     out.print("Policies are looked up in this order:")
     for number, place in enumerate(report["policies"]["looked_up"], start=1):

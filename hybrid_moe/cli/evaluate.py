@@ -17,6 +17,10 @@ from ..policy.schema import Policy, Timing
 from ..policy.store import load_policy
 from . import view
 from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from
+from .table import Cell, Column, Fitted
+
+SUMMARY = "Judge a policy on records it hasn't seen"
+EXAMPLES = ("hybrid-moe evaluate policy.json other_records.jsonl",)
 
 
 def evaluate(
@@ -31,7 +35,7 @@ def evaluate(
 ) -> None:
     """Compare what a policy runs with the fastest at each workload, and with every backend used alone.
 
-    Beside it stands the best choice that knows T alone: no policy can do better. Records of other GPUs and problems are
+    Next to it is the best choice by T alone: no policy can do better. Records of other GPUs and problems are
     left out.
     """
     loaded = load_policy(policy)
@@ -67,19 +71,25 @@ def _print(policy: Policy, result: Evaluation, learned_from: list[str]) -> None:
     )
     for path in learned_from:
         out.print(f"[yellow]learned from {escape(path)} itself: regret there is training regret[/]", soft_wrap=True)
-    table = view.table("what runs", ">workloads", ">mean regret", ">worst", "at", ">policy is faster by")
-    rows: list[tuple[str, Score, str]] = [("the policy", result.policy, ""), ("the best by T alone", result.bound, "")]
-    rows += [(str(single.choice), single.score, view.percent(single.policy_gain)) for single in result.singles]
+    table = Fitted(
+        [
+            Column("what runs"),
+            Column("workloads", right=True, optional=True),
+            Column("mean regret", right=True),
+            Column("worst", right=True),
+            Column("policy is faster by", right=True),
+        ]
+    )
+    rows: list[tuple[Cell, Score, str]] = [
+        ("the policy", result.policy, ""),
+        ("the best by T alone", result.bound, ""),
+        *((single.choice, single.score, view.percent(single.policy_gain)) for single in result.singles),
+    ]
     for name, score, gain in rows:
-        table.add_row(
-            escape(name),
-            str(score.workloads),
-            view.percent(score.mean),
-            view.percent(score.worst),
-            _place(score.worst_at) if score.worst > 0 else "",
-            gain,
-        )
+        table.add(name, str(score.workloads), view.percent(score.mean), view.percent(score.worst), gain)
     out.print(table)
+    if result.policy.worst > 0:
+        out.print(f"The policy's worst, {view.percent(result.policy.worst)}: {_place(result.policy.worst_at)}")
     if result.noise is None:
         out.print("How noisy the times are wasn't measured.")
     else:

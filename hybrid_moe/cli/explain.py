@@ -12,6 +12,7 @@ from .. import backends
 from ..candidate import Candidate
 from ..device import DeviceKey
 from ..learn.report.letters import assign_letters
+from ..measure.sweep.plan import MAX_TOKENS
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.resolve import DEFAULT_ORDER
 from ..policy.schema import Policy
@@ -22,14 +23,22 @@ from . import view
 from .common import Json, PolicyPath, out, policy_in, policy_or_nearest, print_json, this_device
 from .problem import ProblemOptions, takes_problem
 
+SUMMARY = "What a policy runs, and why"
+EXAMPLES = (
+    "hybrid-moe explain --device nvidia_h100_80gb_hbm3 --num-tokens 300",
+    "hybrid-moe explain --device b200",
+)
+
 
 @takes_problem
 def explain(
-    device: Annotated[str | None, typer.Option(help="Slug, as nvidia_b200. [default: this machine's GPU]")] = None,
+    *,
+    device: Annotated[
+        str | None, typer.Option(help="A GPU with a policy, as nvidia_b200 or b200. [default: this machine's]")
+    ] = None,
     num_tokens: Annotated[int | None, typer.Option(help="T; without it, every regime is shown.")] = None,
     policy: PolicyPath = None,
     here: Annotated[bool, typer.Option("--here", help="Pass over what this machine can't run.")] = False,
-    *,
     sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
@@ -61,11 +70,14 @@ def explain(
         data = found.model_dump(mode="json")
         names = ("device", "definition", "default", "default_reason", "regimes")
         regrets = ("training_regret", "leave_one_out_regret")
+        if note is not None:  # another problem's: nothing of it was measured for this one
+            data |= dict.fromkeys(regrets)
+            data["regimes"] = [regime | {"verified": "not_measured"} for regime in data["regimes"]]
         # How it differs from this machine; null where it is of another one.
         compared = None if differs is None else asdict(differs)
         print_json({name: data[name] for name in (*names, *regrets)} | {"mismatch": compared, "where": where})
     else:
-        _print_regimes(found, where, table, here)
+        _print_regimes(found, where, table, here, borrowed=note is not None)
     if differs is not None and not as_json:
         for message in differs.messages("this policy here"):
             out.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
@@ -87,13 +99,14 @@ def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
         out.print(view.evidence(decision.evidence, decision.choice))
 
 
-def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool) -> None:
+def _print_regimes(policy: Policy, where: str, table: DecisionTable, here: bool, *, borrowed: bool) -> None:
     out.print(f"[bold]{policy.device}[/], {policy.definition}\n{escape(where)}", soft_wrap=True)
     runs_here: dict[str, Candidate] | None = None
     if here:
         runs_here = {regime.label: table.choice(regime.min_tokens) for regime in policy.regimes}
         runs_here["otherwise"] = table.choice(policy.first_outside)
-    out.print(view.strip(table.spans(), assign_letters([*policy.candidates, *table.choices]), out.width))
-    out.print(view.regimes(policy, runs_here))
-    out.print(view.regret("training regret", policy.training_regret))
-    out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))
+    letters = assign_letters([*policy.candidates, *table.choices])
+    evidence = [e.num_tokens for part in (policy.default_evidence, *(r.evidence for r in policy.regimes)) for e in part]
+    out.print(view.strip(table.spans(), letters, out.width, max(evidence, default=MAX_TOKENS)))
+    out.print(view.regimes(policy, runs_here, borrowed=borrowed, legend=False))
+    out.print(view.regrets(policy, borrowed=borrowed))

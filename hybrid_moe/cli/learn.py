@@ -15,7 +15,21 @@ from ..measure.records import problem_of_definition
 from ..policy.schema import LearnerOptions, Policy, describe
 from ..policy.store import policy_path, save_policy, user_policy_dir
 from . import view
-from .common import Json, Solutions, Where, out, print_json, solutions_from, versions_from, warnings_shown
+from .common import (
+    Json,
+    Solutions,
+    Where,
+    device_named,
+    known_devices,
+    out,
+    print_json,
+    solutions_from,
+    versions_from,
+    warnings_shown,
+)
+
+SUMMARY = "From benchmark records to a policy file"
+EXAMPLES = ("hybrid-moe learn records.jsonl --timing cuda_graph -o policy.json",)
 
 
 def learn(
@@ -64,12 +78,14 @@ def learn(
     check_outputs({"--output": output}, records)
     if output is not None:
         check_target(output, POLICY)
+    if device is not None:
+        device = device_named(device, known_devices())
     with warnings_shown():
         policy = learn_from_files(records, options, wanted, device)
     path = policy_path(user_policy_dir(), policy.device, policy.problem) if output is None else output
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder; a file name is wanted, as {policy_path(path, policy.device, policy.problem)}"
+            f"--output: expected a file, as {policy_path(path, policy.device, policy.problem)}, got the folder {path}"
         )
     save_policy(policy, path)
     if as_json:
@@ -87,5 +103,4 @@ def print_learned(policy: Policy) -> None:
     for regime in policy.regimes:
         out.print(f"  {regime.label}: {escape(regime.reason)}")
     out.print(f"  otherwise: {escape(str(policy.default))}, {escape(policy.default_reason)}\n")
-    out.print(view.regret("training regret", policy.training_regret))
-    out.print(view.regret("leave-one-T-out regret", policy.leave_one_out_regret))
+    out.print(view.regrets(policy))

@@ -19,17 +19,17 @@ from ..problem import MoEProblem, RoutingMethod
 _OPTIONS: Mapping[str, Any] = {
     "model": Annotated[
         ModelName | None,
-        typer.Option(help="A model whose layer it is, on one of 8 ranks; sizes given beside it change it."),
+        typer.Option(help="A model's layer on one of 8 ranks. The sizes below change it. [default: deepseek-v3]"),
     ],
     "num_experts": Annotated[int | None, typer.Option(min=1, help="Experts of the whole model. [default: 256]")],
     "num_local_experts": Annotated[int | None, typer.Option(min=1, help="Experts of this rank. [default: 32]")],
     "top_k": Annotated[int | None, typer.Option(min=1, help="Experts chosen for each token. [default: 8]")],
     "n_group": Annotated[int | None, typer.Option(min=1, help="Groups of experts. [default: 8]")],
     "topk_group": Annotated[int | None, typer.Option(min=1, help="Groups kept for each token. [default: 4]")],
-    "hidden_size": Annotated[int | None, typer.Option(min=1, help="[default: 7168]")],
-    "intermediate_size": Annotated[int | None, typer.Option(min=1, help="[default: 2048]")],
+    "hidden_size": Annotated[int | None, typer.Option(min=1, help="A multiple of 128. [default: 7168]")],
+    "intermediate_size": Annotated[int | None, typer.Option(min=1, help="A multiple of 128. [default: 2048]")],
     "routing_method": Annotated[
-        RoutingMethod | None, typer.Option(help="How the scores come of the logits. [default: deepseek_v3]")
+        RoutingMethod | None, typer.Option(help="How scores are made of the logits. [default: deepseek_v3]")
     ],
     "gate_first": Annotated[
         bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")

@@ -21,12 +21,20 @@ from .problem import ProblemOptions, takes_problem
 from .verify import print_findings
 from .watch import watching
 
+SUMMARY = "Measure and install this GPU's policy"
+EXAMPLES = (
+    "hybrid-moe regenerate --quick",
+    "hybrid-moe regenerate --model glm-4.5-air",
+)
+
+
 # To stay under 8 and 20 minutes of GPU time with the start of the processes and the verification.
 QUICK_MINUTES, FULL_MINUTES = 6.0, 18.0
 
 
 @takes_problem
 def regenerate(
+    *,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer T: a useful policy in less time.")] = False,
     minutes: Annotated[
         float | None,
@@ -39,21 +47,21 @@ def regenerate(
         Path | None, typer.Option("-o", "--output", help="[default: your policies, which come before the shipped ones]")
     ] = None,
     install: Annotated[
-        bool, typer.Option("--install/--no-install", help="Without it the policy stays beside the records.")
+        bool, typer.Option("--install/--no-install", help="Without it the policy stays next to the records.")
     ] = True,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew; earlier records stay under another name.")
+        bool, typer.Option("--fresh", help="Start again; earlier records stay under another name.")
     ] = False,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Measure anew what failed, hung or was refused in earlier runs.")
+        bool, typer.Option("--retry", help="Measure again what failed, hung or was refused in earlier runs.")
     ] = False,
     candidate: Annotated[
         list[str] | None,
-        typer.Option(help="Backend, or name[key=value]; may be given several times. [default: all that can run]"),
+        typer.Option(help="Backend, or name[key=value]; may be repeated. [default: all that can run]"),
     ] = None,
     routing: Annotated[
         list[str] | None,
-        typer.Option(help="Load to measure; may be given several times. [default: uniform, zipf, concentrated]"),
+        typer.Option(help="Load to measure; may be repeated. [default: uniform, zipf, concentrated]"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest T to measure.")] = MAX_TOKENS,
     copies: Annotated[int, typer.Option(min=1, help="Weight copies in rotation, 1.4 GB each.")] = 3,
@@ -64,7 +72,6 @@ def regenerate(
     prefer: Annotated[str | None, typer.Option(help="Backend, or name[key=value], that ties go to.")] = None,
     max_gap: Annotated[float, typer.Option(help="Between T whose ratio is larger there is no evidence.")] = 2.0,
     timing: Annotated[GraphOrEager, typer.Option(help="What the policy is for; both are measured.")] = "cuda_graph",
-    *,
     sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:

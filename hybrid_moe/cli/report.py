@@ -15,13 +15,20 @@ from rich.markup import escape
 from ..files import PAGE, PICTURE, Kind, check_outputs, check_target, write_whole
 from ..learn.compare import is_about
 from ..learn.report import data
-from ..measure.readers import read_with_digest
+from ..measure.readers import read_with_digest, shipped_records_dir
 from ..measure.records import BenchRecord, problem_of_record
 from ..measure.workloads import DEEPSEEK_V3
 from ..policy.schema import InputDigest, Policy
 from ..policy.store import find_policy
 from ..problem import MoEProblem
-from .common import Json, out, policy_in, print_json, wanted_policy
+from .common import Json, device_named, out, policy_in, print_json, wanted_policy
+
+SUMMARY = "Draw a policy and records as a web page"
+EXAMPLES = (
+    "hybrid-moe report --device nvidia_h200",
+    "hybrid-moe report records.jsonl --policy policy.json --png figure.png",
+)
+
 
 Read = list[tuple[list[BenchRecord], InputDigest]]
 
@@ -100,9 +107,9 @@ def _policy_for(records: Sequence[BenchRecord], path: Path | None, device: str |
     devices = sorted({r.device for r in records})
     if device is None and len(devices) != 1:
         raise ValueError(f"the records are of several devices or none: {_list(devices)}; name one with --device")
-    device = device or devices[0]
+    device = device_named(device or devices[0], devices)
     if device not in devices:
-        raise ValueError(f"device is {device!r}; the records have {_list(devices)}")
+        raise ValueError(f"--device: expected one of the records' {_list(devices)}, got {device}")
     loaded = policy_in(path)
     problem = _problem_of([r for r in records if r.device == device]) if loaded is None else loaded.problem
     found, where = find_policy(problem, device, path)
@@ -128,7 +135,7 @@ def _problem_of(records: Sequence[BenchRecord]) -> MoEProblem:
 
 def _learned_from(policy: Policy, path: Path | None) -> Read:
     """The files that a policy was learned from, known by their digests."""
-    folders = [Path.cwd(), Path(__file__).parents[2] / "benchmarks"]
+    folders = [Path.cwd(), shipped_records_dir()]
     if path is not None:
         folders.append(path if path.is_dir() else path.parent)
     read: Read = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import Annotated, Literal
 
@@ -19,9 +20,16 @@ from . import view
 from .common import Json, PolicyPath, out, print_json, steps, this_device, warnings_shown
 from .problem import ProblemOptions, takes_problem
 
+SUMMARY = "Run the layer on one workload"
+EXAMPLES = (
+    "hybrid-moe run --num-tokens 64 --check",
+    'hybrid-moe run --model kimi-k2 --backend "triton_fused[gemm=triton]"',
+)
+
 
 @takes_problem
 def run(
+    *,
     workload: Annotated[str | None, typer.Option(help="One of the definition's, by the start of its UUID.")] = None,
     num_tokens: Annotated[int | None, typer.Option(min=0, help="T. [default: 16]")] = None,
     offset: Annotated[
@@ -33,7 +41,6 @@ def run(
     policy: PolicyPath = None,
     device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="[default: the GPU if there is one]")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the float32 reference.")] = False,
-    *,
     sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:
@@ -46,18 +53,19 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU that it can use: leave --device out, or see `hybrid-moe doctor`")
     where = this_device() if device is None else torch.device(device)
+    _check_memory(problem, point.num_tokens, where)
 
     with steps(4 + check) as begin, warnings_shown(), torch.inference_mode():
         begin(f"making {_weight_bytes(problem) / 1e9:.2g} GB of weights")
         weights = random_weights(problem, where)
         begin("making the inputs")
         inputs = make_inputs(point, problem, weights)
-        layer = HybridMoE.from_inputs(inputs, problem, backend=backend, policy=policy)
-        decision = layer.explain(point.num_tokens)
+        moe = HybridMoE.from_inputs(inputs, problem, backend=backend, policy=policy)
+        decision = moe.explain(point.num_tokens)
         output = poisoned_output(inputs, problem)
 
         def call() -> None:
-            layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
+            moe(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
 
         begin(f"first call of {decision.choice}")
         call()
@@ -72,11 +80,11 @@ def run(
     if as_json:
         print_json(
             {
-                "device": layer.device.name,
+                "device": moe.device.name,
                 "problem": asdict(problem),
                 "workload": asdict(point) | asdict(load),
                 "decision": decision.to_dict(),
-                "workspace_bytes": layer.workspace_bytes(point.num_tokens),
+                "workspace_bytes": moe.workspace_bytes(point.num_tokens),
                 "time": asdict(time),
                 "correctness": None
                 if correctness is None
@@ -85,14 +93,14 @@ def run(
         )
     else:
         out.print(
-            f"[bold]{layer.device.name}[/], {problem.definition}\n"
+            f"[bold]{moe.device.name}[/], {problem.definition}\n"
             f"T = {point.num_tokens}, offset {point.local_expert_offset}, {point.routing} routing: "
             f"{load.local_rows} local rows on {load.active_experts} of {problem.num_local_experts} local experts"
         )
         out.print(f"[bold]runs[/]    [bold green]{escape(str(decision.choice))}[/]")
         for reason in decision.reasons:
             out.print(f"          - {escape(reason)}")
-        out.print(f"[bold]memory[/]  {layer.workspace_bytes(point.num_tokens) / 1e6:.1f} MB beside inputs and output")
+        out.print(f"[bold]memory[/]  {moe.workspace_bytes(point.num_tokens) / 1e6:.1f} MB next to inputs and output")
         out.print(f"[bold]time[/]    {time} (median of {time.runs} single calls, {time.clock})")
         if correctness is not None:
             verdict = (
@@ -115,14 +123,34 @@ def _workload(
         found = [w for w in DEFINITION_WORKLOADS if w.uuid is not None and w.uuid.startswith(prefix)]
         if len(found) != 1:
             known = ", ".join(f"{w.uuid[:8]} (T = {w.num_tokens})" for w in DEFINITION_WORKLOADS if w.uuid)
-            raise ValueError(f"workload {prefix!r} is the start of {len(found)} UUIDs; one is wanted of: {known}")
+            raise ValueError(
+                f"--workload: expected the start of one UUID, got {prefix!r}, of which there are {len(found)}: {known}"
+            )
         num_tokens, offset, uuid = found[0].num_tokens, found[0].local_expert_offset, found[0].uuid
     else:
         num_tokens, offset, uuid = 16 if num_tokens is None else num_tokens, offset or 0, None
     last = problem.num_experts - problem.num_local_experts
     if offset > last:
-        raise ValueError(f"offset is {offset}; 0 to {last} is wanted")
+        raise ValueError(f"--offset: expected 0 to {last}, got {offset}")
     return Workload(num_tokens, offset, routing, seed, uuid)
+
+
+def _check_memory(problem: MoEProblem, num_tokens: int, device: torch.device) -> None:
+    """ValueError if the machine can't hold the weights and the call's inputs and output."""
+    # Hidden states in float32 while they are made, in FP8 after it; logits; the output.
+    token = 4 * problem.hidden_size + problem.hidden_size + 4 * problem.num_experts + 2 * problem.hidden_size
+    wanted = _weight_bytes(problem) + num_tokens * token
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if wanted > has:
+        raise ValueError(
+            f"T = {num_tokens} takes {wanted / 1e9:.3g} GB for weights, inputs and output: expected at most the "
+            f"{has / 1e9:.3g} GB of this {'GPU' if device.type == 'cuda' else 'machine'}; give a smaller --num-tokens"
+        )
 
 
 def _weight_bytes(problem: MoEProblem) -> int:

@@ -17,9 +17,16 @@ from ..measure.workloads import DEEPSEEK_V3
 from .common import Json, PolicyPath, out, policy_in, print_json, wanted_policy
 from .problem import ProblemOptions, takes_problem
 
+SUMMARY = "A Solution for flashinfer-bench"
+EXAMPLES = (
+    "hybrid-moe solution --device nvidia_b200 -o b200.json",
+    'hybrid-moe solution --candidate "triton_fused[gemm=triton]"',
+)
+
 
 @takes_problem
 def solution(
+    *,
     device: Annotated[
         str | None, typer.Option(help="Slug of the policy's device, as nvidia_b200. [default: this machine's GPU]")
     ] = None,
@@ -33,7 +40,6 @@ def solution(
         str | None, typer.Option(help="Of the Solution. [default: hybrid_moe_ with the device or the candidate]")
     ] = None,
     author: Annotated[str, typer.Option(help="Of the Solution.")] = AUTHOR,
-    *,
     sizes: ProblemOptions,
     as_json: Json = False,
 ) -> None:

@@ -15,6 +15,10 @@ from ..policy.store import load_policy
 from . import view
 from .common import Json, out, print_json, steps
 
+SUMMARY = "Check a policy file and run its choices"
+EXAMPLES = ("hybrid-moe verify policy.json",)
+
+
 _STYLES: dict[Status, str] = {"verified": "green", "unverified": "yellow", "failed": "bold red"}
 
 
@@ -47,9 +51,8 @@ def verify(
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print them as a table."""
-    table = view.table("part", "choice", ">T", "status", "reason")
+    """Print each with its reason."""
     for f in findings:
-        tokens = "" if f.num_tokens is None else str(f.num_tokens)
-        table.add_row(f.what, escape(f.choice), tokens, f"[{_STYLES[f.status]}]{f.status}[/]", escape(f.reason))
-    out.print(table)
+        at = "" if f.num_tokens is None else f" at T = {f.num_tokens}"
+        what = f"{f.what}: {escape(f.choice)}{at}" if f.choice else f.what
+        out.print(view.item(f"[{_STYLES[f.status]}]{f.status}[/] {what}", escape(f.reason)))

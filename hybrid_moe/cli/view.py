@@ -6,31 +6,22 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from ..candidate import Candidate
-from ..learn.report.letters import index
 from ..measure.single import SimpleTime
 from ..measure.timing import Work
 from ..numerics import Correctness
 from ..policy.schema import Evidence, Policy, RegretSummary, label
 from ..policy.select import Decision, Span
+from .table import Column, Fitted, ground
+from .table import legend as legend_of
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
-# By the place of the candidate, as in the report's figures; the letters tell them apart without colour.
-_GROUNDS = ("blue", "dark_orange", "green", "magenta", "yellow", "cyan")
 _VERIFIED = {"seed_only": "published", "measured": "measured"}
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; a column named ``>name`` is justified to the right."""
-    result = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for column in columns:
-        result.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return result
+NOT_MEASURED = "not measured for this problem: the policy is the nearest problem's"
 
 
 def percent(value: float | None) -> str:
@@ -38,33 +29,67 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def regimes(policy: Policy, runs_here: dict[str, Candidate] | None = None) -> Table:
-    """The regimes of a policy, and its default; with ``runs_here`` by regime label, what runs on this machine."""
-    extra = [] if runs_here is None else ["runs here"]
-    result = table(">T", "choice", "verdict", ">expected regret", ">T with results", "verified", *extra)
+def item(head: str, *details: str) -> RenderableType:
+    """A line in markup, and below it, indented, what there is to say of it; wraps anywhere, cuts nothing."""
+    parts: list[RenderableType] = [Text.from_markup(head)]
+    parts += [Padding(Text.from_markup(detail), (0, 0, 0, 4), expand=False) for detail in details if detail]
+    return Group(*parts)
+
+
+def regimes(
+    policy: Policy,
+    runs_here: Mapping[str, Candidate] | None = None,
+    *,
+    borrowed: bool = False,
+    legend: bool = True,
+) -> Fitted:
+    """The regimes of a policy, and its default.
+
+    Parameters
+    ----------
+    policy
+        The policy.
+    runs_here
+        By regime label, what runs on this machine; a column of its own.
+    borrowed
+        The policy is another problem's: nothing in it was measured for this one.
+    legend
+        As `Fitted` takes it.
+    """
+    columns = [
+        Column("T", right=True),
+        Column("choice"),
+        *([] if runs_here is None else [Column("runs here")]),
+        Column("verdict"),
+        Column("expected regret", right=True),
+        Column("T with results", right=True, optional=True),
+        Column("verified", optional=True),
+    ]
+    table = Fitted(columns, legend=legend)
     for r in policy.regimes:
-        result.add_row(
+        table.add(
             r.label,
-            escape(str(r.choice)),
+            r.choice,
+            *([] if runs_here is None else [runs_here[r.label]]),
             f"[{_VERDICTS[r.verdict]}]{r.verdict}[/]",
             percent(r.expected_regret),
             str(len(r.evidence)),
-            _VERIFIED[r.verified],
-            *([] if runs_here is None else [escape(str(runs_here[r.label]))]),
+            "not measured" if borrowed else _VERIFIED[r.verified],
         )
-    result.add_row(
-        "otherwise",
-        escape(str(policy.default)),
-        "default",
-        "",
-        str(len(policy.default_evidence)),
-        "",
-        *([] if runs_here is None else [escape(str(runs_here["otherwise"]))]),
-    )
-    return result
+    here = [] if runs_here is None else [runs_here["otherwise"]]
+    table.add("otherwise", policy.default, *here, "default", "", str(len(policy.default_evidence)), "")
+    return table
 
 
-def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int) -> Text:
+def regrets(policy: Policy, *, borrowed: bool = False) -> str:
+    """What the policy costs where it was learned, in lines."""
+    if borrowed:
+        return f"regret: {NOT_MEASURED}"
+    training = regret("training regret", policy.training_regret)
+    return f"{training}\n{regret('leave-one-T-out regret', policy.leave_one_out_regret)}"
+
+
+def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int, reach: int = 1) -> Text:
     """What runs over T as a strip of letters on a logarithmic axis, with its ticks and a legend.
 
     Small letters are where no regime of the policy holds T. Every span that starts on the axis has at least one column.
@@ -77,10 +102,12 @@ def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int) -
         One letter for each choice of the spans.
     width
         Columns of the terminal.
+    reach
+        Largest T that the axis has to show, as the largest with results.
     """
     columns = max(20, min(width - 2, 110))
     # Room for what has no upper bound: a quarter of a decade more, and up to a round number of tokens at least.
-    top = max(100.0, max(span.first for span in spans) * 10**0.75)
+    top = max(100.0, reach, max(span.first for span in spans) * 10**0.75)
     scale = (columns - 1) / math.log10(top)
 
     def column(num_tokens: float) -> int:
@@ -98,7 +125,7 @@ def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int) -
     for span, run in itertools.groupby(cells):
         choice, outside = span.decision.choice, span.decision.regime is None
         letter = letters[choice].lower() if outside else letters[choice]
-        style = f"{_GROUNDS[index(letters[choice]) % len(_GROUNDS)]} reverse"
+        style = f"{ground(letters[choice])} reverse"
         text.append(letter * len(list(run)), style=f"{style} dim" if outside else style)
     text.append("\n")
 
@@ -106,15 +133,14 @@ def strip(spans: Sequence[Span], letters: Mapping[Candidate, str], width: int) -
     for power in range(int(math.log10(top)) + 1):
         at, label = column(10**power), str(10**power)
         ticks[at] = "|"
-        if at + len(label) <= columns:
+        at = min(at, columns - 1 - len(label))
+        if not "".join(labels[at - 1 :]).strip():  # no other label is there
             labels[at : at + len(label)] = label
     text.append("".join(ticks).rstrip() + "\n", style="dim")
     text.append("".join(labels).rstrip() + "  T\n")
 
     shown = dict.fromkeys(span.decision.choice for span in spans)
-    for choice in [c for c in letters if c in shown]:
-        text.append(f" {letters[choice]} ", style=f"{_GROUNDS[index(letters[choice]) % len(_GROUNDS)]} reverse")
-        text.append(f" {choice}\n")
+    text.append(legend_of({c: letter for c, letter in letters.items() if c in shown}))
     if any(span.decision.regime is None for span in spans):
         text.append("small letters: in no regime, as no results are near\n", style="dim")
     return text
@@ -132,10 +158,12 @@ def regret(name: str, summary: RegretSummary | None) -> str:
     return f"{name}: mean {percent(summary.mean)}{worst} (over {summary.num_tokens} T)"
 
 
-def evidence(items: Sequence[Evidence], chosen: Candidate | None = None) -> Table:
+def evidence(items: Sequence[Evidence], chosen: Candidate | None = None) -> Fitted:
     """The slowdown of each candidate at each T; the fastest in green, ``chosen`` in bold."""
     names = sorted({name for item in items for name in item.slowdown})
-    result = table(">T", ">workloads", *(f">{escape(name)}" for name in names))
+    candidates = [Candidate.parse(name) for name in names]
+    columns = [Column("T", right=True), Column("workloads", right=True, optional=True)]
+    table = Fitted([*columns, *(Column(candidate, right=True) for candidate in candidates)])
     for item in items:
         cells = []
         for name in names:
@@ -144,8 +172,8 @@ def evidence(items: Sequence[Evidence], chosen: Candidate | None = None) -> Tabl
             if slowdown is not None and slowdown == min(item.slowdown.values()):
                 cell = f"[green]{cell}[/]"
             cells.append(f"[bold]{cell}[/]" if chosen is not None and name == str(chosen) else cell)
-        result.add_row(str(item.num_tokens), str(item.workloads), *cells)
-    return result
+        table.add(str(item.num_tokens), str(item.workloads), *cells)
+    return table
 
 
 def regime_text(decision: Decision) -> str:
@@ -153,25 +181,37 @@ def regime_text(decision: Decision) -> str:
     return "none" if decision.regime is None else label(decision.regime)
 
 
-def checks() -> Table:
+def checks() -> Fitted:
     """The head of a table of checked runs, for `add_check`."""
-    heads = (">T", ">offset", ">active experts", ">local rows", "backend", ">rel L2", ">cosine", ">matched", "check")
-    return table(*heads, ">time")
+    return Fitted(
+        [
+            Column("T", right=True),
+            Column("offset", right=True, optional=True),
+            Column("active experts", right=True, optional=True),
+            Column("local rows", right=True, optional=True),
+            Column("backend"),
+            Column("rel L2", right=True),
+            Column("cosine", right=True, optional=True),
+            Column("matched", right=True, optional=True),
+            Column("check"),
+            Column("time", right=True),
+        ]
+    )
 
 
 def add_check(
-    to: Table, num_tokens: int, offset: int, load: Work, choice: Candidate, correctness: Correctness, time: SimpleTime
+    to: Fitted, num_tokens: int, offset: int, load: Work, choice: Candidate, correctness: Correctness, time: SimpleTime
 ) -> None:
     """Add a row to `checks`."""
-    to.add_row(
+    to.add(
         str(num_tokens),
         str(offset),
         str(load.active_experts),
         str(load.local_rows),
-        escape(str(choice)),
+        choice,
         f"{correctness.relative_l2:.4f}",
         f"{correctness.cosine:.5f}",
         f"{correctness.matched_ratio:.4f}",
-        "[green]pass[/]" if correctness.passed else f"[bold red]{escape('; '.join(correctness.failures))}[/]",
+        "[green]pass[/]" if correctness.passed else "[bold red]FAIL[/]",
         str(time),
     )

@@ -23,6 +23,13 @@ from ..problem import problem_of_definition
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
 
 
+def shipped_records_dir() -> Path:
+    """Where the records are that the shipped policies were learned from, as in ``benchmarks/`` of the repository."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_records"  # in a wheel
+    return inside if inside.is_dir() else package.parent / "benchmarks"
+
+
 def read_any(paths: Iterable[str | Path], solutions: Mapping[str, str] | None = None) -> list[BenchRecord]:
     """Read files of records, each by the reader that its content asks for.
 

@@ -302,7 +302,8 @@ def _cut_off(axes: Axes, top: float) -> None:
             clip_on=False,
             zorder=5,
         )
-        line.set_label(f"{label} (to {values.max():.3g})")
+        highest = values.max()
+        line.set_label(f"{label} (to {highest:.0f})" if highest >= 100 else f"{label} (to {highest:.3g})")
 
 
 # ---- The figures ----

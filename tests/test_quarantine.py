@@ -16,6 +16,7 @@ from hybrid_moe import (
     CallOutOfMemoryError,
     Candidate,
     DeviceKey,
+    HybridMoE,
     MoEProblem,
     NoBackendError,
     backends,
@@ -23,7 +24,7 @@ from hybrid_moe import (
     quarantined,
     release_quarantine,
 )
-from hybrid_moe.measure.workloads import random_weights
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 from hybrid_moe.serving.quarantine import QUARANTINE, Quarantine
 from hybrid_moe.serving.workspace import Workspaces
 
@@ -275,3 +276,28 @@ def test_the_function_without_memory(weights, pair):
     pair[0].at_run = torch.OutOfMemoryError("none left")
     with pytest.raises(CallOutOfMemoryError, match="T = 3 takes 1,566 bytes with one"):
         fused_moe(*inputs_of(weights, 3), **ROUTING, policy=make_policy())
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_memory_goes_on_afterwards():
+    weights = random_weights(DEEPSEEK_V3, "cuda")
+    inputs = make_inputs(Workload(8192, 96), DEEPSEEK_V3, weights)
+    layer = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend="triton_fused")
+    planned = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend="triton_fused", max_num_tokens=8192)
+    wanted = call(layer, inputs).clone()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    # Less is left than a call takes.
+    left = layer.workspace_bytes(8192) // 2
+    taken = torch.empty(free - left, dtype=torch.uint8, device="cuda")
+    for each in (layer, planned):
+        with pytest.raises(CallOutOfMemoryError, match="T = 8192 takes") as caught:
+            call(each, inputs)
+        assert caught.value.bytes_wanted > left
+    few = make_inputs(Workload(16, 96), DEEPSEEK_V3, weights)
+    assert call(layer, few).shape == (16, 7168)  # what fits goes on meanwhile
+    del taken
+    torch.cuda.empty_cache()
+    for each in (layer, planned):
+        assert torch.equal(call(each, inputs), wanted)

@@ -44,7 +44,7 @@ def test_the_tighter_gate_is_for_our_own_kernels():
     bounds = {
         name: tolerance_of(Candidate(name)).max_relative_l2 for name in ("triton_fused", "flashinfer_trtllm", "peer:x")
     }
-    assert bounds == {"triton_fused": 0.03, "flashinfer_trtllm": 0.05, "peer:x": 0.05}
+    assert bounds == {"triton_fused": 0.026, "flashinfer_trtllm": 0.05, "peer:x": 0.05}
 
 
 def test_a_poisoned_output_has_no_number():

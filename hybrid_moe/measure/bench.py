@@ -122,7 +122,8 @@ def check_call(case: Case, run: Callable[[torch.Tensor], object], tolerance: Tol
     """Run once on a poisoned output and compare with the reference."""
     output = poisoned_output(case.inputs[0], case.problem)
     run(output)
-    return check(output[case.checked], case.reference, case.has_work, tolerance)
+    width = case.problem.intermediate_size
+    return check(output[case.checked], case.reference, case.has_work, tolerance, width=width)
 
 
 def calls_of(case: Case, prepare: Prepare) -> list[Call]:

@@ -45,16 +45,29 @@ class Latency(_Model):
 
 
 class RecordCorrectness(_Model):
-    """The figures of the correctness gate and the bounds that were applied; ``None`` where it isn't known."""
+    """The figures of the correctness gate and the bounds that were applied; ``None`` where it isn't known.
+
+    ``rule`` says by which rule it was judged (`numerics.RULE`). Records without one were judged as a whole alone, by
+    `numerics.Tolerance`: nothing is known of single tokens, blocks and columns.
+    """
 
     relative_l2: _Figure = None
     cosine: _Figure = None
     matched_ratio: _Figure = None
     max_abs_error: _Figure = None
+    token_relative_l2: _Figure = None
+    block_relative_l2: _Figure = None
+    column_relative_l2: _Figure = None
+    slope: _Figure = None
     rtol: float | None = None
     atol: float | None = None
     required_matched_ratio: float | None = None
     max_relative_l2: float | None = None
+    max_token_relative_l2: float | None = None
+    max_block_relative_l2: float | None = None
+    max_column_relative_l2: float | None = None
+    max_slope_error: float | None = None
+    rule: int | None = Field(default=None, ge=1)
     tokens: int | None = None
 
 

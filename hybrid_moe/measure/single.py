@@ -63,7 +63,8 @@ def checked(
     """Compare with the float32 reference by the gate's rule."""
     if reference is None:
         reference = moe_reference(inputs, problem)
-    return check(output, reference, has_local_work(inputs, problem), tolerance_of(choice))
+    work = has_local_work(inputs, problem)
+    return check(output, reference, work, tolerance_of(choice), width=problem.intermediate_size)
 
 
 def simple_time(call: Callable[[], object], device: torch.device) -> SimpleTime:

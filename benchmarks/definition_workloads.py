@@ -3,35 +3,39 @@
 python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/definition.jsonl --all --between
 python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/kimi-k2.jsonl --all --model kimi-k2
 
-Each is checked on a poisoned output against the float32 reference before it is timed, all of them at one workload in
-one process and in rotating order. Writes one BenchRecord a line and prints a table.
+Each is checked on poisoned outputs against the float32 reference before it is timed and again on what the timed calls
+wrote, on every weight copy and with every seed; all of them at one workload in one process and in rotating order.
+Writes one BenchRecord a line and prints a table. Exit code 1 if a result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hybrid_moe import backends
-from hybrid_moe.candidate import BackendUnsupportedError, Candidate
+from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import MoEInputs
-from hybrid_moe.measure.bench import Case, Prepare, check_call, environment_of, measure, preparing, tolerance_of
-from hybrid_moe.measure.records import BenchRecord, append_record
+from hybrid_moe.measure.bench import Case, Prepare, environment_of, measure
+from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, append_record
 from hybrid_moe.measure.sweep.plan import middle_rank
-from hybrid_moe.measure.timing import measure_ceilings
+from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
     MODELS,
     ROUTING_LOADS,
+    LayerWeights,
     Workload,
     random_weights,
 )
+from hybrid_moe.problem import MoEProblem
 
 # Of other models' layers, which the definition's workloads are not for.
 MODEL_TOKENS = (1, 16, 80, 901, 4096)
@@ -80,7 +84,7 @@ def main() -> None:
         "--skewed", action="store_true", help=f"also skewed loads at T = {', '.join(map(str, SKEWED))}, ours alone"
     )
     parser.add_argument("--tokens", type=int, nargs="*", help="only these T")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds checked; the first is timed")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds measured, each checked and timed by itself")
     parser.add_argument(
         "--sample", action="store_true", help=f"check {SAMPLED_TOKENS} tokens of the first seed, not all"
     )
@@ -105,8 +109,8 @@ def main() -> None:
         offsets = {w.num_tokens: w.local_expert_offset for w in definitions}
         workloads += [Workload(t, offsets.get(t, offset), load) for load in ("zipf", "concentrated") for t in SKEWED]
 
-    ceilings = measure_ceilings()
-    environment = environment_of(ceilings)
+    peak = measure_peak_rates()
+    environment = environment_of(peak)
     if options.load_library:
         torch.ops.load_library(options.load_library)
         package, _, version = options.version_of_library.partition("=")
@@ -124,45 +128,54 @@ def main() -> None:
     head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
     print(f"{head} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
     all_right = True
-    for number, workload in enumerate(workloads):
-        case = Case.make(workload, problem, copies, SAMPLED_TOKENS if options.sample else None)
-        others = [
-            Case.make(replace(workload, seed=seed, uuid=None), problem, copies[:1], SAMPLED_TOKENS)
-            for seed in range(1, options.seeds if workload.routing == options.routing else 1)
-        ]
-        shift = number % len(candidates)
-        for choice in candidates[shift:] + candidates[:shift]:
-            if choice.backend in PEERS and workload.routing != options.routing:
-                continue
-            peer = PEERS.get(choice.backend)
-            runs = 15 if workload.num_tokens <= 4096 else 5
-            records = list(measure(case, choice, ceilings, environment, prepare=peer, runs=runs))
-            for record in records:
-                append_record(options.output, record)
-            show(case, choice, *records)
-            for other in others:
-                prepare = peer or preparing(problem, choice)
-                try:
-                    result = check_call(other, prepare(other.inputs[0]), tolerance_of(choice))
-                except BackendUnsupportedError:
-                    continue
-                if not result.passed:
-                    print(f"WRONG at seed {other.workload.seed}: {choice} {result}", flush=True)
-                    # The learner then drops the candidate at this T: its speed at the first seed counts for nothing.
-                    wrong = records[0].model_copy(
-                        update={
-                            "seed": other.workload.seed,
-                            "workload": None,
-                            "status": "failed",
-                            "reason": "; ".join(result.failures),
-                            "latency_us": None,
-                        }
-                    )
-                    append_record(options.output, wrong)
-                    all_right = False
-        del case, others
+    for case, choice, records in measured(
+        problem,
+        workloads,
+        candidates,
+        copies,
+        peak,
+        environment,
+        seeds=lambda workload: options.seeds if workload.routing == options.routing else 1,
+        sample=options.sample,
+        skip=lambda workload, choice: choice.backend in PEERS and workload.routing != options.routing,
+    ):
+        for record in records:
+            append_record(options.output, record)
+        show(case, choice, *records)
+        all_right &= all(record.status != "failed" for record in records)
     if not all_right:
         sys.exit(1)
+
+
+def measured(
+    problem: MoEProblem,
+    workloads: Sequence[Workload],
+    candidates: Sequence[Candidate],
+    copies: Sequence[LayerWeights],
+    peak: PeakRates,
+    environment: Mapping[str, EnvironmentValue],
+    *,
+    seeds: Callable[[Workload], int],
+    sample: bool = False,
+    skip: Callable[[Workload, Candidate], bool] = lambda workload, choice: False,
+    clock: Clock = CUDA_CLOCK,
+) -> Iterator[tuple[Case, Candidate, list[BenchRecord]]]:
+    """Measure every candidate on every workload with every seed; the order of the candidates rotates.
+
+    Seeds after the first are checked on a sample of the tokens, the first one too if ``sample`` says so.
+    """
+    for number, workload in enumerate(workloads):
+        shift = number % len(candidates)
+        for seed in range(seeds(workload)):
+            of_seed = workload if seed == 0 else replace(workload, seed=seed, uuid=None)
+            case = Case.make(of_seed, problem, copies, SAMPLED_TOKENS if sample or seed else None)
+            for choice in (*candidates[shift:], *candidates[:shift]):
+                if skip(workload, choice):
+                    continue
+                runs, prepare = 15 if workload.num_tokens <= 4096 else 5, PEERS.get(choice.backend)
+                records = measure(case, choice, peak, environment, prepare=prepare, runs=runs, clock=clock)
+                yield case, choice, list(records)
+            del case
 
 
 def show(case: Case, choice: Candidate, graph: BenchRecord, eager: BenchRecord) -> None:

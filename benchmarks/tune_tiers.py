@@ -30,7 +30,7 @@ from hybrid_moe.kernels.plan import by_name
 from hybrid_moe.kernels.routing import reserve_routing, route
 from hybrid_moe.kernels.shapes import max_local_rows
 from hybrid_moe.kernels.steps import Step
-from hybrid_moe.measure.timing import Ceilings, measure_ceilings, time_graph
+from hybrid_moe.measure.timing import PeakRates, measure_peak_rates, time_graph
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.measure.workloads import LayerWeights, Workload, make_inputs, random_weights
 from hybrid_moe.reference import local_rows_per_expert_and_token
@@ -159,14 +159,14 @@ class Situation:
                 step.run(call, output.device)
             self.ready.append(call)
 
-    def floor_us(self, which: str, ceilings: Ceilings) -> float:
+    def floor_us(self, which: str, peak: PeakRates) -> float:
         """Of one GEMM: its weights and what it reads and writes once, or its operations."""
         h, i, b = PROBLEM.hidden_size, PROBLEM.intermediate_size, PROBLEM.block
         matrices = 2 if which == "gemm1" else 1
         moved = self.active * matrices * (h * i + h // b * (i // b) * 4)
         moved += self.tokens * h + self.rows * i if which == "gemm1" else self.rows * (i + 2 * h)
         flop = self.rows * 2 * matrices * h * i
-        return max(moved / ceilings.read_bytes_per_s, flop / ceilings.fp8_flop_per_s) * 1e6
+        return max(moved / peak.read_bytes_per_s, flop / peak.fp8_flop_per_s) * 1e6
 
     def calls(self, which: str, tile: Tile) -> list[Callable[[], object]]:
         """One for each weight copy."""
@@ -239,9 +239,9 @@ def main() -> None:
     began = time.monotonic()
     jobs = [(which, tile, 901) for which, tiles in VARIANTS.items() for tile in tiles.values()]
     bad = compile_all(jobs, options.workers)
-    ceilings = measure_ceilings()
+    peak = measure_peak_rates()
     device = torch.cuda.get_device_name()
-    print(f"{device}, {ceilings}, compiled after {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{device}, {peak}, compiled after {time.monotonic() - began:.0f} s", flush=True)
     copies = [random_weights(PROBLEM, "cuda", seed) for seed in range(3)]
     ratios: dict[tuple[str, str, str], float] = {}
     names = []
@@ -252,7 +252,7 @@ def main() -> None:
         names.append(name)
         situation = Situation(SITUATIONS[name], copies)
         for which, tiles in VARIANTS.items():
-            floor = situation.floor_us(which, ceilings)
+            floor = situation.floor_us(which, peak)
             expected = situation.result(which, next(iter(tiles.values())))
             for variant, tile in tiles.items():
                 us, problem = None, "does not compile"

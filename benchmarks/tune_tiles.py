@@ -31,7 +31,7 @@ from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
 from hybrid_moe.kernels.routing import reserve_routing, route
 from hybrid_moe.kernels.shapes import column_chunk, max_local_rows
 from hybrid_moe.kernels.steps import AnyStep
-from hybrid_moe.measure.timing import Work, measure_ceilings, time_graph
+from hybrid_moe.measure.timing import Work, measure_peak_rates, time_graph
 from hybrid_moe.measure.workloads import DEEPSEEK_V3 as PROBLEM
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 
@@ -200,12 +200,12 @@ def main() -> None:
 
     jobs = [(which, tile, t) for t in options.tokens for which in ("gemm1", "gemm2") for tile in candidates(which, t)]
     bad = compile_all(jobs, options.workers)
-    ceilings = measure_ceilings()
-    print(ceilings, flush=True)
+    peak = measure_peak_rates()
+    print(peak, flush=True)
     copies = [random_weights(PROBLEM, "cuda", seed) for seed in range(3)]
     for tokens in options.tokens:
         bench = Bench(tokens, copies)
-        floor = bench.work.floor_us(ceilings)
+        floor = bench.work.floor_us(peak)
         print(f"T={tokens} rows={bench.work.local_rows} active={bench.work.active_experts} floor {floor:.1f}")
         print("  ", bench.other_steps())
         for which in ("gemm1", "gemm2"):

@@ -21,6 +21,7 @@ import torch
 from fake_bench import SMALL, A, B, C, FakeBench, latency_us
 from hypothesis import given
 from hypothesis import strategies as st
+from known_clock import KnownClock
 from rich.console import Console
 from test_cli import SMALL_OPTIONS, cli, fails
 
@@ -33,13 +34,14 @@ from hybrid_moe.learn.learner import learn
 from hybrid_moe.learn.regenerate import Regeneration, candidates_of, loads_of
 from hybrid_moe.measure import bench
 from hybrid_moe.measure.bench import record_fields
+from hybrid_moe.measure.provenance import code
 from hybrid_moe.measure.readers import read_records
-from hybrid_moe.measure.records import BenchRecord, GpuState, Latency, append_record
+from hybrid_moe.measure.records import BenchRecord, GpuState, append_record
 from hybrid_moe.measure.sweep import gpu, journal
 from hybrid_moe.measure.sweep.plan import TIMINGS, Plan, Results, next_job
 from hybrid_moe.measure.sweep.process import Identity, SweepError, Worker
 from hybrid_moe.measure.sweep.run import sweep
-from hybrid_moe.measure.timing import Ceilings
+from hybrid_moe.measure.timing import PeakRates
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, Workload, random_weights
 from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.select import NoBackendError, resolve
@@ -819,20 +821,29 @@ def test_loads_that_cannot_be_made_are_left_out():
 # ---- What runs on the GPU ----
 
 
+class Ticking(KnownClock):
+    """Every replay of a graph takes 12 us, every look at the host's clock one."""
+
+    def device_us(self, call):
+        call()
+        return 12.0
+
+    def now_s(self):
+        self.host += 1.0
+        return super().now_s()
+
+
 def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
-    # All but the GPU itself: weights and calls on the CPU, and no times.
-    latency = Latency(median=5.0, p10=4.0, p90=6.0, runs=15)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # All but the GPU itself: weights and calls on the CPU, and its clock.
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(bench, "time_graph", lambda calls, runs: latency)
-    monkeypatch.setattr(bench, "time_eager", lambda calls, runs: (latency, latency))
+    monkeypatch.setattr(gpu, "_RUNS", 2)
     for module in (bench, gpu):
         monkeypatch.setattr(module, "versions", lambda: {"torch": "1.0", "cuda": None})
-    monkeypatch.setattr(gpu, "measure_ceilings", lambda: Ceilings(1e12, 1e15))
+    monkeypatch.setattr(gpu, "measure_peak_rates", lambda clock: PeakRates(1e12, 1e15))
     monkeypatch.setattr(gpu, "random_weights", lambda problem, device, seed: random_weights(problem, "cpu", seed))
     monkeypatch.setattr(gpu, "gpu_state", lambda: GpuState(sm_mhz=1980))
     monkeypatch.setattr(gpu.DeviceKey, "of", lambda device: DeviceKey("cpu"))
-    measuring = gpu.GpuBench(SMALL, copies=2)
+    measuring = gpu.GpuBench(SMALL, copies=2, clock=Ticking())
     identity = measuring.identify()
     assert identity.environment["weight_copies"] == 2
     path = tmp_path / "records.jsonl"
@@ -850,6 +861,13 @@ def test_the_bench_of_the_command_at_a_small_size(monkeypatch, tmp_path):
     assert len(records) == 3 * 3 * 2
     assert all(r.gpu_before == r.gpu_after == GpuState(sm_mhz=1980) for r in records)
     assert {r.timing for r in records} == set(TIMINGS)
+    passed = [r.latency_us for r in records if r.status == "passed"]
+    assert {latency.runs for latency in passed} == {2} and passed[0].median == 1.0
+    assert all(r.environment["weight_copies"] == 2 and r.code == code() for r in records)
+    # Times of other caches can't be compared.
+    for other in (gpu.GpuBench(SMALL, copies=3), gpu.GpuBench(SMALL, copies=1)):
+        with pytest.raises(ValueError, match=f"weight_copies 2, here {other.copies}"):
+            journal.resume(path, other.identify(), SMALL)
 
 
 def test_the_gpus_state(monkeypatch):

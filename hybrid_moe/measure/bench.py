@@ -20,12 +20,14 @@ from ..numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Correctness, To
 from ..policy.schema import GraphOrEager
 from ..policy.versions import LIBRARIES, installed_version
 from ..problem import MoEProblem
-from ..reference import has_local_work, moe_reference
+from ..reference import local_rows_per_expert_and_token, moe_reference
+from .provenance import code
 from .records import BenchRecord, EnvironmentValue, RecordCorrectness
-from .timing import Call, Ceilings, Work, time_eager, time_graph
+from .sample import sampled_tokens
+from .timing import CUDA_CLOCK, Call, Clock, PeakRates, Work, time_eager, time_graph
 from .workloads import LayerWeights, Workload, make_inputs
 
-# A graph holds so many calls, on as many weight copies in turn as are given.
+# A graph holds so many calls, on as many weight copies in turn as are given, or one on each copy if those are more.
 CALLS_PER_GRAPH = 12
 OWN_BACKENDS = ("triton_fused", "torch_reference")
 PACKAGES = (*LIBRARIES, "hybrid-moe")
@@ -36,16 +38,20 @@ Prepare = Callable[[MoEInputs], Callable[[torch.Tensor], object]]
 
 @dataclass(slots=True)
 class Case:
-    """A workload made ready to measure: inputs on each weight copy, and what the first should give.
+    """A workload made ready to measure: inputs on each weight copy, and what they should give.
 
     Attributes
     ----------
     inputs
         One for each copy of the weights; same routing, other hidden states.
     checked
-        ``[N]`` indices of the tokens that the reference holds.
-    reference, has_work
-        For those tokens of the first inputs: ``[N, H]`` float32 and ``[N]`` bool.
+        ``[N]`` indices of the tokens whose result is known: those that the references hold, and all without local work.
+    references
+        ``[N, H]`` float32 for each copy.
+    has_work
+        ``[N]`` bool.
+    sampled
+        How many tokens were computed.
     work
         Rows, active experts, bytes and operations.
     """
@@ -54,18 +60,19 @@ class Case:
     problem: MoEProblem
     inputs: list[MoEInputs]
     checked: torch.Tensor
-    reference: torch.Tensor
+    references: list[torch.Tensor]
     has_work: torch.Tensor
+    sampled: int
     work: Work
 
     @classmethod
     def make(
         cls, workload: Workload, problem: MoEProblem, copies: Sequence[LayerWeights], sample: int | None = None
     ) -> Case:
-        """Draw the inputs and compute the reference, on the weights' device.
+        """Draw the inputs and compute the references, on the weights' device.
 
-        ``sample`` limits the reference to so many tokens, drawn at random: tokens don't depend on one another, and in
-        float32 all 14107 of the largest workload take half a minute.
+        ``sample`` limits a reference to so many tokens, see `sampled_tokens`: tokens don't depend on one another, and
+        in float32 all 14107 of the largest workload take half a minute.
         """
         inputs = [make_inputs(workload, problem, copies[0])]
         for number, weights in enumerate(copies[1:], start=1):
@@ -74,25 +81,28 @@ class Case:
             inputs.append(
                 other._replace(hidden_states=other.hidden_states.view(torch.uint8).roll(number, dims=1).view(FP8))
             )
-        first, device = inputs[0], inputs[0].hidden_states.device
-        checked = torch.arange(workload.num_tokens, device=device)
-        if sample is not None and sample < workload.num_tokens:
-            generator = torch.Generator().manual_seed(workload.seed)
-            checked = torch.randperm(workload.num_tokens, generator=generator)[:sample].sort().values.to(device)
-            first = first._replace(
-                routing_logits=first.routing_logits[checked],
-                hidden_states=first.hidden_states.view(torch.uint8)[checked].view(FP8),
-                hidden_states_scale=first.hidden_states_scale[:, checked],
-            )
-        return cls(
-            workload,
-            problem,
-            inputs,
-            checked,
-            moe_reference(first, problem),
-            has_local_work(first, problem),
-            Work.of(inputs[0], problem),
-        )
+        tokens, device = workload.num_tokens, inputs[0].hidden_states.device
+        chosen = local_rows_per_expert_and_token(inputs[0], problem)
+        has_work = chosen.any(dim=1)
+        computed = sampled_tokens(chosen, tokens if sample is None else sample, workload.seed)
+        is_computed = torch.zeros(tokens, dtype=torch.bool, device=device).index_fill_(0, computed, True)
+        checked = (is_computed | ~has_work).nonzero().flatten()
+        references = []
+        for one in inputs:
+            # Zeros where there is no local work.
+            reference = torch.zeros((tokens, problem.hidden_size), dtype=torch.float32, device=device)
+            reference[computed] = moe_reference(_of_tokens(one, computed), problem)
+            references.append(reference[checked])
+        work = Work.of(inputs[0], problem)
+        return cls(workload, problem, inputs, checked, references, has_work[checked], len(computed), work)
+
+
+def _of_tokens(inputs: MoEInputs, tokens: torch.Tensor) -> MoEInputs:
+    return inputs._replace(
+        routing_logits=inputs.routing_logits[tokens],
+        hidden_states=inputs.hidden_states.view(torch.uint8)[tokens].view(FP8),
+        hidden_states_scale=inputs.hidden_states_scale[:, tokens],
+    )
 
 
 def preparing(problem: MoEProblem, choice: Candidate) -> Prepare:
@@ -118,69 +128,127 @@ def poisoned_output(inputs: MoEInputs, problem: MoEProblem) -> torch.Tensor:
     return torch.full(shape, torch.nan, dtype=torch.bfloat16, device=inputs.hidden_states.device)
 
 
-def check_call(case: Case, run: Callable[[torch.Tensor], object], tolerance: Tolerance) -> Correctness:
-    """Run once on a poisoned output and compare with the reference."""
-    output = poisoned_output(case.inputs[0], case.problem)
-    run(output)
-    width = case.problem.intermediate_size
-    return check(output[case.checked], case.reference, case.has_work, tolerance, width=width)
+def check_output(case: Case, copy: int, output: torch.Tensor, tolerance: Tolerance) -> Correctness:
+    """Compare what a call on a weight copy gave with its reference.
+
+    Of the tokens that the reference doesn't hold, those that aren't finite are judged too.
+    """
+    broken = ~torch.isfinite(output).all(dim=1)
+    broken[case.checked] = False
+    rows = torch.cat([case.checked, broken.nonzero().flatten()])
+    reference = output.new_zeros((len(rows), output.shape[1]), dtype=torch.float32)
+    reference[: len(case.checked)] = case.references[copy]
+    has_work = torch.ones(len(rows), dtype=torch.bool, device=output.device)
+    has_work[: len(case.checked)] = case.has_work
+    return check(output[rows], reference, has_work, tolerance, width=case.problem.intermediate_size)
 
 
-def calls_of(case: Case, prepare: Prepare) -> list[Call]:
-    """The calls that one graph or loop holds, in rotation over the weight copies."""
-    ready = [(prepare(inputs), poisoned_output(inputs, case.problem)) for inputs in case.inputs]
-    calls: list[Call] = []
-    for number in range(CALLS_PER_GRAPH):
-        run, output = ready[number % len(ready)]
-        calls.append(functools.partial(run, output))
-    return calls
+@dataclass(slots=True)
+class Rotation:
+    """A candidate's calls in rotation over the weight copies, and what they write.
+
+    Attributes
+    ----------
+    case, tolerance
+        What it is judged by.
+    runs, outputs
+        One for each copy.
+    """
+
+    case: Case
+    tolerance: Tolerance
+    runs: list[Callable[[torch.Tensor], object]]
+    outputs: list[torch.Tensor]
+
+    @classmethod
+    def make(cls, case: Case, choice: Candidate, prepare: Prepare) -> Rotation:
+        """Prepare the candidate on each copy.
+
+        Raises
+        ------
+        BackendUnsupportedError
+            It can't run here.
+        """
+        outputs = [poisoned_output(inputs, case.problem) for inputs in case.inputs]
+        return cls(case, tolerance_of(choice), [prepare(inputs) for inputs in case.inputs], outputs)
+
+    def calls(self) -> list[Call]:
+        """What one graph or loop holds: each call is on the next copy."""
+        copies = [number % len(self.runs) for number in range(max(CALLS_PER_GRAPH, len(self.runs)))]
+        return [functools.partial(self.runs[copy], self.outputs[copy]) for copy in copies]
+
+    def poison(self) -> None:
+        """Forget what was written."""
+        for output in self.outputs:
+            output.fill_(torch.nan)
+
+    def check(self) -> tuple[int, Correctness]:
+        """The copy with the worst output, and how bad it is."""
+        found = [check_output(self.case, copy, out, self.tolerance) for copy, out in enumerate(self.outputs)]
+        worst = max(range(len(found)), key=lambda copy: (not found[copy].passed, found[copy].relative_l2))
+        return worst, found[worst]
 
 
 def measure(
     case: Case,
     choice: Candidate,
-    ceilings: Ceilings,
-    environment: dict[str, EnvironmentValue],
+    peak: PeakRates,
+    environment: Mapping[str, EnvironmentValue],
     *,
     prepare: Prepare | None = None,
     timings: Sequence[GraphOrEager] = ("cuda_graph", "eager"),
     runs: int = 15,
+    clock: Clock = CUDA_CLOCK,
 ) -> Iterator[BenchRecord]:
     """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed.
 
+    It is checked on every weight copy, before it is timed and again on what the timed calls wrote.
     ``prepare`` says how to run what isn't a registered backend; ``choice.backend`` is then ``peer:<name>``.
     """
     problem = case.problem
-    where = DeviceKey.of(case.reference.device).name
+    where = DeviceKey.of(case.checked.device).name
     common: dict[str, Any] = record_fields(where, problem, case.workload, choice, environment) | {
         "local_rows": case.work.local_rows,
         "active_experts": case.work.active_experts,
-        "floor_us": round(case.work.floor_us(ceilings), 3),
+        "floor_us": round(case.work.floor_us(peak), 3),
+        # Of two calls on the same weights, what is read and written in between has to fill it twice.
+        "cache": "cold" if len(case.inputs) * case.work.bytes >= 2 * clock.cache_bytes() else "warm",
     }
-    prepare = prepare or preparing(problem, choice)
     try:
-        run = prepare(case.inputs[0])
+        rotation = Rotation.make(case, choice, prepare or preparing(problem, choice))
     except BackendUnsupportedError as error:
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="unsupported", reason="; ".join(error.reasons))
         return
-    correctness = check_call(case, run, tolerance_of(choice))
-    common["correctness"] = RecordCorrectness(**correctness.to_dict(), tokens=len(case.checked))
-    if not correctness.passed:
+
+    def judged(when: str) -> str:
+        """Why it is wrong; empty if it isn't."""
+        copy, found = rotation.check()
+        common["correctness"] = RecordCorrectness.model_validate(found.to_dict() | {"tokens": case.sampled})
+        where = f"{when} on weight copy {copy}: " if when or copy else ""
+        return where + "; ".join(found.failures) if found.failures else ""
+
+    calls = rotation.calls()
+    for call in calls[: len(rotation.runs)]:
+        call()
+    if wrong := judged(""):
         for timing in timings:
-            yield BenchRecord(**common, timing=timing, status="failed", reason="; ".join(correctness.failures))
+            yield BenchRecord(**common, timing=timing, status="failed", reason=wrong)
         return
-    calls = calls_of(case, prepare)
     for call in calls:
         call()
-    torch.cuda.synchronize()
     for timing in timings:
+        rotation.poison()
+        clock.synchronize()
         if timing == "cuda_graph":
-            yield BenchRecord(**common, timing="cuda_graph", status="passed", latency_us=time_graph(calls, runs))
+            latency = time_graph(calls, runs, clock)
         else:
-            device, host = time_eager(calls, runs)
+            latency, host = time_eager(calls, runs, clock)
             common["host_us"] = host
-            yield BenchRecord(**common, timing="eager", status="passed", latency_us=device)
+        if wrong := judged(f"after {runs} timed runs,"):
+            yield BenchRecord(**common, timing=timing, status="failed", reason=wrong)
+        else:
+            yield BenchRecord(**common, timing=timing, status="passed", latency_us=latency)
 
 
 def record_fields(
@@ -204,15 +272,16 @@ def record_fields(
         "num_experts": problem.num_experts,
         "gate_first": problem.gate_first,
         "environment": dict(environment),
+        "code": code(),
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 
-def environment_of(ceilings: Ceilings) -> dict[str, EnvironmentValue]:
-    """Versions, driver and the measured ceilings: what a figure is worthless without."""
+def environment_of(peak: PeakRates) -> dict[str, EnvironmentValue]:
+    """Versions, driver and the measured peak rates: what a figure is worthless without."""
     return versions() | {
-        "read_tb_per_s": round(ceilings.read_bytes_per_s / 1e12, 3),
-        "fp8_tflop_per_s": round(ceilings.fp8_flop_per_s / 1e12, 1),
+        "read_tb_per_s": round(peak.read_bytes_per_s / 1e12, 3),
+        "fp8_tflop_per_s": round(peak.fp8_flop_per_s / 1e12, 1),
     }
 
 

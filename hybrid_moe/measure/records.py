@@ -130,6 +130,11 @@ class BenchRecord(_Model):
         Exactly one of them if passed: no speed is kept for a wrong answer.
     floor_us
         Least time in microseconds that the device's bandwidth and arithmetic allow.
+    cache
+        Whether what a call reads was still in the L2 cache: ``warm`` where the calls in rotation touch too little to
+        fill it, as without local work. Older records don't say.
+    code
+        What measured: version, digest of the sources, and commit and dirty in a git checkout. Older records don't say.
     correctness, environment, timestamp
         The gate's figures, versions and measured device rates, and ISO 8601 time.
     host_us
@@ -163,6 +168,8 @@ class BenchRecord(_Model):
     latency_us: Latency | None = None
     speedup_vs_reference: _Positive | None = None
     floor_us: float | None = Field(default=None, ge=0)
+    cache: Literal["cold", "warm"] | None = None
+    code: dict[str, str | bool] | None = None
     correctness: RecordCorrectness | None = None
     environment: dict[str, EnvironmentValue] = {}
     timestamp: str | None = None

@@ -14,7 +14,7 @@ from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
 from ..bench import Case, environment_of, measure, versions
 from ..records import BenchRecord, EnvironmentValue, GpuState
-from ..timing import Ceilings, measure_ceilings
+from ..timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
 from ..workloads import LayerWeights, Workload, random_weights
 from .process import Identity
 
@@ -27,7 +27,7 @@ _RUNS, _RUNS_OF_LARGE, _LARGE = 15, 5, 4096
 class _Made:
     """What is made once, on the GPU."""
 
-    ceilings: Ceilings
+    peak: PeakRates
     environment: dict[str, EnvironmentValue]
     copies: list[LayerWeights]
 
@@ -42,10 +42,13 @@ class GpuBench:
         The layer.
     copies
         Weight copies in rotation, 1.4 GB each for DeepSeek-V3, so that no call finds its weights in the L2 cache.
+    clock
+        The GPU's.
     """
 
     problem: MoEProblem
     copies: int = 3
+    clock: Clock = CUDA_CLOCK
     _made: _Made | None = field(default=None, init=False)
     _case: Case | None = field(default=None, init=False)
 
@@ -55,24 +58,23 @@ class GpuBench:
         return Identity(DeviceKey.of("cuda").name, versions() | {"weight_copies": self.copies})
 
     def load(self, workload: Workload) -> None:
-        """Inputs and reference of a workload; at first the device's ceilings and the weights as well."""
+        """Inputs and reference of a workload; at first the device's peak rates and the weights as well."""
         self._case = None
         torch.cuda.empty_cache()
         if self._made is None:
-            ceilings = measure_ceilings()
+            peak = measure_peak_rates(self.clock)
             copies = [random_weights(self.problem, "cuda", seed) for seed in range(self.copies)]
-            self._made = _Made(ceilings, environment_of(ceilings) | {"weight_copies": self.copies}, copies)
+            self._made = _Made(peak, environment_of(peak) | {"weight_copies": self.copies}, copies)
         self._case = Case.make(workload, self.problem, self._made.copies, SAMPLED_TOKENS)
-        torch.cuda.synchronize()
+        self.clock.synchronize()
 
     def measure(self, choice: Candidate, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
         """See `bench.measure`; records have ``gpu_before`` and ``gpu_after`` beside the usual fields."""
         assert self._case is not None and self._made is not None
         runs = _RUNS if self._case.workload.num_tokens <= _LARGE else _RUNS_OF_LARGE
         before = gpu_state()
-        for record in measure(
-            self._case, choice, self._made.ceilings, self._made.environment, timings=timings, runs=runs
-        ):
+        peak, environment = self._made.peak, self._made.environment
+        for record in measure(self._case, choice, peak, environment, timings=timings, runs=runs, clock=self.clock):
             after = gpu_state()
             yield record.model_copy(update={"gpu_before": before, "gpu_after": after})
             before = after
@@ -80,7 +82,7 @@ class GpuBench:
     def usable(self) -> bool:
         """Whether the CUDA context survived; most errors on the device end it."""
         try:
-            torch.cuda.synchronize()
+            self.clock.synchronize()
             torch.cuda.empty_cache()  # it may have been the memory that it lacked
         except RuntimeError:
             return False

@@ -57,6 +57,25 @@ def test_regret_bound_and_gain():
     assert found.noise is None and found.not_judged == ()
 
 
+def test_a_t_with_more_workloads_counts_no_more_than_another():
+    """Mean of the workloads at each T, then of the T: 0.3 at T = 5 of three loads, 1.0 at T = 15 of one."""
+    records = [*loads(5, a=(100, 150, 140), b=(100, 100, 100)), record("a", 15, 2.0), record("b", 15, 4.0)]
+    found = evaluate(POLICY, records)
+    assert [j.regret for j in found.judged] == pytest.approx([0.4, 0.0, 0.5, 1.0])
+    assert found.policy.mean == pytest.approx((0.3 + 1.0) / 2)  # over the workloads it would be 0.475
+    gains = {s.choice: s.policy_gain for s in found.singles}
+    at_5 = math.log(1 / 1.5) + math.log(1 / 1.4)
+    assert gains[B] == pytest.approx(math.exp(at_5 / 3 / 2) - 1)
+    assert {s.choice: s.score.mean for s in found.singles}[A] == pytest.approx(0.15)
+
+
+def test_the_bound_is_best_on_the_mean_of_the_logarithms():
+    slowdowns = {A: (1, 1, 2.1), B: (1.5, 1.5, 1)}
+    assert sum(slowdowns[B]) < sum(slowdowns[A]) and math.prod(slowdowns[A]) < math.prod(slowdowns[B])
+    found = evaluate(POLICY, loads(5, a=(100, 100, 210), b=(150, 150, 100)))
+    assert {j.bound for j in found.judged} == {A}
+
+
 def test_the_oracle_may_be_a_candidate_that_the_policy_does_not_know():
     found = evaluate(POLICY, table(a={5: 4}, b={5: 8}, c={5: 2}))
     assert (found.judged[0].oracle, found.judged[0].bound, found.policy.mean) == (C, C, 1.0)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -326,6 +327,80 @@ def test_what_cannot_run_is_replaced_once_and_said(ran):
 
 def baked(problem, table, otherwise=()):
     return BakedLayer(dataclasses.asdict(problem), table, otherwise, list(BACKENDS.values()))
+
+
+class Named:
+    """A backend that writes which of its configurations ran, and refuses some."""
+
+    name = "named"
+
+    def __init__(self, *refused):
+        self.refused, self.ran = refused, []
+
+    def prepare(self, problem, device, config):
+        which = config["which"]
+        if which in self.refused:
+            raise BackendUnsupportedError(Candidate(self.name, config), [f"no {which} here"])
+        return self._Runner(which, self.ran)
+
+    @dataclasses.dataclass
+    class _Runner:
+        which: str
+        ran: list
+
+        def run(self, inputs, output):
+            self.ran.append(self.which)
+
+
+def baked_of(backend, table, otherwise=""):
+    rows = [(first, "named", {"which": which}) for first, which in table]
+    return BakedLayer(dataclasses.asdict(SMALL), rows, [("named", {"which": which}) for which in otherwise], [backend])
+
+
+def test_a_row_of_the_table_holds_from_its_first_t_up_to_the_next_ones():
+    layer = baked_of(backend := Named(), [(0, "a"), (4, "b"), (5, "c"), (9, "a")])
+    weights = random_weights(SMALL, "cpu")
+    for tokens in (0, 1, 3, 4, 5, 8, 9, 10):
+        layer.run(make_inputs(Workload(tokens, 4), SMALL, weights), {})
+    assert backend.ran == ["a", "a", "b", "c", "c", "a", "a"]  # nothing runs at T = 0
+
+
+@pytest.mark.parametrize(
+    ("refused", "wanted"),
+    [("", "abc"), ("c", "abb"), ("b", "aac"), ("a", "bbc"), ("bc", "aaa"), ("ab", "ccc"), ("ac", "bbb")],
+)
+def test_what_runs_in_place_of_a_choice_is_the_first_that_can_in_the_given_order(refused, wanted):
+    """Of b, a and c, in this order, which is not that of the table."""
+    layer = baked_of(backend := Named(*refused), [(0, "a"), (2, "b"), (3, "c")], otherwise="bac")
+    weights = random_weights(SMALL, "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for tokens in (1, 2, 3):
+            layer.run(make_inputs(Workload(tokens, 4), SMALL, weights), {})
+    assert "".join(backend.ran) == wanted
+    assert [str(w.message).partition(" can't run here")[0] for w in caught] == [
+        f"named[which={which}]" for which in "abc" if which in refused
+    ]
+
+
+def test_where_nothing_can_run_every_reason_is_said():
+    layer = baked_of(Named(*"abc"), [(0, "a"), (2, "b")], otherwise="bc")
+    with pytest.raises(BackendUnsupportedError) as caught:
+        layer.run(make_inputs(Workload(1, 4), SMALL, random_weights(SMALL, "cpu")), {})
+    for which in "abc":
+        assert f"named[which={which}]: no {which} here" in str(caught.value)
+
+
+def test_the_order_of_what_runs_instead_is_the_policys():
+    """The default first, then the candidates in their order; what no regime runs is left out."""
+    cutlass = Candidate("flashinfer_cutlass")
+    policy = make_policy(
+        candidates=[cutlass, DEEP, Candidate("torch_reference"), TRITON], default=TRITON,
+        regimes=[make_regime(5, 9, choice=DEEP), make_regime(10, None, choice=cutlass)],
+    )  # fmt: skip
+    constants = literals(policy_solution(policy))
+    assert [Candidate(*row) for row in constants["OTHERWISE"]] == [TRITON, cutlass, DEEP]
+    assert [row[0] for row in constants["TABLE"]] == [0, 5, 10]
 
 
 def test_one_candidate_raises_where_it_cannot_run():

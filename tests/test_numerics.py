@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, RULE, Bounds, Tolerance, check
@@ -195,6 +195,7 @@ def test_a_last_block_that_is_shorter():
 
 
 @given(st.floats(-0.15, 0.15), st.integers(0, 100))
+@settings(max_examples=40)
 def test_every_relative_error_is_relative_to_the_reference(error, seed):
     ref = reference(seed)
     result = check((1 + error) * ref, ref, WORK)
@@ -303,7 +304,8 @@ def test_a_narrower_layer_scatters_more():
 # ---- Whole results ------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from((1, 2, 7, 100)), st.integers(0, 1000))
+@given(st.sampled_from((1, 2, 7, 40)), st.integers(0, 1000))
+@settings(max_examples=40)
 def test_honest_noise_passes(rows, seed):
     """The error that an FP8 pipeline has, and rounding to bfloat16."""
     ref = random(rows, seed=seed)

@@ -178,6 +178,22 @@ def test_the_strip_reaches_as_far_as_the_records(device):
     assert re.search(r"^1 +10 +100 +1000 +10000 +T$", cli("explain", "--device", device).stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "kernels"),
+    [
+        (16, "GEMM1 sm90/few_rows.py, GEMM2 sm90/few_rows.py, for 0.5 rows"),
+        (200, "GEMM1 triton/gemm1.py, tiles of 16 or 64 rows, GEMM2 triton/gemm2.py, tiles of 16 or 64 rows, for 6.25"),
+        (300, "GEMM1 sm90/many_rows.py, GEMM2 sm90/many_rows.py, for 9.38 rows"),
+    ],
+)
+def test_explain_names_the_kernels(num_tokens, kernels):
+    text = cli("explain", "--device", "h100", "--num-tokens", num_tokens).stdout
+    assert f"kernels: {kernels}" in " ".join(text.split())
+    for module in re.findall(r"\w+/\w+\.py", kernels):
+        assert (ROOT / "hybrid_moe/kernels/grouped_gemm" / module).is_file()
+    assert "kernels:" not in cli("explain", "--device", "b200", "--num-tokens", num_tokens).stdout  # a library's
+
+
 # ---- Too large, closed, interrupted ----
 
 

@@ -78,6 +78,16 @@ class Backend(ABC):
         """What to know before it runs where it can, as what its first call builds; asked only where it can."""
         return []
 
+    def kernels(
+        self,
+        problem: MoEProblem,
+        capability: tuple[int, int] | None,
+        config: Mapping[str, ConfigValue],
+        num_tokens: int,
+    ) -> str | None:
+        """For people: which kernels run at ``num_tokens``; ``None`` where a library decides it."""
+        return None
+
     @abstractmethod
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner.

@@ -62,6 +62,20 @@ class TritonFused(Backend):
             reasons.extend(_gemm(gemm, device).not_supported_reasons(problem, device))
         return reasons
 
+    def kernels(
+        self,
+        problem: MoEProblem,
+        capability: tuple[int, int] | None,
+        config: Mapping[str, ConfigValue],
+        num_tokens: int,
+    ) -> str | None:
+        """The modules of our own GEMMs; a library decides for itself."""
+        if config.get("gemm") != "triton" or importlib.util.find_spec("triton") is None:
+            return None
+        from ..kernels.grouped_gemm.tiles import describe
+
+        return describe(problem, num_tokens, capability)
+
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner; kernels compile at its first call for a token count's tiles."""
         self.refuse_if_unsupported(problem, device, config)

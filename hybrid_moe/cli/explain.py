@@ -87,6 +87,27 @@ def _refusals(policy: Policy, problem: MoEProblem, key: DeviceKey) -> Refusals:
     return {c: backends.not_supported_reasons(problem, key, c) for c in (*policy.candidates, *DEFAULT_ORDER)}
 
 
+# Of the GPUs that there may be a policy for on a machine without one, by a word of their names.
+_CAPABILITIES = {
+    **dict.fromkeys(("h100", "h200", "h800", "h20", "gh200"), (9, 0)),
+    **dict.fromkeys(("b200", "gb200"), (10, 0)),
+    **dict.fromkeys(("b300", "gb300"), (10, 3)),
+}
+
+
+def _kernels(decision: Decision, policy: Policy) -> str | None:
+    """Which kernels the choice runs as; ``None`` if that isn't known here."""
+    this = DeviceKey.of(this_device())
+    words = policy.device.split("_")
+    capability = next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
+    if this.name == policy.device:
+        capability = this.capability
+    backend = backends.BACKENDS.get(decision.choice.backend)
+    if backend is None or capability is None:
+        return None
+    return backend.kernels(policy.problem, capability, decision.choice.config, decision.num_tokens)
+
+
 def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
     out.print(f"[bold]T = {decision.num_tokens}[/] on {policy.device}: [bold green]{escape(str(decision.choice))}[/]")
     regret = view.percent(decision.expected_regret)
@@ -94,6 +115,8 @@ def _print_decision(decision: Decision, policy: Policy, where: str) -> None:
     out.print(escape(where), soft_wrap=True)
     for reason in decision.reasons:
         out.print(f"  - {escape(reason)}")
+    if kernels := _kernels(decision, policy):
+        out.print(f"kernels: {kernels}")
     if decision.evidence:
         out.print("\nSlowdown against the fastest at each T measured:")
         out.print(view.evidence(decision.evidence, decision.choice))

@@ -180,6 +180,19 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     )
 
 
+def describe(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None) -> str:
+    """For people: the modules of both GEMMs' kernels, and what decides it."""
+    plan = tile_plan(problem, num_tokens, capability)
+    names = {Specialized.FEW: "sm90/few_rows.py", Specialized.MANY: "sm90/many_rows.py"}
+    gemms = []
+    for number, (kernels, tile) in enumerate(zip(plan.specialized, (plan.gemm1, plan.gemm2), strict=True), start=1):
+        rows = " or ".join(str(bucket.block_m) for bucket in tile.m_buckets)
+        of = names[kernels] if kernels is not None else f"triton/gemm{number}.py, tiles of {rows} rows"
+        gemms.append(f"GEMM{number} {of}")
+    tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
+    return f"{', '.join(gemms)}, for {tokens_per_expert:.3g} rows of an expert if routing is even"
+
+
 def _fitting(tile: Tile, inner: int, columns: int, block: int) -> Tile:
     """The tile with its unrolling and width cut down to what divides this problem's sizes."""
 

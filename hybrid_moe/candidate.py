@@ -39,9 +39,11 @@ class Candidate:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, Candidate):
             return NotImplemented
-        return self.backend == other.backend and dict(self.config) == dict(other.config)
+        return self._hash == other._hash and self.backend == other.backend and self.config == other.config
 
     def __reduce__(
         self,

@@ -6,6 +6,7 @@ The field names are those of the flashinfer-bench definition
 
 from __future__ import annotations
 
+import functools
 import numbers
 import re
 from dataclasses import dataclass
@@ -152,6 +153,41 @@ class MoEProblem:
         )
 
 
+def sizes_of_definition(name: str) -> dict[str, Any]:
+    """What a definition name says of a problem, by the names of the fields of `MoEProblem`.
+
+    Raises
+    ------
+    ValueError
+        If it isn't such a name.
+    """
+    number = "([0-9]{1,9})"
+    match = re.fullmatch(
+        f"moe_fp8_block_scale_(?:ds_routing_topk{number}_ng{number}_kg{number}|"
+        f"(renormalize_naive|default)_routing_topk{number})_e{number}_h{number}_i{number}",
+        name,
+    )
+    if match is None:
+        raise ValueError(
+            f"definition is {name!r:.200}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is "
+            "wanted, or as moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
+        )
+    routing = _ROUTING_BY_NAME[match[4] or "ds"]
+    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (
+        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8)
+    )
+    return {
+        "num_local_experts": local,
+        "top_k": grouped or ungrouped,
+        "n_group": n_group if grouped else 1,
+        "topk_group": topk_group if grouped else 1,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "routing_method": routing,
+    }
+
+
+@functools.lru_cache(maxsize=256)  # asked for every record of a file
 def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:
     """The problem that a definition name stands for; the name leaves out what the keyword arguments give.
 
@@ -160,28 +196,4 @@ def problem_of_definition(name: str, *, num_experts: int = 256, gate_first: bool
     ValueError
         If it isn't such a name, or its fields contradict one another.
     """
-    match = re.fullmatch(
-        r"moe_fp8_block_scale_(?:ds_routing_topk(\d+)_ng(\d+)_kg(\d+)|(renormalize_naive|default)_routing_topk(\d+))"
-        r"_e(\d+)_h(\d+)_i(\d+)",
-        name,
-    )
-    if match is None:
-        raise ValueError(
-            f"definition is {name!r}; a name as moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048 is "
-            "wanted, or as moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
-        )
-    routing = _ROUTING_BY_NAME[match[4] or "ds"]
-    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (
-        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8)
-    )
-    return MoEProblem(
-        num_experts=num_experts,
-        num_local_experts=local,
-        top_k=grouped or ungrouped,
-        n_group=n_group if grouped else 1,
-        topk_group=topk_group if grouped else 1,
-        hidden_size=hidden,
-        intermediate_size=inter,
-        routing_method=routing,
-        gate_first=gate_first,
-    )
+    return MoEProblem(num_experts=num_experts, gate_first=gate_first, **sizes_of_definition(name))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
-from hybrid_moe.learn.compare import points_of
+from hybrid_moe.learn.compare import by_workload, points_of
 from hybrid_moe.learn.learner import _Learner, _right_everywhere, learn, learn_from_files, parse_regimes
 from hybrid_moe.measure.readers import read_seed_table
 from hybrid_moe.measure.records import BenchRecord, append_record
@@ -256,6 +256,47 @@ def test_a_wrong_answer_stands_until_a_later_record_passes():
         assert runs(learned([*records, wrong]), 10) == Candidate("a")
 
 
+def test_in_one_file_the_later_line_counts_whatever_the_clock_says(tmp_path):
+    """Clocks are set back, and write the same second twice: a wrong answer must not be hidden, nor stand for ever."""
+    right = record("b", 10, 50.0, timestamp="2026-01-02T00:00:00Z")
+    other = record("a", 10, 100.0, timestamp="2026-01-02T00:00:00Z")
+
+    def learned_from(*files):
+        paths = [tmp_path / f"{number}.jsonl" for number in range(len(files))]
+        for path, lines in zip(paths, files, strict=True):
+            path.unlink(missing_ok=True)
+            for line in lines:
+                append_record(path, line)
+        return {runs(learn_from_files(order, LearnerOptions()), 10) for order in itertools.permutations(paths)}
+
+    times = ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z", None, "yesterday")
+    for time in times:
+        wrong = record("b", 10, 0, "failed", timestamp=time)
+        assert learned_from([other, wrong, right]) == {Candidate("b")}, time
+        assert learned_from([other, right, wrong]) == {Candidate("a")}, time
+        # Of two files, only the times say which is later.
+        later = time == times[0]
+        assert learned_from([other, right], [wrong]) == {Candidate("b" if later else "a")}, time
+        assert learned_from([other, wrong, right], [wrong]) == {Candidate("b" if later else "a")}, time
+    # As times, not as texts: half an hour later, though the text is smaller.
+    zone = record("b", 10, 0, "failed", timestamp="2026-01-01T22:30:00-02:00")
+    assert learned_from([other, right], [zone]) == {Candidate("a")}
+    zone = record("b", 10, 0, "failed", timestamp="2026-01-02T01:30:00+02:00")
+    assert learned_from([other, right], [zone]) == {Candidate("b")}
+
+
+def test_errors_about_records_name_file_and_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for line in (record("a", 1, 1.0), record("a", 2, 1.0, correctness={"rtol": 0.3})):
+        append_record(path, line)
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2: a at T = 2 passed by looser bounds"):
+        learn_from_files([path], LearnerOptions())
+    path.unlink()
+    append_record(path, record("a", 1, 1.0, local_expert_offset=225))
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1: local_expert_offset is 225; expected 0 to 224"):
+        learn_from_files([path], LearnerOptions())
+
+
 def test_nothing_right_is_an_error():
     with pytest.raises(ValueError, match="no default: a lacks T = 2; b lacks T = 1"):
         learned(table(a={1: 1}, b={2: 1}))
@@ -481,7 +522,7 @@ def test_found_regimes_cost_the_least(rows, margin):
     """The dynamic programme against every way of assigning candidates."""
     names = "abc"
     records = [record(n, 10 + i, float(us)) for i, row in enumerate(rows) for n, us in zip(names, row, strict=True)]
-    points = points_of(records)
+    points = points_of(by_workload(records))
 
     def cost(assignment):
         switches = sum(x != y for x, y in itertools.pairwise(assignment))

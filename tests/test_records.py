@@ -1,8 +1,10 @@
 """Records and their readers."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,12 @@ def test_the_seed_table():
     ("old", "new", "message"),
     [
         ("**GPU:**", "GPU", r"no line '\*\*GPU:\*\*"),
+        ("**GPU:** NVIDIA B200", "**GPU:**\n", r"no line '\*\*GPU:\*\*"),
+        ("**GPU:** NVIDIA B200", "**GPU:** (", r"has the line '\*\*GPU:\*\* \(.*expected a GPU's name"),
+        ("| b8f4f012 | 7 |", f"| b8f4f012 | {'7' * 5000} |", "line 17 has T = '7777"),
+        ("| b8f4f012 | 7 |", "| b8f4f012 | 0 |", "line 17 is no row of results: num_tokens"),
+        ("| b8f4f012 | 7 | 192 |", "| b8f4f012 | 7 | 225 |", "line 17: local_expert_offset is 225; expected 0 to 224"),
+        ("| 30.15x |", f"| {'9' * 5000}x |", "line 17 has triton_v2 = '9999"),
         ("required-matched-ratio=0.85", "", "lacks required-matched-ratio"),
         ("All 19 workloads PASS", "All 18 workloads PASS", "19 rows and 'All 18 workloads PASS'"),
         ("All 19 workloads PASS", "Fine", "no such sentence"),
@@ -256,3 +264,83 @@ def test_problems_of_records():
     assert QWEN3_235B.definition == name
     with pytest.raises(ValueError, match="definition is 'gemm'"):
         problem_of_definition("gemm")
+
+
+# ---- What others put into a file ----
+
+LINE = make_record().model_dump_json(exclude_none=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (LINE.replace('"seed":0', '"seed":0,"seed":1'), "has the key 'seed' twice"),
+        (LINE.replace('"seed":0', '"seed" : 0, "seed"\t:1'), "has the key 'seed' twice"),
+        (LINE.replace('"torch":"2.13"', '"torch":"2.13","torch":"2.14"'), "has the key 'torch' twice"),
+        (LINE[:-1] + ',"extra":{"a":[{"b":1,"b":2}]}}', "has the key 'b' twice"),
+        (LINE[:-1] + ',"note":"\\"seed\\":","seed":7}', "has the key 'seed' twice"),
+        (LINE[:-1] + ',"extra":' + "[" * 10_000 + "]" * 10_000 + "}", "recursion"),
+        (LINE.replace('"num_tokens":16', '"num_tokens":' + "1" * 5000), "num_tokens|number"),
+        (LINE.replace('"num_tokens":16', '"num_tokens":' + "1" * 400), "num_tokens"),
+        (LINE.replace('"median":10.5', '"median":1e999'), "median"),
+        (LINE.replace('"median":10.5', '"median":1e300'), "median"),
+        (LINE.replace('"median":10.5', '"median":NaN'), "median"),
+        (LINE[:-1] + ',"num_experts":255}', "n_group is 8"),
+        (LINE[:-1] + ',"num_experts":128}', "local_expert_offset is 224; expected 0 to 96"),
+        (LINE.replace('"uniform"', '"\\ud800"'), "Invalid JSON"),
+    ],
+)
+def test_lines_that_say_more_than_a_record_can(tmp_path, line, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(f"{LINE}\n\n{line}\n")
+    begun = time.monotonic()
+    for read in (read_records, read_with_digest, lambda p: read_any([p])):
+        with pytest.raises(ValueError, match=rf"(?s)r\.jsonl, line 3 is no benchmark record.*({message})"):
+            read(path)
+    assert time.monotonic() - begun < 1
+
+
+def test_keys_in_strings_are_no_keys(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(LINE[:-1] + ',"note":"\\"seed\\":1, \\"seed\\": 2","nested":{"seed":1,"list":[{"seed":2}]}}\n')
+    (record,) = read_records(path)
+    assert record.model_extra["note"].startswith('"seed":')
+
+
+def test_a_byte_order_mark_is_passed_over_and_is_in_the_digest(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for content in (LINE.encode() + b"\n", SEED.read_bytes()):
+        path.write_bytes(content)
+        plain = read_with_digest(path)
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+        marked = read_with_digest(path)
+        assert marked[0] == plain[0] and marked[1].sha256 != plain[1].sha256
+        assert marked[1].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_where_records_were_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(f"\n{LINE}\n\n{LINE}\n")
+    assert [r.place for r in read_records(path)] == [(str(path), 2), (str(path), 4)]
+    assert make_record().place is None and read_records(path)[0] == make_record()
+
+
+def test_what_records_have_in_common_is_kept_once_and_stays_what_it_is(tmp_path):
+    path = tmp_path / "r.jsonl"
+    lines = [LINE, LINE, LINE.replace('"mig":false', '"mig":0'), LINE.replace('"sms":132', '"sms":132.0')]
+    path.write_text("\n".join(lines) + "\n")
+    first, second, number, other = read_records(path)
+    assert first.environment is second.environment and first.choice is second.choice
+    assert (first.environment["mig"], number.environment["mig"]) == (False, 0)
+    assert [type(r.environment["mig"]) for r in (first, number)] == [bool, int]
+    assert [type(r.environment["sms"]) for r in (first, other)] == [int, float]
+    assert [r.model_dump_json(exclude_none=True) for r in read_records(path)] == lines
+
+
+def test_names_of_files_that_json_cannot_hold(tmp_path):
+    folder = os.fsencode(tmp_path)
+    for name in (b"\xff.jsonl", b"a\\b.jsonl", b"\x1b[2J.jsonl"):
+        path = Path(os.fsdecode(folder + b"/" + name))
+        path.write_text(LINE + "\n")
+        digest = read_with_digest(path)[1]
+        assert digest.model_dump_json().isascii() and "\\" not in digest.name

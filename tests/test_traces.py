@@ -27,7 +27,7 @@ from hybrid_moe.measure.readers import read_any, read_records, read_with_digest
 from hybrid_moe.measure.records import Latency
 from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.store import dumps_policy, load_policy, save_policy
-from hybrid_moe.problem import MoEProblem
+from hybrid_moe.problem import MoEProblem, problem_of_definition
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "nvidia_h200" / "definition.jsonl"
@@ -288,3 +288,131 @@ def test_a_line_that_was_cut_short(tmp_path):
     file.write_text(f"{line}\n{line[:-20]}")
     with pytest.raises(ValueError, match="line 2 is no trace"):
         read_any([file])
+
+
+# ---- Of how many experts a model is: the names of definitions leave it out ----
+
+KIMI_E48 = "moe_fp8_block_scale_ds_routing_topk8_ng1_kg1_e48_h7168_i2048"
+KIMI_E384 = KIMI_E48.replace("e48", "e384")
+UNKNOWN = "moe_fp8_block_scale_ds_routing_topk6_ng1_kg1_e20_h2048_i1408"
+
+
+def traces_of(definition, folder, offset=0, name="traces.jsonl"):
+    inputs = {"local_expert_offset": ScalarInput(value=offset)}
+    folder.mkdir(parents=True, exist_ok=True)
+    return written(folder, [trace("triton_fused", t, definition=definition, inputs=inputs) for t in (1, 16)], name)
+
+
+def definition_file(path, name, num_experts=384, **axes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"seq_len": {"type": "var"}, "num_experts": {"type": "const", "value": num_experts}}
+    found |= {axis: {"type": "const", "value": value} for axis, value in axes.items()}
+    path.write_text(json.dumps({"name": name, "op_type": "moe", "axes": found}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("definition", "offset", "num_experts"),
+    [
+        (MoEProblem().definition, 224, 256),
+        (MoEProblem(num_local_experts=8).definition, 248, 256),  # on 32 ranks
+        (KIMI_E48, 336, 384),
+        (KIMI_E384, 0, 384),
+        ("moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536", 112, 128),
+    ],
+)
+def test_models_that_are_known(tmp_path, definition, offset, num_experts):
+    policy = learn_from_files([traces_of(definition, tmp_path, offset)], LearnerOptions())
+    assert (policy.definition, policy.problem.num_experts) == (definition, num_experts)
+
+
+@pytest.mark.parametrize("definition", [UNKNOWN, KIMI_E48.replace("e48", "e50"), KIMI_E48.replace("e48", "e768")])
+def test_models_that_are_not_known_are_asked_for(tmp_path, definition):
+    path = traces_of(definition, tmp_path)
+    with pytest.raises(ValueError, match=rf"{definition}.*--num-experts.*--definition"):
+        learn_from_files([path], LearnerOptions())
+    count = 1600  # of which 20, 50 and 768 may be local
+    assert learn_from_files([path], LearnerOptions(), num_experts=count).problem.num_experts == count
+    wanted = problem_of_definition(definition, num_experts=count)
+    assert learn_from_files([path], LearnerOptions(), wanted).problem == wanted
+
+
+def test_the_axes_of_a_definition_say_it(tmp_path):
+    path = traces_of(UNKNOWN, tmp_path / "traces" / "someone" / "moe")
+    given = definition_file(tmp_path / "elsewhere.json", UNKNOWN, 60, num_local_experts=20)
+    assert learn_from_files([path], LearnerOptions(), definitions=[given]).problem.num_experts == 60
+    with pytest.raises(ValueError, match="leave open"):
+        learn_from_files([path], LearnerOptions())
+    # As a data set has it.
+    definition_file(tmp_path / "definitions" / "moe" / f"{UNKNOWN}.json", UNKNOWN, 80)
+    assert learn_from_files([path], LearnerOptions()).problem.num_experts == 80
+    with pytest.raises(ValueError, match=r"line 1: num_experts is 60; the Definition .*definitions/moe/.* has 80"):
+        learn_from_files([path], LearnerOptions(), num_experts=60)
+
+
+def test_a_definition_counts_more_than_a_model_that_is_known(tmp_path):
+    path = traces_of(KIMI_E48, tmp_path, 432)
+    given = definition_file(tmp_path / "d.json", KIMI_E48, 480)
+    assert learn_from_files([path], LearnerOptions(), definitions=[given]).problem.num_experts == 480
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "no Definition of flashinfer-bench"),
+        ("{", "isn't whole JSON"),
+        ('{"name": "gemm", "axes": {}}', "definition is 'gemm'"),
+        (json.dumps({"name": UNKNOWN, "axes": {"seq_len": {"type": "var"}}}), "no axis num_experts"),
+        (
+            json.dumps({"name": UNKNOWN, "axes": {"num_experts": {"type": "const", "value": True}}}),
+            "no axis num_experts",
+        ),
+        (
+            json.dumps({"name": UNKNOWN, "axes": {"num_experts": {"value": 60}, "hidden_size": {"value": 4096}}}),
+            "hidden_size = 4096; its name says 2048",
+        ),
+    ],
+)
+def test_wrong_definitions(tmp_path, content, message):
+    path = tmp_path / "d.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        learn_from_files([traces_of(UNKNOWN, tmp_path)], LearnerOptions(), definitions=[path])
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(("definition", "offset"), [(KIMI_E48, 337), (KIMI_E384, 1), (MoEProblem().definition, 225)])
+def test_an_offset_that_the_problem_cannot_have_is_an_error(tmp_path, definition, offset):
+    path = traces_of(definition, tmp_path, offset)
+    with pytest.raises(ValueError, match=rf"traces\.jsonl, line 1: local_expert_offset is {offset}; expected 0 to"):
+        learn_from_files([path], LearnerOptions())
+    assert learn_from_files([path], LearnerOptions(), num_experts=1536).problem.num_experts == 1536
+
+
+def test_what_is_given_must_be_what_the_records_say():
+    with pytest.raises(ValueError, match="num_experts is 512; the records say 256"):
+        learn_from_files([RECORDS], LearnerOptions(timing="cuda_graph"), num_experts=512)
+    with pytest.raises(ValueError, match="gate_first is True; the records say False"):
+        learn_from_files([RECORDS], LearnerOptions(timing="cuda_graph"), gate_first=True)
+
+
+def test_workloads_alone_were_not_run(tmp_path):
+    only = Trace(definition=MoEProblem().definition, workload=trace("a").workload)
+    with pytest.raises(ValueError, match=r"nothing in .*traces\.jsonl was run: it has workloads .2. and no result"):
+        read_any([written(tmp_path, [only, only])])
+
+
+def test_traces_are_read_strictly(tmp_path):
+    line = trace("triton_fused").model_dump_json()
+    file = tmp_path / "traces.jsonl"
+    for bad, message in (
+        (line.replace('"status":"PASSED"', '"status":"FAILED","status":"PASSED"'), "'status' twice"),
+        (line[:-1] + ',"x":' + "[" * 100_000 + "}", "deep"),
+        (line[:-1] + ',"x":' + "1" * 5000 + "}", "5000 digits"),
+        (line.replace("NVIDIA X", "\\ud800"), "line 2"),
+    ):
+        assert bad != line
+        file.write_text(f"{line}\n{bad}\n")
+        with pytest.raises(ValueError, match=message) as refused:
+            read_any([file])
+        assert str(refused.value).startswith(f"{file}, line 2")

@@ -11,9 +11,10 @@ from rich.markup import escape
 
 from ..files import POLICY, check_outputs, check_target
 from ..learn.learner import learn_from_files
-from ..measure.records import problem_of_definition
+from ..measure.readers import Experts
 from ..policy.schema import LearnerOptions, Policy, describe
 from ..policy.store import policy_path, save_policy, user_policy_dir
+from ..problem import problem_of_definition
 from . import view
 from .common import (
     Json,
@@ -50,8 +51,17 @@ def learn(
     solution: Solutions = None,
     device: Annotated[str | None, typer.Option(help="Slug of the device, where the records have several.")] = None,
     problem: Annotated[str | None, typer.Option(help="Definition name, where the records have several.")] = None,
-    num_experts: Annotated[int, typer.Option(min=1, help="Goes with --problem, whose name leaves it out.")] = 256,
-    gate_first: Annotated[bool, typer.Option("--gate-first/--up-first", help="Goes with --problem.")] = False,
+    num_experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts of the whole model, where records leave it open, as traces do."),
+    ] = None,
+    definition: Annotated[
+        list[Path] | None,
+        typer.Option(help="Definition of flashinfer-bench, whose axes say it. [default: that of the traces' data set]"),
+    ] = None,
+    gate_first: Annotated[
+        bool | None, typer.Option("--gate-first/--up-first", help="Half stored first, where records leave it open.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Learn a policy from benchmark records.
@@ -74,14 +84,27 @@ def learn(
         raise ValueError(describe(error)) from error
     wanted = None
     if problem is not None:
-        wanted = problem_of_definition(problem, num_experts=num_experts, gate_first=gate_first)
+        known = Experts(num_experts, definition or ()).of(problem, records[0])
+        if known is None:
+            raise ValueError(
+                f"problem is {problem!r}, which leaves open how many experts the model has: say --num-experts"
+            )
+        wanted = problem_of_definition(problem, num_experts=known, gate_first=bool(gate_first))
     check_outputs({"--output": output}, records)
     if output is not None:
         check_target(output, POLICY)
     if device is not None:
         device = device_named(device, known_devices())
     with warnings_shown():
-        policy = learn_from_files(records, options, wanted, device)
+        policy = learn_from_files(
+            records,
+            options,
+            wanted,
+            device,
+            num_experts=num_experts,
+            gate_first=gate_first,
+            definitions=definition or (),
+        )
     path = policy_path(user_policy_dir(), policy.device, policy.problem) if output is None else output
     if path.is_dir():
         raise ValueError(
@@ -98,7 +121,9 @@ def learn(
 def print_learned(policy: Policy) -> None:
     """Print what was learned: regimes, reasons and regrets."""
     files = ", ".join(f"{digest.name} ({digest.records} records)" for digest in policy.inputs)
-    out.print(f"[bold]{policy.device}[/], {policy.definition}\nlearned from {escape(files)}")
+    problem = policy.problem
+    experts = f"{problem.num_local_experts} of {problem.num_experts} experts"
+    out.print(f"[bold]{policy.device}[/], {problem.definition} ({experts})\nlearned from {escape(files)}")
     out.print(view.regimes(policy))
     for regime in policy.regimes:
         out.print(f"  {regime.label}: {escape(regime.reason)}")

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from .. import backends
 from ..candidate import PEER_PREFIX, Candidate
 from ..device import device_slug
-from ..problem import problem_of_definition
+from ..files import parse_json
+from ..problem import sizes_of_definition
 
 # The axis that is T, and the input that is the offset, in the definition.
 TOKENS_AXIS = "seq_len"
@@ -70,21 +71,21 @@ class _Trace(_Model):
 def is_trace(line: bytes) -> bool:
     """Whether a line of JSON Lines is a trace rather than a record, right or wrong."""
     try:
-        data = json.loads(line)
+        data = parse_json(line.decode())
     except ValueError:
         return False
     return isinstance(data, dict) and "definition" in data and "workload" in data
 
 
-def record_fields(line: bytes, solutions: Mapping[str, str]) -> dict[str, Any] | None:
-    """The fields of the record that a line of trace stands for; ``None`` for a workload that wasn't run.
+def record_fields(data: object, solutions: Mapping[str, str]) -> dict[str, Any] | None:
+    """The fields of the record that a trace stands for; ``None`` for a workload that wasn't run.
 
     Only ``PASSED`` keeps its time; ``TIMEOUT`` becomes ``timeout`` and every other status ``failed``.
 
     Parameters
     ----------
-    line
-        A trace in JSON.
+    data
+        A trace as read from JSON.
     solutions
         Candidates by the name of the solution, see `candidate_of`.
 
@@ -93,10 +94,10 @@ def record_fields(line: bytes, solutions: Mapping[str, str]) -> dict[str, Any] |
     ValueError
         It isn't a whole trace (pydantic's ``ValidationError``), is about another layer, or lacks T, offset or time.
     """
-    trace = _Trace.model_validate_json(line)
+    trace = _Trace.model_validate(data)
     if trace.solution is None and trace.evaluation is None:
         return None
-    problem_of_definition(trace.definition)
+    sizes_of_definition(trace.definition)
     if trace.solution is None or trace.evaluation is None:
         raise ValueError("the trace has only one of solution and evaluation; both are wanted, or neither")
     evaluation = trace.evaluation

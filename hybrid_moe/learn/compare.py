@@ -1,6 +1,7 @@
 """Which records may be compared, and what they say of the candidates at a workload and at a T.
 
-A wrong answer stands until a later record (by timestamp) of the same candidate and workload passed.
+A wrong answer stands until a later record of the same candidate and workload passed: a later line of the same file, as
+clocks are set back, or one with a later timestamp in another file.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
 
 from ..candidate import Candidate
+from ..measure.readers import check_offset
 from ..measure.records import BenchRecord, WorkloadKey, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
@@ -45,6 +50,14 @@ class Point:
     num_tokens: int
     workloads: Sequence[Comparison]
     log: Mapping[Candidate, float]
+    _noise: dict[tuple[Candidate, Candidate], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def noise(self, a: Candidate, b: Candidate) -> np.ndarray:
+        """At each workload where it was measured, the spread of the noisier of two candidates."""
+        if (a, b) not in self._noise:
+            pairs = [[w.spread[c] for c in (a, b) if c in w.spread] for w in self.workloads]
+            self._noise[a, b] = np.array([max(pair) for pair in pairs if pair])
+        return self._noise[a, b]
 
     def evidence(self) -> Evidence:
         """The same as a policy keeps it."""
@@ -65,21 +78,51 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKe
             (passed if record.status == "passed" else failed)[record.choice, record.at].append(record)
     kept = dict(passed)
     for key, wrong in failed.items():
-        # ISO 8601 of one writer sorts as text. Without a time, a wrong answer can't be known to be the older one.
-        times = [record.timestamp for record in wrong]
-        last = max((time for time in times if time is not None), default=None)
-        kept[key] = [
-            r
-            for r in passed.get(key, [])
-            if None not in times and r.timestamp is not None and last is not None and r.timestamp > last
-        ]
+        last = _Last(wrong)
+        kept[key] = [record for record in passed.get(key, []) if last.is_before(record)]
     return kept
+
+
+class _Last:
+    """The last of some records, in each file by its line and among the files by time."""
+
+    def __init__(self, records: Iterable[BenchRecord]) -> None:
+        self._lines: dict[str | None, int] = {}
+        # Without a time, one can't be known to be the older one.
+        self._times: dict[str | None, float] = {}
+        for record in records:
+            file, line = record.place or (None, 0)
+            time = _seconds(record.timestamp)
+            self._lines[file] = max(line, self._lines.get(file, 0))
+            self._times[file] = max(math.inf if time is None else time, self._times.get(file, -math.inf))
+
+    def is_before(self, record: BenchRecord) -> bool:
+        file, line = record.place or (None, 0)
+        time = _seconds(record.timestamp)
+        for other in self._lines:
+            if other == file and file is not None:
+                if line <= self._lines[file]:
+                    return False
+            elif time is None or time <= self._times[other]:
+                return False
+        return True
+
+
+def _seconds(timestamp: str | None) -> float | None:
+    """Seconds since 1970 of an ISO 8601 time, of UTC where it says nothing; ``None`` if it is none."""
+    try:
+        time = datetime.fromisoformat(timestamp or "")
+    except ValueError:
+        return None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
     """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
     found: dict[WorkloadKey, dict[Candidate, list[BenchRecord]]] = defaultdict(dict)
-    for (choice, key), passed in sorted(standing(records).items(), key=lambda item: str(item[0][0])):
+    known = standing(records)
+    names = {choice: str(choice) for choice, _ in known}
+    for (choice, key), passed in sorted(known.items(), key=lambda item: names[item[0][0]]):
         found[key][choice] = passed
     workloads = {}
     for key, standing_records in sorted(found.items()):
@@ -95,10 +138,10 @@ def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]
     return workloads
 
 
-def points_of(records: Iterable[BenchRecord]) -> list[Point]:
+def points_of(workloads: Mapping[WorkloadKey, Comparison]) -> list[Point]:
     """One entry for each T at which some answer is right, sorted."""
     by_tokens: dict[int, list[Comparison]] = defaultdict(list)
-    for key, workload in by_workload(records).items():
+    for key, workload in workloads.items():
         by_tokens[key.num_tokens].append(workload)
     points = []
     for num_tokens, measured in sorted(by_tokens.items()):
@@ -132,7 +175,7 @@ def check_records(
             f"no record{what} to learn from: those of peer pipelines don't count, nor traces of solutions that are "
             "called like no candidate (say which they are as solutions= of the options, --solution NAME=CANDIDATE)"
         )
-    others = sorted({str(problem_of_record(r)) for r in records if not is_about(r, problem)})
+    others = sorted({_problem_for_people(r) for r in records if not is_about(r, problem)})
     if others:
         raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
     devices = listed(r.device for r in records)
@@ -148,6 +191,11 @@ def check_records(
     if any(by_speedup) and not all(by_speedup):
         raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
     check_one_version(passed)
+    for record in records:
+        try:
+            check_offset(record, problem)
+        except ValueError as error:
+            raise ValueError(f"{_where(record)}{error}") from error
     for record in passed:
         _check_gate(record, tolerance)
     return devices, "seed_only" if all(by_speedup) else "measured"
@@ -168,9 +216,20 @@ def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
         looser.append(f"required_matched_ratio={ratio} below {wanted}")
     if looser:
         raise ValueError(
-            f"the record of {record.choice} at T = {record.num_tokens} passed by looser bounds ({', '.join(looser)}): "
-            "measure again with the bounds wanted, or learn with these as tolerance="
+            f"{_where(record)}{record.choice} at T = {record.num_tokens} passed by looser bounds "
+            f"({', '.join(looser)}): measure again with the bounds wanted, or learn with these as tolerance="
         )
+
+
+def _problem_for_people(record: BenchRecord) -> str:
+    try:
+        return str(problem_of_record(record))
+    except ValueError:  # it leaves something open, or is about another kind of layer
+        return record.problem
+
+
+def _where(record: BenchRecord) -> str:
+    return "" if record.place is None else f"{record.place[0]}, line {record.place[1]}: "
 
 
 def is_about(record: BenchRecord, problem: MoEProblem) -> bool:

@@ -18,15 +18,16 @@ The same records and options give the same bytes, in whatever order the records 
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..candidate import Candidate
-from ..measure.readers import read_with_digest
+from ..measure.readers import Experts, read_with_digest
 from ..measure.records import BenchRecord, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import (
@@ -42,7 +43,7 @@ from ..policy.schema import (
     label,
 )
 from ..problem import MoEProblem
-from .compare import Point, by_workload, check_records, is_about, listed, points_of, under
+from .compare import Comparison, Point, WorkloadKey, by_workload, check_records, is_about, listed, points_of, under
 from .regret import regret_at, summarise
 
 # Differences below this are rounding of the logarithms, not of the measurements.
@@ -56,6 +57,9 @@ def learn_from_files(
     problem: MoEProblem | None = None,
     device: str | None = None,
     *,
+    num_experts: int | None = None,
+    gate_first: bool | None = None,
+    definitions: Iterable[Path] = (),
     environment: Mapping[str, str] | None = None,
     tolerance: Tolerance | None = None,
 ) -> Policy:
@@ -71,6 +75,10 @@ def learn_from_files(
         The only problem to learn about; ``None`` if the records have just one.
     device
         Slug of the only device to learn about; ``None`` if the records have just one.
+    num_experts, gate_first
+        Of the problem, for records that leave them open; a ``problem`` that is given has its own.
+    definitions
+        Definitions of flashinfer-bench, whose axes say of how many experts the models of traces are.
 
     Raises
     ------
@@ -82,8 +90,10 @@ def learn_from_files(
     """
     records: list[BenchRecord] = []
     inputs: list[InputDigest] = []
+    given = num_experts if problem is None else {problem.definition: problem.num_experts}
+    experts = Experts(given, definitions)
     for path in paths:
-        read, digest = read_with_digest(path, options.solutions)
+        read, digest = read_with_digest(path, options.solutions, experts)
         records += read
         inputs.append(digest)
     check_solutions(records, options.solutions)
@@ -105,11 +115,16 @@ def learn_from_files(
         if not records:
             raise ValueError(f"problem is {problem}; the records have none about it, but {problems}")
     else:
-        found = {problem_of_record(r) for r in records if not r.is_peer}
+        found = {
+            problem_of_record(r, num_experts=num_experts, gate_first=bool(gate_first)) for r in records if not r.is_peer
+        }
         if len(found) != 1:
             names = "; ".join(sorted(map(str, found))) or "none"
             raise ValueError(f"the records are about several problems or none: {names}; name one as problem=")
         problem = found.pop()
+        for name, value in (("num_experts", num_experts), ("gate_first", gate_first)):
+            if value not in (None, getattr(problem, name)):
+                raise ValueError(f"{name} is {value}; the records say {getattr(problem, name)}")
     return learn(
         records, options, problem=problem, inputs=inputs, environment=environment, tolerance=tolerance or Tolerance()
     )
@@ -152,8 +167,9 @@ def learn(
     used = under(used, options.where or {})
     device, verified = check_records(used, options, problem, tolerance)
     intervals = None if options.regimes == "auto" else parse_regimes(options.regimes)
-    points = points_of(used)
-    _check_answers(used, points)
+    workloads = by_workload(used)
+    points = points_of(workloads)
+    _check_answers(workloads, points)
     learner = _Learner(
         problem=problem,
         device=device,
@@ -161,7 +177,7 @@ def learn(
         options=options,
         intervals=intervals,
         preferred=preferred_among(options.prefer, {r.choice for r in used}),
-        wrong=frozenset(choice for workload in by_workload(used).values() for choice in workload.wrong),
+        wrong=frozenset(choice for workload in workloads.values() for choice in workload.wrong),
         inputs=sorted(inputs, key=lambda digest: (digest.name, digest.sha256)),
         environment=dict(environment) if environment is not None else _environment(used),
         tolerance=tolerance,
@@ -172,9 +188,16 @@ def learn(
     if len(points) >= 3:
         left_out = summarise(
             (point.num_tokens, regret_at(learner.learn([p for p in points if p is not point]), point))
-            for point in points
+            for point in _to_leave_out(points)
         )
     return policy.model_copy(update={"training_regret": training, "leave_one_out_regret": left_out})
+
+
+def _to_leave_out(points: Sequence[Point]) -> Sequence[Point]:
+    """All of them up to 256; of more a part, evenly spread: each is a policy learned from all others."""
+    count = len(points)
+    wanted = count if count <= 256 else max(16, 256 * 256 // count)
+    return [points[index * count // wanted] for index in range(wanted)]
 
 
 def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str] | None) -> None:
@@ -352,9 +375,8 @@ class _Learner:
 
     def _margin(self, a: Candidate, b: Candidate, points: Sequence[Point]) -> float:
         """The tie margin, or the typical half spread of the noisier of the two where that was measured and is more."""
-        pairs = [[w.spread[c] for c in (a, b) if c in w.spread] for p in points for w in p.workloads]
-        noise = [max(pair) for pair in pairs if pair]
-        return max(self.options.tie_margin, statistics.median(noise)) if noise else self.options.tie_margin
+        noise = np.concatenate([p.noise(a, b) for p in points])
+        return max(self.options.tie_margin, float(np.median(noise))) if noise.size else self.options.tie_margin
 
     def _regime(self, interval: Interval, ruling: _Ruling, note: str = "") -> Regime:
         evidence = tuple(p.evidence() for p in ruling.points)
@@ -474,9 +496,9 @@ def _tokens(points: Sequence[Point]) -> str:
     return ", ".join(tokens) if len(tokens) <= 6 else f"{tokens[0]} ... {tokens[-1]}"
 
 
-def _check_answers(records: Sequence[BenchRecord], points: Sequence[Point]) -> None:
+def _check_answers(workloads: Mapping[WorkloadKey, Comparison], points: Sequence[Point]) -> None:
     wrong: dict[int, set[str]] = defaultdict(set)
-    for key, workload in by_workload(records).items():
+    for key, workload in workloads.items():
         if workload.wrong:
             wrong[key.num_tokens].update(map(str, workload.wrong))
     hopeless = sorted(set(wrong) - {point.num_tokens for point in points})

@@ -11,7 +11,7 @@ from ..device import DeviceKey
 from ..measure.records import BenchRecord
 from ..policy.schema import Policy, RegretSummary, six_digits
 from ..policy.select import Decision, choose
-from .compare import Point, points_of
+from .compare import Point, by_workload, points_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def outcomes(policy: Policy, records: Iterable[BenchRecord]) -> list[Outcome]:
     right has no entry.
     """
     found = []
-    for point in points_of([r for r in records if not r.is_peer]):
+    for point in points_of(by_workload(r for r in records if not r.is_peer)):
         known = any(choice in point.log for choice in policy.candidates)
         found.append(
             Outcome(

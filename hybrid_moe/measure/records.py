@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -10,13 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ..candidate import PEER_PREFIX, Candidate, ConfigValue
 from ..files import append_line
-from ..policy.schema import SLUG, Timing
+from ..policy.schema import LARGEST_COUNT, LARGEST_TIME, SLUG, Timing
 from ..problem import MoEProblem, problem_of_definition
 
 Status = Literal["passed", "failed", "unsupported", "timeout"]
 EnvironmentValue = str | int | float | bool | None
 
-_Positive = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(ge=1e-9, le=LARGEST_TIME)]
 # A result that isn't finite has figures that JSON can't hold: they are left out, and the reason says why.
 _Figure = Annotated[
     float | None, BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
@@ -147,27 +148,30 @@ class BenchRecord(_Model):
         The process that measured it was lost.
     """
 
+    # Where it was read, for messages and to know the later of two records. Not of the record itself, so no field.
+    __slots__ = ("_place",)
+
     schema_version: Literal[1] = 1
     device: str = Field(pattern=SLUG)
     problem: str = Field(min_length=1)
     backend: str = Field(min_length=1)
     config: dict[str, ConfigValue] = {}
-    num_tokens: int = Field(ge=1)
-    local_expert_offset: int = Field(ge=0)
+    num_tokens: int = Field(ge=1, le=LARGEST_COUNT)
+    local_expert_offset: int = Field(ge=0, le=LARGEST_COUNT)
     routing: str
     seed: int
     workload: str | None = None
     solution: str | None = None
-    num_experts: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     gate_first: bool | None = None
-    local_rows: int | None = Field(default=None, ge=0)
-    active_experts: int | None = Field(default=None, ge=0)
+    local_rows: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
+    active_experts: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
     status: Status
     reason: str | None = None
     timing: Timing
     latency_us: Latency | None = None
     speedup_vs_reference: _Positive | None = None
-    floor_us: float | None = Field(default=None, ge=0)
+    floor_us: float | None = Field(default=None, ge=0, le=LARGEST_TIME)
     cache: Literal["cold", "warm"] | None = None
     code: dict[str, str | bool] | None = None
     correctness: RecordCorrectness | None = None
@@ -194,9 +198,19 @@ class BenchRecord(_Model):
         return self
 
     @property
+    def place(self) -> tuple[str, int] | None:
+        """File and line that it was read from; ``None`` if it wasn't read from a file."""
+        return getattr(self, "_place", None)
+
+    def set_place(self, file: str, line: int) -> None:
+        """Note where it was read."""
+        object.__setattr__(self, "_place", (file, line))
+
+    @property
     def choice(self) -> Candidate:
         """The candidate."""
-        return Candidate(self.backend, self.config)
+        config = self.config
+        return _candidate(self.backend, tuple(config.items()), tuple(map(type, config.values())))
 
     @property
     def is_peer(self) -> bool:
@@ -232,15 +246,35 @@ class BenchRecord(_Model):
         return MeasurementKey(self.device, *problem, self.choice, self.at, self.timing)
 
 
+@functools.lru_cache(maxsize=4096)  # many records have the same; by type as well, as 1 and True are equal
+def _candidate(backend: str, config: tuple[tuple[str, ConfigValue], ...], types: tuple[type, ...]) -> Candidate:
+    return Candidate(backend, dict(config))
+
+
 def append_record(path: str | Path, record: BenchRecord) -> None:
     """Add one line to a file of records, see `files.append_line`."""
     append_line(path, record.model_dump_json(exclude_none=True).encode() + b"\n")
 
 
-def problem_of_record(record: BenchRecord, *, num_experts: int = 256, gate_first: bool = False) -> MoEProblem:
-    """The problem that a record is about; the keyword arguments hold where the record itself doesn't say."""
+def problem_of_record(record: BenchRecord, *, num_experts: int | None = None, gate_first: bool = False) -> MoEProblem:
+    """The problem that a record is about; the keyword arguments hold where the record itself doesn't say.
+
+    Raises
+    ------
+    ValueError
+        Nothing says of how many experts the model of a trace is. Without them, a record of our own is of 256.
+    """
+    if record.num_experts is not None:
+        num_experts = record.num_experts
+    elif num_experts is None:
+        if record.solution is not None:
+            raise ValueError(
+                f"traces of {record.problem} leave open how many experts the whole model has: say so as --num-experts, "
+                "or name the Definition's file as --definition"
+            )
+        num_experts = 256
     return problem_of_definition(
         record.problem,
-        num_experts=num_experts if record.num_experts is None else record.num_experts,
+        num_experts=num_experts,
         gate_first=gate_first if record.gate_first is None else record.gate_first,
     )

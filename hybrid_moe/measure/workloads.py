@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from ..inputs import FP8, MoEInputs
-from ..problem import MoEProblem
+from ..problem import MoEProblem, sizes_of_definition
 from ..reference import FP8_MAX, route
 from .records import WorkloadKey
 
@@ -43,6 +43,19 @@ MODELS: Mapping[ModelName, MoEProblem] = {
     "glm-4.5-air": GLM_4_5_AIR,
     "qwen3-235b": QWEN3_235B,
 }
+
+
+def num_experts_of(definition: str) -> int | None:
+    """Experts of the whole model, where a definition is the layer of one of `MODELS` on however many ranks."""
+    sizes = sizes_of_definition(definition)
+    local = sizes.pop("num_local_experts")
+    found = {
+        model.num_experts
+        for model in MODELS.values()
+        if all(getattr(model, name) == size for name, size in sizes.items()) and model.num_experts % local == 0
+    }
+    return found.pop() if len(found) == 1 else None
+
 
 # Of made-up inputs, whatever the problem: results are linear in it.
 ROUTED_SCALING_FACTOR = 2.5

@@ -39,6 +39,9 @@ GraphOrEager = Literal["cuda_graph", "eager"]  # the ways in which this package 
 Timing = Literal[GraphOrEager, "cupti"]
 # Inclusive bounds of T; no upper one where that is None.
 Interval = tuple[int, int | None]
+# What a count and a time may be in a file, so that sums and ratios of them stay numbers: every integer up to the first
+# is a float as well; the second is 30 years in microseconds.
+LARGEST_COUNT, LARGEST_TIME = 2**53, 1e15
 
 
 class PolicyError(ValueError):
@@ -104,9 +107,9 @@ class Evidence(_Model):
         the fastest candidate of the workload; 1.0 is best.
     """
 
-    num_tokens: int = Field(ge=0)
-    workloads: int = Field(ge=1)
-    slowdown: _SortedDict[Annotated[float, Field(gt=0)]]
+    num_tokens: int = Field(ge=0, le=LARGEST_COUNT)
+    workloads: int = Field(ge=1, le=LARGEST_COUNT)
+    slowdown: _SortedDict[Annotated[float, Field(gt=0, le=LARGEST_TIME)]]
 
 
 def expected_regret(choice: Candidate, evidence: Sequence[Evidence]) -> float | None:
@@ -152,8 +155,8 @@ class Regime(_Model):
         One entry for each T measured in the regime.
     """
 
-    min_tokens: int = Field(ge=0)
-    max_tokens: int | None
+    min_tokens: int = Field(ge=0, le=LARGEST_COUNT)
+    max_tokens: int | None = Field(le=LARGEST_COUNT)
     choice: CandidateField
     verdict: Verdict
     verified: Verified
@@ -262,7 +265,8 @@ class Policy(_Model):
     training_regret
         Of this policy over the T that it was learned from.
     leave_one_out_regret
-        At each T, of the policy learned from the other T; ``None`` for fewer than three.
+        At each T, of the policy learned from the other T; ``None`` for fewer than three. Of more than 256
+        measured T, at some of them, evenly spread.
     learner, tolerance, inputs, environment
         How it was learned: options, the rule of correctness (records that passed by looser bounds are refused; a bound
         that they don't state can't be checked), files, and where they were measured.

@@ -11,11 +11,14 @@ import torch
 import triton
 import triton.language as tl
 from emulated_calls import FEW, MANY, SMALL, Call, Given, given_rows
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybrid_moe.kernels import shapes
+from hybrid_moe.kernels import external, shapes
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
+from hybrid_moe.kernels.launcher import DeviceLimits
+from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+from hybrid_moe.reference import dequantize_rows, route
 
 FEW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 MANY_KERNELS = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
@@ -143,3 +146,60 @@ def test_whatever_comes_late_is_waited_for(gemms, what):
     rows = [20, 3, 0, 33] if FEW in gemms else [70, 3, 0, 33]
     call = Call(SMALL, given_rows(SMALL, rows), Given(*gemms))
     call.run(delay=lambda event, task: event.split()[0] == what and task.program.index[0] == 1, stages=2)
+
+
+@triton.jit
+def copy_kernel(from_ptr, to_ptr, ELEMENTS: tl.constexpr):
+    """Lets the next one start before it has copied anything."""
+    gdc_wait()
+    gdc_launch_dependents()
+    place = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    tl.store(to_ptr + place, tl.load(from_ptr + place))
+
+
+@pytest.mark.parametrize("kind", ["logits", "chosen"])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_the_inputs_are_there_just_before_the_call(kind, tokens):
+    """The kernel before may let the call's first one start early; and caches are as they were."""
+    inputs = given_rows(SMALL, [min(rows, tokens) for rows in (20, 3, 0, 33)])
+    if kind == "logits":
+        inputs = make_inputs(Workload(tokens, 4), SMALL, random_weights(SMALL, "cpu"))
+    call = Call(SMALL, inputs, Given(None, None))
+    before = []
+    for tensor in inputs[1::-1] if kind == "chosen" else (inputs[3], inputs[2], inputs[0]):
+        rows = tensor.shape[0]
+        copy = dict(from_ptr=tensor.clone(), to_ptr=tensor, ELEMENTS=tensor.numel() // rows)
+        tensor.zero_()
+        before.append((copy_kernel, (rows,), copy, 4))
+    gluon_emulation.launch(
+        [*before, *gluon_emulation.launches(call.steps(2), call.operands())],
+        delay=lambda event, task: event == "end" and task.program.kernel.name == "copy_kernel",
+    )
+    call.checked()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_other_libraries_get(seed):
+    """The routing waits for what comes before, and with the widening for what comes after, which waits for that."""
+    tokens = 5
+    inputs = make_inputs(Workload(tokens, 4), SMALL, random_weights(SMALL, "cpu"))
+    given, copied = inputs.hidden_states.clone(), torch.full((tokens, SMALL.top_k), -1, dtype=torch.int32)
+    inputs.hidden_states.view(torch.uint8).fill_(0xFF)
+    output = torch.full((tokens, SMALL.hidden_size), float("nan"), dtype=torch.bfloat16)
+    key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
+    plan = external._plan(SMALL, DeviceLimits(2, pdl=True), key, torch.device("cpu"))
+    memory = torch.full((plan.arena.bytes,), 0xFF, dtype=torch.uint8)
+    names = by_name(inputs, output, plan.arena, memory)
+    before = dict(from_ptr=given, to_ptr=inputs.hidden_states, ELEMENTS=SMALL.hidden_size)
+    after = dict(from_ptr=names["experts"], to_ptr=copied, ELEMENTS=SMALL.top_k)
+    gluon_emulation.launch(
+        [
+            (copy_kernel, (tokens,), before, 4),
+            *gluon_emulation.launches(plan.steps, names),
+            (copy_kernel, (tokens,), after, 1),
+        ],
+        seed,
+    )
+    assert torch.equal(output, dequantize_rows(given, inputs.hidden_states_scale).bfloat16())
+    ids, _ = route(inputs.routing_logits, inputs.routing_bias, 1.0, SMALL)
+    assert torch.equal((copied + 4) % SMALL.num_experts, ids.int())

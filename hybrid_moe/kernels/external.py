@@ -61,8 +61,10 @@ def dequantize_kernel(
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * (BLOCK_N // 128) + tl.arange(0, BLOCK_N // 128)
     column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
-    value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column).to(tl.float32)
-    scale = tl.load(scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k)
+    # Nothing was waited for: the first-level cache may hold what was there before.
+    value = tl.load(hidden_ptr + token * STRIDE_HIDDEN + column, cache_modifier=".cg").to(tl.float32)
+    scale_at = scale_ptr + token * stride_scale_t + block.to(tl.int64) * stride_scale_k
+    scale = tl.load(scale_at, cache_modifier=".cg")
     tl.store(x_ptr + token * HIDDEN + column, (value * scale[:, None]).to(tl.bfloat16))
     wait_for_previous_kernel(PDL)
 

@@ -77,7 +77,8 @@ def select_experts(
     member = tl.arange(0, GROUP_SIZE_POW2)[None, :]
     expert = group * GROUP_SIZE + member
     real = (group < N_GROUP) & (member < GROUP_SIZE)
-    logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0)
+    # Nothing was waited for: the first-level cache may hold older logits.
+    logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0, cache_modifier=".cg")
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
     if SOFTMAX:
         largest = tl.max(tl.where(real, logits, NEG_INF))
@@ -136,9 +137,11 @@ def given_experts(
     An expert that is named twice comes once, with the sum of the weights: it has room for each token once.
     """
     choice = tl.arange(0, TOP_K_POW2)
-    expert = tl.load(ids_ptr + token * stride_ids + choice, mask=choice < TOP_K, other=-1)
+    # As in `select_experts`.
+    expert = tl.load(ids_ptr + token * stride_ids + choice, mask=choice < TOP_K, other=-1, cache_modifier=".cg")
     expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)
-    weight = tl.load(weights_ptr + token * stride_weights + choice, mask=choice < TOP_K, other=0.0)
+    weights_at = weights_ptr + token * stride_weights + choice
+    weight = tl.load(weights_at, mask=choice < TOP_K, other=0.0, cache_modifier=".cg")
     # What stands beside no expert may be no number.
     weight = tl.where(expert >= 0, weight, 0.0)
     same = expert[:, None] == expert[None, :]
@@ -213,6 +216,8 @@ def route_kernel(
 
     ALONE, the only program, it does that itself: one launch less for T = 1.
     """
+    if ALONE:
+        wait_for_previous_kernel(PDL)  # whoever computes the logits may let this one start before they are there
     let_next_kernel_start(PDL)
 
     token = tl.program_id(0).to(tl.int64)
@@ -272,6 +277,8 @@ def scatter_kernel(
     PDL: tl.constexpr,
 ):
     """`route_kernel` where the experts are chosen already. Grid and order as there."""
+    if ALONE:
+        wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert, weight = given_experts(

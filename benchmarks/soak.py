@@ -162,6 +162,11 @@ class Soak:
             "planned": self._layer(self.base, max_num_tokens=options.planned, shadow_check=shadow),
             "routed": self._layer(_routed(self.base, self.problem), max_num_tokens=options.planned),
         }
+        # One by each policy, of either kind: what the layers may choose.
+        self.by_policy = {
+            routed: [self._layer_like(self.layers[name], policy=policy) for policy in self.policies]
+            for routed, name in ((False, "plain"), (True, "routed"))
+        }
         self.streams = [torch.cuda.Stream(self.device) for _ in range(options.streams)] if self.cuda else [None]
         self.cases = self._cases()
         self.by_size: dict[tuple[str, int], list[Case]] = defaultdict(list)
@@ -217,11 +222,8 @@ class Soak:
 
     def _candidates(self, case: Case) -> list[Candidate]:
         """What any of the policies chooses for a case."""
-        layer = self.layer_of(case, "plain")
-        found = {layer.choice(case.tokens): None}
-        for policy in self.policies:
-            found[self._layer_like(layer, policy=policy).choice(case.tokens)] = None
-        return list(found)
+        layers = (self.layer_of(case, "plain"), *self.by_policy[case.kind == "routed"])
+        return list({layer.choice(case.tokens): None for layer in layers})
 
     def _layer_like(self, layer: HybridMoE, **options: Any) -> HybridMoE:
         routed = layer is self.layers["routed"]

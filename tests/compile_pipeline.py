@@ -28,6 +28,7 @@ from hybrid_moe.inputs import FP8, MoEInputs, RoutedInputs
 from hybrid_moe.kernels import pipeline
 from hybrid_moe.kernels.activations import quantize_rows
 from hybrid_moe.kernels.external import external_inputs
+from hybrid_moe.kernels.few_tokens import few_tokens
 from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
@@ -168,6 +169,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         for other in others:
             run_all(problem, gemm, other, output, limits)
             external_inputs(other, problem, limits)
+    few_tokens(untouched_inputs(problem, 4), ids[:1].expand(4, -1), weights[:1].expand(4, -1), problem)
     JITFunction.run = run
     return list(compiled.values())
 

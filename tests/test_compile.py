@@ -36,6 +36,8 @@ KERNELS = {
     "select_kernel",
     "renumber_kernel",
     "dequantize_kernel",
+    "inner_kernel",
+    "output_kernel",
 }
 SPECIALIZED = {
     "hopper_few_gemm1_kernel",

@@ -73,7 +73,7 @@ def doubled(result):
 
 
 def checked_layer(weights, every=1, **options):
-    options = {"policy": make_policy()} | options
+    options = {"policy": make_policy(), "tokens": 64} | options  # all: one without local work shows little
     fields = {name: options.pop(name) for name in ("tokens", "on_breach", "dump_dir") if name in options}
     return layer_of(inputs_of(weights, 1), shadow_check=ShadowCheck(every=every, **fields), **options)
 
@@ -116,7 +116,7 @@ def test_one_of_so_many_calls_is_checked(weights):
 
 
 def test_a_wrong_result_is_found_and_said(weights, pair, caplog, tmp_path):
-    layer, inputs = checked_layer(weights, dump_dir=tmp_path / "dumps", tokens=5), inputs_of(weights, 8)
+    layer, inputs = checked_layer(weights, dump_dir=tmp_path / "dumps", tokens=7), inputs_of(weights, 8)
     call(layer, inputs)
     pair[1].fault = doubled
     output = call(layer, inputs)
@@ -124,7 +124,7 @@ def test_a_wrong_result_is_found_and_said(weights, pair, caplog, tmp_path):
     assert (status.checks, status.breaches) == (2, 1) and status.breached
     breach = status.last_breach
     assert (breach.choice, breach.num_tokens, breach.local_expert_offset) == (TWO, 8, inputs.local_expert_offset)
-    assert len(breach.tokens) == 5 and set(breach.tokens) <= set(range(8))
+    assert len(breach.tokens) == 7 and set(breach.tokens) <= set(range(8))
     assert breach.correctness.relative_l2 == pytest.approx(1.0, abs=0.01)
     assert layer.choice(8) == TWO and quarantined() == ()  # logged alone
     (sample,) = metrics.shadow_snapshot()
@@ -208,7 +208,7 @@ def test_bfloat16_that_is_written_over(weights):
 
 def test_given_experts(weights, pair):
     inputs = routed_of(inputs_of(weights, 6), PROBLEM)
-    options = ShadowCheck(every=1)
+    options = ShadowCheck(every=1, tokens=64)
     layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=options)
     tensors = dict(topk_ids=inputs.topk_ids, topk_weights=inputs.topk_weights)
     layer(None, inputs.hidden_states, inputs.hidden_states_scale, **tensors)
@@ -231,7 +231,7 @@ def test_a_choice_that_rounding_decides_is_no_breach(weights, monkeypatch):
     right, other = moe_reference(inputs, PROBLEM), moe_reference(swapped, PROBLEM)
     assert not torch.allclose(right, other, rtol=0.1)
     backends.BACKENDS["one"].fault = lambda result: result.copy_(other)
-    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1))
+    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1, tokens=64))
     call(layer, inputs)
     assert (layer.shadow.checks, layer.shadow.breaches) == (1, 0)
     # Where nothing is near, it is one.
@@ -248,7 +248,7 @@ def test_a_bias_that_the_backend_rounds_is_rounded(weights, pair, monkeypatch):
     rounded = moe_reference(inputs._replace(routing_bias=inputs.routing_bias.bfloat16()), PROBLEM)
     assert not torch.allclose(rounded, moe_reference(inputs, PROBLEM), rtol=0.1)
     pair[0].fault = lambda result: result.copy_(rounded)
-    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1))
+    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1, tokens=64))
     call(layer, inputs)
     assert layer.shadow.breaches == 1
     monkeypatch.setattr(Faulty, "rounds_bias", True)
@@ -354,7 +354,7 @@ def in_flight(monkeypatch):
 
 
 def test_a_check_in_flight_is_judged_by_a_later_call(weights, pair, in_flight):
-    layer, capturing = in_flight(checked_layer(weights, tokens=2))
+    layer, capturing = in_flight(checked_layer(weights, tokens=3))
     inputs = inputs_of(weights, 3)
     layer._shadow.warm_up(inputs, torch.zeros((3, 256), dtype=torch.bfloat16))
     assert layer.shadow.checks == 0
@@ -377,7 +377,7 @@ def test_a_check_in_flight_is_judged_by_a_later_call(weights, pair, in_flight):
 
 
 def test_a_check_without_memory_is_left_out(weights, in_flight, monkeypatch):
-    layer, _ = in_flight(checked_layer(weights, tokens=2))
+    layer, _ = in_flight(checked_layer(weights, tokens=3))
 
     def none_left(*arguments):
         raise torch.OutOfMemoryError("none left")
@@ -388,7 +388,7 @@ def test_a_check_without_memory_is_left_out(weights, in_flight, monkeypatch):
 
 
 def test_a_call_that_raises_gives_its_check_back(weights, pair, in_flight):
-    layer, _ = in_flight(checked_layer(weights, tokens=2))
+    layer, _ = in_flight(checked_layer(weights, tokens=3))
 
     def fault(result):
         raise RuntimeError("illegal memory access")
@@ -432,7 +432,7 @@ def test_no_call_waits_for_its_check():
 @pytest.mark.gpu
 def test_a_wrong_result_on_a_gpu_is_found_and_passed_over(monkeypatch):
     weights = random_weights(DEEPSEEK_V3, "cuda")
-    options = ShadowCheck(every=1, on_breach="quarantine")
+    options = ShadowCheck(every=1, tokens=16, on_breach="quarantine")
     inputs = make_inputs(Workload(16, 96), DEEPSEEK_V3, weights)
     layer = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, shadow_check=options)
     tensors = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale

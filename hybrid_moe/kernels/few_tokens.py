@@ -15,16 +15,18 @@ from ..problem import MoEProblem
 
 # Weight rows of a program: few, so that even one token has programs enough to keep the memory busy.
 ROWS = 8
+# Columns at a time, of as many blocks.
+COLUMNS = 512
 
 
 @triton.jit
-def _dot(x_ptr, w_ptr, w_scale_ptr, row, block, LENGTH: tl.constexpr):
-    """Of 128 values and one block of weight columns, ``[rows]``; the rows lie in one block of scales."""
-    column = block * 128 + tl.arange(0, 128)
-    x = tl.load(x_ptr + column).to(tl.float32)
-    w = tl.load(w_ptr + row[:, None] * LENGTH + column[None, :]).to(tl.float32)
-    scale = tl.load(w_scale_ptr + row // 128 * (LENGTH // 128) + block)
-    return tl.sum(w * x[None, :], axis=1) * scale
+def _products(x, w_ptr, w_scale_ptr, first_row, column, LENGTH: tl.constexpr, ROWS: tl.constexpr):
+    """``[ROWS, columns]``: weights, dequantised, times a vector; the rows lie in one block of scales."""
+    exists = column < LENGTH
+    row = first_row + tl.arange(0, ROWS)
+    w = tl.load(w_ptr + row[:, None] * LENGTH + column[None, :], mask=exists[None, :], other=0.0).to(tl.float32)
+    scale = tl.load(w_scale_ptr + first_row // 128 * (LENGTH // 128) + column // 128, mask=exists, other=0.0)
+    return w * (x * scale)[None, :]
 
 
 @triton.jit(do_not_specialize=["tokens", "local_expert_offset"])
@@ -43,28 +45,33 @@ def inner_kernel(
     INTER: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Grid: (T * TOP_K, INTER / ROWS). silu(gate) * up of one choice of a token."""
     pair = tl.program_id(0)
     token = pair // TOP_K
     expert = tl.load(ids_ptr + pair).to(tl.int64) - local_expert_offset
     if (expert >= 0) & (expert < E):
-        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        first_row = tl.program_id(1) * ROWS
         x_ptr = hidden_ptr + token.to(tl.int64) * HIDDEN
         first_ptr = w13_ptr + expert * 2 * INTER * HIDDEN
         first_scale_ptr = s13_ptr + expert * (2 * INTER // 128) * (HIDDEN // 128)
         second_ptr = first_ptr + INTER * HIDDEN
         second_scale_ptr = first_scale_ptr + (INTER // 128) * (HIDDEN // 128)
-        first = tl.zeros((ROWS,), dtype=tl.float32)
-        second = tl.zeros((ROWS,), dtype=tl.float32)
-        for block in range(HIDDEN // 128):
-            x_scale = tl.load(scale_ptr + block * tokens + token)
-            first += _dot(x_ptr, first_ptr, first_scale_ptr, row, block, HIDDEN) * x_scale
-            second += _dot(x_ptr, second_ptr, second_scale_ptr, row, block, HIDDEN) * x_scale
+        first = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        second = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for start in range(0, HIDDEN, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            exists = column < HIDDEN
+            x = tl.load(x_ptr + column, mask=exists, other=0.0).to(tl.float32)
+            x *= tl.load(scale_ptr + column // 128 * tokens + token, mask=exists, other=0.0)
+            first += _products(x, first_ptr, first_scale_ptr, first_row, column, HIDDEN, ROWS)
+            second += _products(x, second_ptr, second_scale_ptr, first_row, column, HIDDEN, ROWS)
         if GATE_FIRST:
-            up, gate = second, first
+            up, gate = tl.sum(second, axis=1), tl.sum(first, axis=1)
         else:
-            up, gate = first, second
+            up, gate = tl.sum(first, axis=1), tl.sum(second, axis=1)
+        row = first_row + tl.arange(0, ROWS)
         tl.store(inner_ptr + pair.to(tl.int64) * INTER + row, gate / (1.0 + tl.exp(-gate)) * up)
 
 
@@ -82,11 +89,12 @@ def output_kernel(
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Grid: (T, HIDDEN / ROWS). The sum over a token's choices that are local."""
     token = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    first_row = tl.program_id(1) * ROWS
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for choice in range(TOP_K):
         pair = token * TOP_K + choice
         expert = tl.load(ids_ptr + pair).to(tl.int64) - local_expert_offset
@@ -95,11 +103,12 @@ def output_kernel(
             x_ptr = inner_ptr + pair.to(tl.int64) * INTER
             w_ptr = w2_ptr + expert * HIDDEN * INTER
             w_scale_ptr = s2_ptr + expert * (HIDDEN // 128) * (INTER // 128)
-            part = tl.zeros((ROWS,), dtype=tl.float32)
-            for block in range(INTER // 128):
-                part += _dot(x_ptr, w_ptr, w_scale_ptr, row, block, INTER)
-            total += part * weight
-    tl.store(output_ptr + token.to(tl.int64) * HIDDEN + row, total)
+            for start in range(0, INTER, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
+                x = tl.load(x_ptr + column, mask=column < INTER, other=0.0) * weight
+                total += _products(x, w_ptr, w_scale_ptr, first_row, column, INTER, ROWS)
+    row = first_row + tl.arange(0, ROWS)
+    tl.store(output_ptr + token.to(tl.int64) * HIDDEN + row, tl.sum(total, axis=1))
 
 
 def few_tokens(inputs: Inputs, topk_ids: torch.Tensor, topk_weights: torch.Tensor, problem: MoEProblem) -> torch.Tensor:
@@ -123,11 +132,12 @@ def few_tokens(inputs: Inputs, topk_ids: torch.Tensor, topk_weights: torch.Tenso
     device, offset = inputs.hidden_states.device, int(inputs.local_expert_offset)
     inner = torch.empty((tokens * problem.top_k, inter), dtype=torch.float32, device=device)
     output = torch.empty((tokens, hidden), dtype=torch.float32, device=device)
-    sizes = {"TOP_K": problem.top_k, "E": problem.num_local_experts, "HIDDEN": hidden, "INTER": inter, "ROWS": ROWS}
-    activations = (inputs.hidden_states, inputs.hidden_states_scale)
+    sizes = {"TOP_K": problem.top_k, "E": problem.num_local_experts, "HIDDEN": hidden, "INTER": inter}
+    options = {"ROWS": ROWS, "COLUMNS": COLUMNS, "enable_fp_fusion": True}
     inner_kernel[(tokens * problem.top_k, inter // ROWS)](
         topk_ids,
-        *activations,
+        inputs.hidden_states,
+        inputs.hidden_states_scale,
         inputs.gemm1_weights,
         inputs.gemm1_weights_scale,
         inner,
@@ -135,8 +145,17 @@ def few_tokens(inputs: Inputs, topk_ids: torch.Tensor, topk_weights: torch.Tenso
         offset,
         GATE_FIRST=problem.gate_first,
         **sizes,
+        **options,
     )
     output_kernel[(tokens, hidden // ROWS)](
-        topk_ids, topk_weights, inner, inputs.gemm2_weights, inputs.gemm2_weights_scale, output, offset, **sizes
+        topk_ids,
+        topk_weights,
+        inner,
+        inputs.gemm2_weights,
+        inputs.gemm2_weights_scale,
+        output,
+        offset,
+        **sizes,
+        **options,
     )
     return output

@@ -1,4 +1,4 @@
-"""Run examples/sglang_layer.py or examples/vllm_layer.py inside of the package itself, on the CPU, by hand.
+"""Run the plugin for SGLang or examples/vllm_layer.py inside of the package itself, on the CPU, by hand.
 
     python tests/dropin_packages.py vllm
     python tests/dropin_packages.py sglang
@@ -163,17 +163,18 @@ def vllm() -> None:
 
 
 def sglang() -> None:
-    """`replace_experts` on a real `FusedMoE` and `TopK`, of each of four ranks; the hook, applied."""
-    import sglang_layer
+    """The plugin on a real `FusedMoE`, `TopK` and dispatcher, of one rank and of each of four; its hooks, applied."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.topk import TopK
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.layers.quantization.fp8 import Fp8Config
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_context, get_parallel
+    from sglang.srt.server_args import MOE_RUNNER_BACKEND_CHOICES, ServerArgs
 
-    sglang_layer.check_interface()
+    from hybrid_moe.integrations import sglang as plugin
+
     get_context().override_server_args(model_path="dummy", device="cpu", moe_runner_backend="triton").install()
     initialize_moe_config()
     torch.set_default_dtype(torch.bfloat16)
@@ -213,7 +214,7 @@ def sglang() -> None:
 
         def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             if len(hidden):
-                return self.experts(hidden, self.topk.forward_cuda(hidden, logits))
+                return self.experts(hidden, self.topk.forward_native(hidden, logits))
             return self.experts(hidden, self.topk.empty_topk_output(hidden.device))
 
     for ranks in (1, 4):
@@ -235,8 +236,8 @@ def sglang() -> None:
             mapping = torch.full((TOTAL,), -1, dtype=torch.int32)
             mapping[rank * TOTAL // ranks : (rank + 1) * TOTAL // ranks] = torch.arange(TOTAL // ranks)
             block.experts.dispatcher.local_expert_mapping = mapping
-            (name,) = sglang_layer.replace_experts(torch.nn.ModuleDict({"mlp": block}), backend="torch_reference")
-            assert name == "mlp.experts" and block.topk.topk_config.output_format.name == "BYPASSED"
+            (name,) = plugin.replace_runners(torch.nn.ModuleDict({"mlp": block}), backend="torch_reference")
+            assert name == "mlp.experts"
             judge(
                 f"SGLang, rank {rank} of {ranks}",
                 weights,
@@ -245,10 +246,11 @@ def sglang() -> None:
                 lambda x: torch.randn((len(x), TOTAL), dtype=torch.float32),
             )
 
-    before = DefaultModelLoader.load_model
-    sglang_layer.register()
+    before = ModelRunner.load_model, ServerArgs.__post_init__
+    plugin.register()
     HookRegistry.apply_hooks()
-    assert DefaultModelLoader.load_model is not before
+    assert plugin.NAME in MOE_RUNNER_BACKEND_CHOICES
+    assert ModelRunner.load_model is not before[0] and ServerArgs.__post_init__ is not before[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts of SGLang and vLLM around the experts' call, as far as examples/*_layer.py use them, on the CPU.
+"""The parts of vLLM around the experts' call, as far as examples/vllm_layer.py uses them, on the CPU.
 
 Each `*_modules` gives modules by name to put into `sys.modules`, so that an example can be imported; each `*_layer` a
 model with one MoE layer. Names, parameters and fields are those recorded in ``data/dropin_interfaces.json``
@@ -9,15 +9,14 @@ with the packages themselves.
 from __future__ import annotations
 
 import types
-from collections import defaultdict
-from enum import Enum, IntEnum, auto
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any
 
 import torch
 
 from hybrid_moe.measure.workloads import LayerWeights
 
-LAYERS, SRT = "vllm.model_executor.layers", "sglang.srt"
+LAYERS = "vllm.model_executor.layers"
 
 
 def modules(*contents: tuple[str, dict[str, Any]]) -> dict[str, types.ModuleType]:
@@ -204,208 +203,3 @@ class VllmLayer(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         assert self.routed_experts.quant_method.is_monolithic, "its own kernels aren't here"
         return self.routed_experts.forward_monolithic(x=hidden_states, router_logits=router_logits, input_ids=None)
-
-
-# --- SGLang ---
-
-
-def sglang_modules() -> dict[str, types.ModuleType]:
-    """Those that examples/sglang_layer.py imports."""
-
-    class QuantizeMethodBase:
-        def process_weights_after_loading(self, layer):
-            return None
-
-    class FusedMoEMethodBase(QuantizeMethodBase):
-        runner = None
-
-        def create_weights(
-            self,
-            layer,
-            num_experts,
-            hidden_size,
-            intermediate_size_per_partition,
-            params_dtype,
-            **extra_weight_attrs,
-        ):
-            raise NotImplementedError
-
-        def create_moe_runner(self, layer, moe_runner_config):
-            raise NotImplementedError
-
-        def get_moe_runner_backend(self, layer):
-            return None
-
-    class Fp8MoEMethod(FusedMoEMethodBase):
-        def __init__(self, backend="triton"):
-            self.weight_block_size, self.use_mxfp8, self.is_fp4_expert = [128, 128], False, False
-            self._moe_runner_backend = types.SimpleNamespace(is_triton=lambda: backend == "triton")
-
-        def get_moe_runner_backend(self, layer):
-            return self._moe_runner_backend
-
-        def create_weights(self, layer, *sizes, **extra_weight_attrs):
-            layer.created = sizes
-
-        def process_weights_after_loading(self, layer):
-            layer.processed = True
-
-        def apply(self, layer, dispatch_output):
-            raise AssertionError("its own kernels aren't here")
-
-    class StandardDispatchOutput(NamedTuple):
-        hidden_states: torch.Tensor
-        hidden_states_scale: Any
-        topk_output: Any
-        hidden_states_pre_quant: Any = None
-
-    class StandardCombineInput(NamedTuple):
-        hidden_states: torch.Tensor
-
-    class StandardDispatcher:
-        def dispatch(self, hidden_states, topk_output):
-            return StandardDispatchOutput(hidden_states, None, topk_output)
-
-        def combine(self, combine_input):
-            (hidden_states,) = combine_input
-            return hidden_states
-
-    class FusedMoE(torch.nn.Module):
-        def forward(self, hidden_states, topk_output, pre_quant_input=None):
-            output = self.dispatcher.dispatch(hidden_states=hidden_states, topk_output=topk_output)
-            return self.dispatcher.combine(combine_input=self.run_moe_core(dispatch_output=output))
-
-        def run_moe_core(self, dispatch_output):
-            return self.quant_method.apply(layer=self, dispatch_output=dispatch_output)
-
-    class TopKOutputFormat(IntEnum):
-        STANDARD = auto()
-        TRITON_KERNEL = auto()
-        BYPASSED = auto()
-        PACKED = auto()
-
-    class StandardTopKOutput(NamedTuple):
-        topk_weights: torch.Tensor
-        topk_ids: torch.Tensor
-        router_logits: torch.Tensor
-
-    class BypassedTopKOutput(NamedTuple):
-        hidden_states: torch.Tensor
-        raw_router_logits: torch.Tensor
-        topk_config: Any
-        num_token_non_padded: Any = None
-        expert_location_dispatch_info: Any = None
-
-        @property
-        def router_logits(self):
-            return self.raw_router_logits
-
-    class TopK(torch.nn.Module):
-        def forward_cuda(self, hidden_states, router_logits):
-            if self.topk_config.output_format != TopKOutputFormat.BYPASSED:
-                raise AssertionError("its own routing isn't here")
-            return BypassedTopKOutput(hidden_states, router_logits, self.topk_config)
-
-        def empty_topk_output(self, device):
-            none = torch.empty((0, self.topk_config.top_k), device=device)
-            return StandardTopKOutput(none, none.int(), none)
-
-    def is_expert_remapping_enabled():
-        return False
-
-    class DefaultModelLoader:
-        def load_model(self, *, model_config, device_config):
-            raise AssertionError
-
-    class HookType(Enum):
-        AFTER = "after"
-
-    class HookRegistry:
-        _hooks = defaultdict(list)
-
-        @classmethod
-        def register(cls, target, hook, hook_type=HookType.AFTER, *, source=None):
-            cls._hooks[target].append((hook_type, hook))
-
-    moe = f"{SRT}.layers.moe"
-    return modules(
-        (f"{moe}.fused_moe_triton.layer", {"FusedMoE": FusedMoE}),
-        (
-            f"{moe}.token_dispatcher.standard",
-            {
-                "StandardDispatchOutput": StandardDispatchOutput,
-                "StandardCombineInput": StandardCombineInput,
-                "StandardDispatcher": StandardDispatcher,
-            },
-        ),
-        (
-            f"{moe}.topk",
-            {
-                "TopK": TopK,
-                "TopKOutputFormat": TopKOutputFormat,
-                "StandardTopKOutput": StandardTopKOutput,
-                "BypassedTopKOutput": BypassedTopKOutput,
-                "is_expert_remapping_enabled": is_expert_remapping_enabled,
-            },
-        ),
-        (
-            f"{SRT}.layers.quantization.base_config",
-            {"QuantizeMethodBase": QuantizeMethodBase, "FusedMoEMethodBase": FusedMoEMethodBase},
-        ),
-        (f"{SRT}.layers.quantization.fp8", {"Fp8MoEMethod": Fp8MoEMethod}),
-        (f"{SRT}.model_loader.loader", {"DefaultModelLoader": DefaultModelLoader}),
-        (f"{SRT}.plugins.hook_registry", {"HookRegistry": HookRegistry, "HookType": HookType}),
-    )
-
-
-class SglangLayer(torch.nn.Module):
-    """A `DeepseekV2MoE` of one rank after loading: experts and router, called as `forward_normal` does."""
-
-    def __init__(
-        self, found: dict[str, types.ModuleType], weights: LayerWeights, bias: torch.Tensor | None, offset: int
-    ) -> None:
-        super().__init__()
-        topk, total = found[f"{SRT}.layers.moe.topk"], 16
-        experts = found[f"{SRT}.layers.moe.fused_moe_triton.layer"].FusedMoE()
-        register_weights(experts, weights)
-        experts.num_experts, experts.num_local_experts = total, weights.gemm1_weights.shape[0]
-        experts.moe_ep_rank = offset // experts.num_local_experts
-        experts.with_bias, experts.weight_load_method = False, None
-        experts.moe_runner_config = types.SimpleNamespace(
-            num_fused_shared_experts=0,
-            activation="silu",
-            is_gated=True,
-            apply_router_weight_on_input=False,
-            no_combine=False,
-            routed_scaling_factor=2.5,
-            gemm1_alpha=None,
-            gemm1_clamp_limit=None,
-            swiglu_limit=None,
-        )
-        experts.dispatcher = found[f"{SRT}.layers.moe.token_dispatcher.standard"].StandardDispatcher()
-        experts.quant_method = found[f"{SRT}.layers.quantization.fp8"].Fp8MoEMethod()
-        self.experts = experts
-        self.topk = topk.TopK()
-        self.topk.topk_config = types.SimpleNamespace(
-            top_k=4,
-            use_grouped_topk=True,
-            topk_group=2,
-            num_expert_group=4,
-            renormalize=True,
-            custom_routing_function=None,
-            correction_bias=bias,
-            apply_routed_scaling_factor_on_output=False,
-            output_format=topk.TopKOutputFormat.STANDARD,
-            scoring_func="sigmoid",
-            num_shared_topk_slots=0,
-        )
-
-    @property
-    def routing(self) -> Any:
-        """Where the routing is configured."""
-        return self.topk.topk_config
-
-    def forward(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[0]:
-            return self.experts(hidden_states, self.topk.forward_cuda(hidden_states, router_logits))
-        return self.experts(hidden_states, self.topk.empty_topk_output(hidden_states.device))

@@ -1,4 +1,4 @@
-"""examples/sglang_layer.py and examples/vllm_layer.py: the recorded interfaces, and runs on stand-ins with them."""
+"""examples/vllm_layer.py: the recorded interfaces, and runs on stand-ins with them."""
 
 from __future__ import annotations
 
@@ -47,12 +47,11 @@ class Framework:
         return self.example.replace_experts(layer, backend="torch_reference")
 
     def experts(self, layer: torch.nn.Module) -> torch.nn.Module:
-        return layer.routed_experts if self.package == "vllm" else layer.experts
+        return layer.routed_experts
 
 
 def load(package: str, monkeypatch) -> Framework:
-    vllm = package == "vllm"
-    found = standins.vllm_modules() if vllm else standins.sglang_modules()
+    found = standins.vllm_modules()
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     for name, module in found.items():
@@ -63,10 +62,10 @@ def load(package: str, monkeypatch) -> Framework:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    return Framework(package, found, example, standins.VllmLayer if vllm else standins.SglangLayer)
+    return Framework(package, found, example, standins.VllmLayer)
 
 
-@pytest.fixture(params=["sglang", "vllm"])
+@pytest.fixture(params=["vllm"])
 def framework(request, monkeypatch):
     return load(request.param, monkeypatch)
 
@@ -74,11 +73,6 @@ def framework(request, monkeypatch):
 @pytest.fixture
 def vllm(monkeypatch):
     return load("vllm", monkeypatch)
-
-
-@pytest.fixture
-def sglang(monkeypatch):
-    return load("sglang", monkeypatch)
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor, topk_group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,21 +163,6 @@ def test_the_fields_are_those_of_the_recorded_release_of_vllm(vllm):
     assert set(example.UNCHANGED) <= fields("vllm", f"{layers}.fused_moe.oracle.fp8", "Fp8MoeBackend")
     method = fields("vllm", f"{layers}.fused_moe.fused_moe_method_base", "FusedMoEMethodBase")
     assert {"moe", "moe_kernel", "moe_quant_config", "is_monolithic"} <= method
-
-
-def test_the_fields_are_those_of_the_recorded_release_of_sglang(sglang):
-    example, moe = sglang.example, f"{standins.SRT}.layers.moe"
-    own = fields("sglang", f"{moe}.fused_moe_triton.layer", "FusedMoE")
-    fp8 = fields("sglang", f"{standins.SRT}.layers.quantization.fp8", "Fp8MoEMethod")
-    weights = {"w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"}
-    assert set(example.FIELDS) <= own | weights
-    assert {f"layer.{name}" for name in weights} | set(example.METHOD_FIELDS) <= fp8
-    assert set(example.RUNNER_FIELDS) <= fields("sglang", f"{moe}.moe_runner.base", "MoeRunnerConfig")
-    assert set(example.TOPK_FIELDS) <= fields("sglang", f"{moe}.topk", "TopKConfig")
-    assert {"BYPASSED"} <= fields("sglang", f"{moe}.topk", "TopKOutputFormat")
-    assert "router_logits" in fields("sglang", f"{moe}.topk", "BypassedTopKOutput")
-    assert "topk_config" in fields("sglang", f"{moe}.topk", "TopK")
-    assert "AFTER" in fields("sglang", f"{standins.SRT}.plugins.hook_registry", "HookType")
 
 
 def test_other_parameters_are_an_error(framework, monkeypatch):
@@ -333,30 +312,12 @@ REFUSED = {
             "layout of FLASHINFER_CUTLASS; .*--moe-backend triton",
         ),
     ],
-    "sglang": [
-        (lambda f, la: setattr(la.routing, "correction_bias", None), "no correction_bias"),
-        (lambda f, la: setattr(la.routing, "num_shared_topk_slots", 1), "--disable-shared-experts-fusion"),
-        (lambda f, la: setattr(la.routing, "apply_routed_scaling_factor_on_output", True), "the routing applies"),
-        (lambda f, la: setattr(la.experts.moe_runner_config, "num_fused_shared_experts", 1), "shared experts among"),
-        (lambda f, la: setattr(la.experts.moe_runner_config, "activation", "gelu"), "activation is 'gelu'"),
-        (lambda f, la: setattr(la.experts.moe_runner_config, "is_gated", False), "gated 'silu' is wanted"),
-        (lambda f, la: setattr(la.experts.moe_runner_config, "swiglu_limit", 7.0), "a SwiGLU limit"),
-        (lambda f, la: setattr(la.experts.moe_runner_config, "no_combine", True), "no_combine"),
-        (lambda f, la: setattr(la.experts, "with_bias", True), "experts with biases"),
-        (lambda f, la: setattr(la.experts, "dispatcher", object()), "by object; --moe-a2a-backend none is wanted"),
-        (
-            lambda f, la: setattr(la.experts, "quant_method", type(la.experts.quant_method)("deep_gemm")),
-            "--moe-runner-backend triton is wanted",
-        ),
-        (lambda f, la: setattr(la.experts.quant_method, "use_mxfp8", True), "weight_block_size is"),
-        (lambda f, la: setattr(f.example, "is_expert_remapping_enabled", lambda: True), "by EPLB"),
-    ],
 }
 
 
 @pytest.mark.parametrize(
     ("package", "change", "message"),
-    [(p, *case) for p in ("sglang", "vllm") for case in REFUSED["both"] + REFUSED[p]],
+    [(p, *case) for p in ("vllm",) for case in REFUSED["both"] + REFUSED[p]],
 )
 def test_other_layers_are_refused(package, change, message, monkeypatch):
     framework = load(package, monkeypatch)
@@ -382,15 +343,12 @@ def test_all_layers_or_none(framework):
     with pytest.raises(ValueError, match="renormalize"):
         framework.replace(torch.nn.ModuleList([good, bad]))
     assert [framework.experts(x).quant_method for x in (good, bad)] == methods
-    if framework.package == "sglang":
-        assert good.routing.output_format.name == "STANDARD"
 
 
 def test_every_layer_by_its_name(framework):
     model = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2), "a": framework.layer(), "b": framework.layer(8, 8)})
     hybrid = framework.replace(model)
-    assert list(hybrid) == (["a.routed_experts", "b.routed_experts"] if framework.package == "vllm" else
-                            ["a.experts", "b.experts"])  # fmt: skip
+    assert list(hybrid) == ["a.routed_experts", "b.routed_experts"]
     assert [h.problem.num_local_experts for h in hybrid.values()] == [16, 8]
 
 
@@ -426,54 +384,14 @@ def test_vllm_plugin(vllm):
     assert check(layer(hidden, logits), reference, has_work).passed
 
 
-def test_sglang_plugin(sglang, monkeypatch, caplog):
-    sglang.example.register()
-    registry = sglang.found[f"{standins.SRT}.plugins.hook_registry"].HookRegistry
-    (target,), ((kind, hook),) = registry._hooks, *registry._hooks.values()
-    module, _, name = target.rpartition(".DefaultModelLoader.")
-    assert hasattr(sglang.found[module].DefaultModelLoader, name) and kind.name == "AFTER"
-    dense = torch.nn.Linear(2, 2)
-    assert hook(dense, None, model_config=None, device_config=None) is dense
-    assert "Linear has no FP8 MoE layers" in caplog.text
-    called = []
-    monkeypatch.setattr(sglang.example, "replace_experts", lambda model: called.append(model) or {})
-    layer = sglang.layer()
-    assert hook(layer, None, model_config=None, device_config=None) is layer
-    assert called == [layer]
-
-
-def test_sglang_weights_updated_in_a_running_server(sglang):
-    """The loaders ask for the method whose layout they follow; then what was prepared is prepared anew."""
-    layer = sglang.layer()
-    own = layer.experts.quant_method
-    sglang.replace(layer)
-    method = layer.experts.quant_method
-    assert layer.experts.weight_load_method is own
-    assert method.get_moe_runner_backend(layer.experts).is_triton()
-    first = method.experts
-    layer.topk.topk_config.correction_bias = -BIAS
-    method.process_weights_after_loading(layer.experts)
-    assert layer.experts.processed and method.experts is not first
-    hidden, logits = tokens(9)
-    reference, has_work = expected(hidden, logits, -BIAS)
-    assert check(layer(hidden, logits), reference, has_work).passed
-
-
-@pytest.mark.parametrize("package", ["sglang", "vllm"])
+@pytest.mark.parametrize("package", ["vllm"])
 def test_the_stand_ins_have_no_other_fields(package, monkeypatch):
     """What a stand-in has and the release hasn't would hide a mistake."""
     framework = load(package, monkeypatch)
     layer = framework.layer()
     own = set(vars(framework.experts(layer))) - set(vars(torch.nn.Module()))
-    config = set(vars(layer.routing if package == "sglang" else layer.routing.moe_config))
-    if package == "vllm":
-        assert own <= fields("vllm", f"{standins.LAYERS}.fused_moe.routed_experts", "RoutedExperts") | {
-            f.removeprefix("layer.") for f in fields("vllm", f"{standins.LAYERS}.quantization.fp8", "Fp8MoEMethod")
-        }
-        assert config <= fields("vllm", f"{standins.LAYERS}.fused_moe.config", "FusedMoEConfig")
-    else:
-        moe = f"{standins.SRT}.layers.moe"
-        assert own <= fields("sglang", f"{moe}.fused_moe_triton.layer", "FusedMoE")
-        assert config <= fields("sglang", f"{moe}.topk", "TopKConfig")
-        runner = set(vars(framework.experts(layer).moe_runner_config))
-        assert runner <= fields("sglang", f"{moe}.moe_runner.base", "MoeRunnerConfig")
+    config = set(vars(layer.routing.moe_config))
+    assert own <= fields("vllm", f"{standins.LAYERS}.fused_moe.routed_experts", "RoutedExperts") | {
+        f.removeprefix("layer.") for f in fields("vllm", f"{standins.LAYERS}.quantization.fp8", "Fp8MoEMethod")
+    }
+    assert config <= fields("vllm", f"{standins.LAYERS}.fused_moe.config", "FusedMoEConfig")

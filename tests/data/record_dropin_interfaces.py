@@ -1,6 +1,6 @@
-"""Record what examples/sglang_layer.py and examples/vllm_layer.py rely on, from wheels, without importing them.
+"""Record what examples/vllm_layer.py relies on, from its wheel, without importing them.
 
-    pip download --no-deps -d wheels sglang==0.5.23 vllm==0.33.0
+    pip download --no-deps -d wheels vllm==0.33.0
     python tests/data/record_dropin_interfaces.py wheels/*.whl
 
 writes ``dropin_interfaces.json`` beside this file. Of each function its parameters (``*args`` and ``**kwargs`` by their
@@ -16,29 +16,8 @@ import json
 import zipfile
 from pathlib import Path
 
-SRT, LAYERS = "sglang.srt", "vllm.model_executor.layers"
+LAYERS = "vllm.model_executor.layers"
 RECORDED = {
-    "sglang": {
-        f"{SRT}.layers.moe.fused_moe_triton.layer": ["FusedMoE"],
-        f"{SRT}.layers.moe.moe_runner.base": ["MoeRunnerConfig"],
-        f"{SRT}.layers.moe.token_dispatcher.standard": [
-            "StandardCombineInput",
-            "StandardDispatchOutput",
-            "StandardDispatcher",
-        ],
-        f"{SRT}.layers.moe.topk": [
-            "BypassedTopKOutput",
-            "StandardTopKOutput",
-            "TopK",
-            "TopKConfig",
-            "TopKOutputFormat",
-            "is_expert_remapping_enabled",
-        ],
-        f"{SRT}.layers.quantization.base_config": ["FusedMoEMethodBase", "QuantizeMethodBase"],
-        f"{SRT}.layers.quantization.fp8": ["Fp8MoEMethod"],
-        f"{SRT}.model_loader.loader": ["DefaultModelLoader"],
-        f"{SRT}.plugins.hook_registry": ["HookRegistry", "HookType"],
-    },
     "vllm": {
         f"{LAYERS}.fused_moe.config": ["FusedMoEConfig", "FusedMoEParallelConfig"],
         f"{LAYERS}.fused_moe.fused_moe_method_base": ["FusedMoEMethodBase"],

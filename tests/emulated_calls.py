@@ -20,7 +20,7 @@ from hybrid_moe.reference import has_local_work, moe_reference
 
 # Against the reference that rounds the activation as the kernels do.
 TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
-FEW, MANY = Specialized.FEW, Specialized.MANY
+FEW, MANY, NARROW = Specialized
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=1, topk_group=1, hidden_size=512, intermediate_size=384
 )
@@ -73,7 +73,11 @@ class Call:
         """Of the plan; in ``stages``, fewer than serving has, sums may be shorter."""
 
         def changed(constants):
-            arguments = constants.arguments | ({"STAGES": stages} if "STAGES" in constants.arguments else {})
+            arguments = dict(constants.arguments)
+            if "STAGES" in arguments:
+                # Those of `sm90.narrow` hold a tile's whole sum.
+                least = arguments["INTERMEDIATE"] // 128 if "UNIT_N" in arguments else 1
+                arguments["STAGES"] = max(stages, least)
             return Constants(arguments, constants.options)
 
         steps = self.plan.steps

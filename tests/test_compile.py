@@ -48,6 +48,7 @@ SPECIALIZED = {
 
 # In the environment's folder; see the Makefile.
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
+NARROW = "hopper_narrow_gemm2_kernel"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
@@ -153,15 +154,17 @@ def test_large_tiles_use_the_chips_matrix_instructions(compiled):
 
 
 def test_the_layers_of_other_models():
-    models = [model for model in MODELS if model != "deepseek-v3"]
+    models = ["kimi-k2", "glm-4.5-air", "qwen3-235b", "qwen3-235b-tp4"]
     # Both at once: most of the time is one core's.
     processes = {capability: compiling(capability, *models) for capability in SPILL_BYTES}
     for capability, process in processes.items():
         rows = rows_of(process)
         limit = SPILL_BYTES[capability]
         assert {describe(row) for row in rows if row["spill_bytes"] > limit or row["shared"] > SHARED_MEMORY} == set()
-        # With Triton 3.9 a register of GEMM1 for 48 experts.
-        assert {describe(row) for row in rows if row["kernel"] in SPECIALIZED and row["spill_bytes"] > 8} == set()
+        # With Triton 3.9 a register of GEMM1 for 48 experts and for 128, with 3.6 a few of GEMM2 for 128.
+        assert {describe(row) for row in rows if row["kernel"] in SPECIALIZED and row["spill_bytes"] > 32} == set()
+        if capability == 90:
+            assert [row["spill_bytes"] for row in rows if row["kernel"] == NARROW] == [0] * 2
         sizes = {(MODELS[model].hidden_size, MODELS[model].intermediate_size) for model in models}
         for kernel in (
             "gemm1_swiglu_kernel",
@@ -170,8 +173,8 @@ def test_the_layers_of_other_models():
             gemms = [row["options"] for row in rows if row["kernel"] == kernel]
             assert {(options["HIDDEN"], options["INTERMEDIATE"]) for options in gemms} == sizes, kernel
         routes = [row["options"] for row in rows if row["kernel"] == "route_kernel"]
-        assert [options["GROUP_SIZE"] for options in routes] == [384, 128, 128]
-        assert [options["SOFTMAX"] for options in routes] == [False, False, True]
+        assert [options["GROUP_SIZE"] for options in routes] == [384, 128, 128, 128]
+        assert [options["SOFTMAX"] for options in routes] == [False, False, True, True]
 
 
 @pytest.mark.skipif(not OLDEST_TRITON.exists(), reason="`make oldest-triton` installs the oldest release")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulated_calls import FEW, MANY, SMALL, Call, Given, given_rows
+from emulated_calls import FEW, MANY, NARROW, SMALL, Call, Given, given_rows
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
@@ -60,6 +60,19 @@ def test_many_rows(name, gate_first):
     call.run(seed=len(name), stages=2)
 
 
+@pytest.mark.parametrize("intermediate", [128, 256, 384])
+@pytest.mark.parametrize("name", ROWS_FEW)
+def test_narrow_experts(name, intermediate):
+    """GEMM2 alone: with as many stages as a tile has blocks, and behind either GEMM1."""
+    problem = dataclasses.replace(SMALL, intermediate_size=intermediate)
+    rows = ROWS_FEW[name]
+    inputs = given_rows(problem, rows, max(*rows, 7))
+    for first, stages in ((FEW, 2), (FEW, 4), (MANY, 4)):
+        call = Call(problem, inputs, Given(first, NARROW))
+        assert call.kernels[3] == "hopper_narrow_gemm2_kernel"
+        call.run(seed=len(name), stages=stages)
+
+
 @pytest.mark.parametrize(("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (40, MANY_KERNELS, 512)])
 def test_as_serving_has_them(tokens, kernels, size):
     """All stages, the plan's own choice, and the routing from logits."""
@@ -78,7 +91,7 @@ def test_one_token(gemms):
     call.run(stages=2)
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
 def test_chunks_of_columns(gemms, monkeypatch):
     """Each chunk has its own GEMM2 and combine, which reuse the memory of the one before."""
     monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 4 * 40 * 256 * 2)
@@ -90,12 +103,12 @@ def test_chunks_of_columns(gemms, monkeypatch):
 def test_bits_do_not_hang_on_the_order():
     """Slots, tiles and signals come in another order each time; no sum does."""
     inputs = given_rows(SMALL, [20, 3, 0, 33])
-    for gemms in ((FEW, FEW), (MANY, MANY), (None, None)):
+    for gemms in ((FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, None)):
         outputs = [Call(SMALL, inputs, Given(*gemms)).run(seed, stages=2) for seed in range(3)]
         assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
 def test_calls_one_after_another_share_their_memory(gemms):
     """The second clears what the first counts with: not before the first is through with it."""
     calls = [
@@ -114,7 +127,7 @@ def next_owner_kernel(counters_ptr, ELEMENTS: tl.constexpr):
     tl.store(counters_ptr + place, tl.full((ELEMENTS,), -7, tl.int32))
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
 def test_memory_is_free_when_the_call_ends(gemms):
     """What comes after the combine waits for that alone, and may have the call's memory for something else.
 

@@ -1,6 +1,7 @@
 """Which calls the warp-specialised kernels get. That they compile is in test_compile.py; a GPU says if they work."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hybrid_moe.measure.workloads import DEEPSEEK_V3, MODELS
 FEW = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
 TRITON = ["gemm1_swiglu_kernel", "gemm2_kernel"]
+NARROW = "hopper_narrow_gemm2_kernel"
 
 
 def key_of(num_tokens, **changes):
@@ -72,14 +74,33 @@ def test_what_they_cannot_read_goes_to_the_others():
 
 
 def test_sizes_they_are_not_made_for():
-    small = dataclasses.replace(DEEPSEEK_V3, hidden_size=512, intermediate_size=512)
-    assert gemms(4096, problem=small) == HOPPER
-    assert gemms(4096, problem=dataclasses.replace(small, intermediate_size=384)) == TRITON
+    """A tile of many rows' GEMM2 has 256 columns; there is no other size that they can't take."""
+    small = dataclasses.replace(DEEPSEEK_V3, hidden_size=512, intermediate_size=128)
+    assert gemms(4096, problem=small) == HOPPER and gemms(16, problem=small) == [FEW[0], NARROW]
     assert gemms(4096, problem=dataclasses.replace(small, hidden_size=640)) == [HOPPER[0], TRITON[1]]
-    # Their eight stages must not hold more than a tile.
-    wide = dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
-    assert gemms(16, problem=wide) == FEW
-    assert gemms(16, problem=dataclasses.replace(wide, intermediate_size=896)) == TRITON
+    assert gemms(16, problem=dataclasses.replace(small, hidden_size=128)) == [FEW[0], NARROW]
+
+
+def test_narrow_experts():
+    """Up to 512 columns, and from two tokens on; to twelve tokens for each expert, where others have 2.5."""
+    narrow = MODELS["deepseek-v3-tp8"]
+    assert gemms(1, problem=narrow) == [FEW[0], TRITON[1]]
+    for num_tokens in (2, 16, 256, 384):
+        assert gemms(num_tokens, problem=narrow) == [FEW[0], NARROW]
+    assert gemms(385, problem=narrow) == HOPPER
+    assert gemms(16, problem=dataclasses.replace(narrow, intermediate_size=512)) == [FEW[0], NARROW]
+    assert gemms(16, problem=dataclasses.replace(narrow, intermediate_size=640)) == FEW
+    assert gemms(16, problem=narrow, aligned=False) == TRITON
+    assert gemms(16, problem=narrow, stride_hidden=7168 + 8) == [TRITON[0], NARROW]
+
+
+@pytest.mark.parametrize("num_tokens, unit_n", [(2, 128), (16, 128), (17, 256), (384, 256)])
+def test_units_of_narrow_experts(num_tokens, unit_n):
+    """With few rows, units are half as wide: there are twice as many for the programs."""
+    narrow = MODELS["deepseek-v3-tp8"]
+    _, second, _ = TritonGroupedGemm((9, 0)).steps(narrow, DeviceLimits(132, pdl=True), key_of(num_tokens))
+    assert second.constants.arguments["UNIT_N"] == unit_n
+    assert second.grid[0] <= 264
 
 
 def test_a_tile_counter_for_each_launch():
@@ -110,11 +131,13 @@ def test_counters_of_few_rows(num_tokens, row_tiles):
 @pytest.mark.parametrize("num_tokens", [16, 80, 200, 901])
 def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
     """Rows of a tile, and what a tile's 128 block signals: each consumer of `sm90.many_rows` does for its half."""
-    for changes in ({}, {"stride_hidden": 7168 + 8}, {"aligned": False}):
+    for problem, changes in itertools.product(
+        (DEEPSEEK_V3, MODELS["deepseek-v3-tp8"]), ({}, {"stride_hidden": 7168 + 8}, {"aligned": False})
+    ):
         key = key_of(num_tokens, **changes)
-        first, second, _ = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key)
+        first, second, _ = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key)
         name, constants = first.kernel.function.__name__, first.constants.arguments
         rows = {FEW[0]: 32, HOPPER[0]: 128}.get(name) or constants["BLOCK_M"]
-        blocks = DEEPSEEK_V3.intermediate_size // 128
+        blocks = problem.intermediate_size // 128
         wanted = second.constants.arguments
         assert (wanted["FIRST_M"], wanted["SIGNALS"]) == (rows, 2 * blocks if name == HOPPER[0] else blocks)

@@ -189,6 +189,8 @@ def test_the_data_can_tell_a_wrong_kernel(weights):
 @pytest.mark.parametrize("load", ROUTING_LOADS)
 def test_every_load_can_be_made_for_every_model(model, load):
     problem = MODELS[model]
+    if load == "none" and problem.num_local_experts == problem.num_experts:
+        pytest.skip("all experts are local")
     last = problem.num_experts - problem.num_local_experts
     for tokens, offset in ((1, 0), (40, last)):
         rows = int((local_ids(Workload(tokens, offset, load), problem) >= 0).sum())

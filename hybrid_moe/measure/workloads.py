@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,14 +18,17 @@ ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
 
 DEEPSEEK_V3 = MoEProblem()
 
-# The layers of other models on one of eight ranks. Sizes and routing are those of the checkpoints' config.json:
-# moonshotai/Kimi-K2-Instruct (DeepseekV3ForCausalLM with 384 n_routed_experts and n_group 1; routed_scaling_factor
-# 2.827), zai-org/GLM-4.5-Air (Glm4MoeForCausalLM; routed_scaling_factor 1.0) and Qwen/Qwen3-235B-A22B
-# (Qwen3MoeForCausalLM with norm_topk_prob; no bias and no factor).
+# The layers of models as one GPU has them: one of eight ranks of expert parallelism, or of so many of tensor parallelism
+# (TP), which has all experts and a shard of each. Sizes and routing are those of the checkpoints' config.json:
+# moonshotai/Kimi-K2-Instruct (384 experts, no groups), zai-org/GLM-4.5-Air, GLM-4.6 and GLM-5 (no groups), MiniMaxAI/
+# MiniMax-M2 (no groups), Qwen/Qwen3-235B-A22B and Qwen3-30B-A3B (softmax, renormalised; no bias and no factor).
 KIMI_K2 = MoEProblem(num_experts=384, num_local_experts=48, n_group=1, topk_group=1)
 GLM_4_5_AIR = MoEProblem(
     num_experts=128, num_local_experts=16, n_group=1, topk_group=1, hidden_size=4096, intermediate_size=1408
 )
+GLM_4_6 = replace(GLM_4_5_AIR, num_experts=160, num_local_experts=20, hidden_size=5120, intermediate_size=1536)
+GLM_5 = MoEProblem(n_group=1, topk_group=1, hidden_size=6144)
+MINIMAX_M2 = MoEProblem(n_group=1, topk_group=1, hidden_size=3072, intermediate_size=1536)
 QWEN3_235B = MoEProblem(
     num_experts=128,
     num_local_experts=16,
@@ -35,13 +38,35 @@ QWEN3_235B = MoEProblem(
     intermediate_size=1536,
     routing_method="softmax",
 )
+QWEN3_30B = replace(QWEN3_235B, num_local_experts=128, hidden_size=2048, intermediate_size=768)
 
-ModelName = Literal["deepseek-v3", "kimi-k2", "glm-4.5-air", "qwen3-235b"]
+ModelName = Literal[
+    "deepseek-v3",
+    "deepseek-v3-tp8",
+    "kimi-k2",
+    "qwen3-235b",
+    "qwen3-235b-tp4",
+    "qwen3-235b-tp8",
+    "qwen3-30b-whole",
+    "qwen3-30b-tp2",
+    "glm-4.5-air",
+    "glm-4.6",
+    "glm-5",
+    "minimax-m2",
+]
 MODELS: Mapping[ModelName, MoEProblem] = {
     "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3-tp8": replace(DEEPSEEK_V3, num_local_experts=256, intermediate_size=2048 // 8),
     "kimi-k2": KIMI_K2,
-    "glm-4.5-air": GLM_4_5_AIR,
     "qwen3-235b": QWEN3_235B,
+    "qwen3-235b-tp4": replace(QWEN3_235B, num_local_experts=128, intermediate_size=1536 // 4),
+    "qwen3-235b-tp8": replace(QWEN3_235B, num_local_experts=128, intermediate_size=256),  # 192, padded to whole blocks
+    "qwen3-30b-whole": QWEN3_30B,
+    "qwen3-30b-tp2": replace(QWEN3_30B, intermediate_size=768 // 2),
+    "glm-4.5-air": GLM_4_5_AIR,
+    "glm-4.6": GLM_4_6,
+    "glm-5": GLM_5,
+    "minimax-m2": MINIMAX_M2,
 }
 
 

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
-from .sm90 import few_rows, many_rows
+from .sm90 import many_rows, narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class Specialized(enum.Enum):
 
     FEW = enum.auto()  # `sm90.few_rows`
     MANY = enum.auto()  # `sm90.many_rows`
+    NARROW = enum.auto()  # `sm90.narrow`: GEMM2 alone, of narrow experts with few rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,12 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
         ),
     ),
 )
+# The same for the intermediate sizes that `sm90.narrow` takes.
+TILES_SM90_NARROW: tuple[tuple[float, TilePlan], ...] = (
+    (0.5, replace(TILES_SM90[0][1], specialized=(Specialized.FEW, Specialized.NARROW))),
+    (12.0, replace(TILES_SM90[1][1], specialized=(Specialized.FEW, Specialized.NARROW))),
+    TILES_SM90[-1],
+)
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
 TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
     (
@@ -166,13 +173,17 @@ TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
 def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None = None) -> TilePlan:
     """The plan for ``num_tokens``: a function of the shapes alone, so that a captured graph keeps it."""
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
-    table = TILES_SM100 if capability is not None and capability[0] >= 10 else TILES_SM90
+    if capability is not None and capability[0] >= 10:
+        table = TILES_SM100
+    else:
+        table = TILES_SM90_NARROW if capability == (9, 0) and narrow.fits(problem) else TILES_SM90
     plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
-    fits = {Specialized.FEW: few_rows.fits, Specialized.MANY: many_rows.fits}
-    first, second = (
-        kernels if kernels is not None and capability == (9, 0) and fits[kernels](problem)[number] else None
-        for number, kernels in enumerate(plan.specialized)
-    )
+    first, second = plan.specialized if capability == (9, 0) else (None, None)
+    # One token has fewer of the units of `narrow` than there are programs.
+    if (second is Specialized.NARROW and num_tokens == 1) or (
+        second is Specialized.MANY and not many_rows.fits(problem)
+    ):
+        second = None
     return TilePlan(
         _fitting(plan.gemm1, problem.hidden_size, problem.intermediate_size, problem.block),
         _fitting(plan.gemm2, problem.intermediate_size, problem.hidden_size, problem.block),

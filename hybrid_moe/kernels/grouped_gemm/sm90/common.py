@@ -87,10 +87,14 @@ class TileScheduler:
         )
 
     @gluon.jit
+    def draw_tile(self):
+        """The number of a tile that nobody else has: tiles cost more and less, and whoever is done takes the next."""
+        return gl.num_programs(0) + gl.atomic_add(self.tile_counter_ptr, 1, sem="relaxed")
+
+    @gluon.jit
     def publish_tile(self, turn):
         """Draw the tile after this program's tile number ``turn``, and tell the consumers."""
-        # Tiles cost more and less: whoever is done takes the next one.
-        number = gl.num_programs(0) + gl.atomic_add(self.tile_counter_ptr, 1, sem="relaxed")
+        number = self.draw_tile()
         slot = turn % self.SLOTS
         self.numbers.index(slot).store(gl.full([1], 0, gl.int32, layout=LINE) + number)
         mbarrier.arrive(self.published.index(slot), count=1)

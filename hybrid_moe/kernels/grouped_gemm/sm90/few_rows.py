@@ -589,13 +589,6 @@ RESOURCES = Resources(stages=8, consumer_registers=80, producer_registers=48, re
 GEMM1, GEMM2 = Kernel(hopper_few_gemm1_kernel), Kernel(hopper_few_gemm2_kernel)
 
 
-def fits(problem: MoEProblem) -> tuple[bool, bool]:
-    """Whether GEMM1 and GEMM2 of this problem have the sizes that the kernels want."""
-    # The stages must not hold more than a tile.
-    long = min(problem.hidden_size, problem.intermediate_size) >= RESOURCES.stages * 128
-    return long, long
-
-
 def signals(problem: MoEProblem) -> Signals:
     """Of `gemm1`: one for each row tile and 128 block of the activation."""
     return Signals(BLOCK_M.value, problem.intermediate_size // problem.block)

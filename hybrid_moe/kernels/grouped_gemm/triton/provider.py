@@ -15,7 +15,7 @@ from ...plan import LaunchKey
 from ...shapes import column_chunk, max_local_rows
 from ...steps import AnyStep
 from ..base import GroupedGemm
-from ..sm90 import few_rows, many_rows
+from ..sm90 import few_rows, many_rows, narrow
 from ..tiles import Specialized, TilePlan, tile_plan
 from . import gemm1, gemm2
 
@@ -76,6 +76,8 @@ class TritonGroupedGemm(GroupedGemm):
         for first_column in range(0, problem.hidden_size, columns):
             if second is Specialized.MANY and columns % many_rows.COLUMNS == 0:
                 steps.append(many_rows.gemm2(problem, limits, key, columns, first_column, signals))
+            elif second is Specialized.NARROW:
+                steps.append(narrow.gemm2(problem, limits, key, columns, first_column, signals))
             elif second is Specialized.FEW:
                 steps.append(few_rows.gemm2(problem, limits, key, columns, first_column, signals))
             else:

@@ -76,7 +76,7 @@ def compiling(capability, *models, triton=None):
 def rows_of(process):
     """What it printed."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=480)
     finally:
         process.kill()
     assert process.returncode == 0, err

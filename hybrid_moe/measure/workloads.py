@@ -18,10 +18,10 @@ ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
 
 DEEPSEEK_V3 = MoEProblem()
 
-# The layers of models as one GPU has them: one of eight ranks of expert parallelism, or of so many of tensor parallelism
-# (TP), which has all experts and a shard of each. Sizes and routing are those of the checkpoints' config.json:
-# moonshotai/Kimi-K2-Instruct (384 experts, no groups), zai-org/GLM-4.5-Air, GLM-4.6 and GLM-5 (no groups), MiniMaxAI/
-# MiniMax-M2 (no groups), Qwen/Qwen3-235B-A22B and Qwen3-30B-A3B (softmax, renormalised; no bias and no factor).
+# The layers of models as one GPU has them: one of eight ranks of expert parallelism, or of so many of tensor
+# parallelism (TP), which has all experts and a shard of each. Sizes and routing are those of the checkpoints'
+# config.json: moonshotai/Kimi-K2-Instruct (384 experts, no groups), zai-org/GLM-4.5-Air, GLM-4.6 and GLM-5 (no groups),
+# MiniMaxAI/MiniMax-M2 (no groups), Qwen/Qwen3-235B-A22B and Qwen3-30B-A3B (softmax, renormalised; no bias, no factor).
 KIMI_K2 = MoEProblem(num_experts=384, num_local_experts=48, n_group=1, topk_group=1)
 GLM_4_5_AIR = MoEProblem(
     num_experts=128, num_local_experts=16, n_group=1, topk_group=1, hidden_size=4096, intermediate_size=1408

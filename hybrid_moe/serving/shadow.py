@@ -6,6 +6,7 @@ looked at in a later call. A call never waits for a check.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import logging
@@ -176,6 +177,12 @@ class Sample:
     done: torch.cuda.Event | None = None
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers: torch has 32 in all, and gives them out again, to servers as well."""
+    return torch.cuda.Stream(device)
+
+
 _PHASES = itertools.count()
 
 
@@ -203,7 +210,7 @@ class Shadow:
         self._stream: torch.cuda.Stream | None = None
         self._slots: deque[_Slot] = deque()
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _side_stream(device)
             self._slots.extend(_Slot(options.tokens, problem) for _ in range(_SLOTS))
 
     def status(self) -> ShadowStatus:

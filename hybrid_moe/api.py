@@ -37,6 +37,7 @@ from .serving.metrics import Counters, Sample
 from .serving.quarantine import QUARANTINE
 from .serving.shadow import Shadow, ShadowCheck, ShadowStatus
 from .serving.warmup import WarmedUp
+from .serving.weight_check import refuse_not_finite
 from .serving.workspace import Workspaces
 
 __all__ = ["HybridMoE", "fused_moe"]
@@ -175,6 +176,9 @@ class HybridMoE:
         ``flashinfer_cutlass`` reserve their own memory in any case, and so does ``torch_reference``.
     shadow_check
         Compares a few tokens of every so many calls with the reference while the layer serves; see `ShadowCheck`.
+    check_weights
+        Read all weights and scales once, here, and raise ValueError with the names of the tensors and the numbers of
+        the experts if one is NaN or infinite. Otherwise such an expert shows as NaN in the rows that use it.
 
     Attributes
     ----------
@@ -207,6 +211,7 @@ class HybridMoE:
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
         shadow_check: ShadowCheck | None = None,
+        check_weights: bool = False,
     ) -> None:
         if max_num_tokens is not None:
             warmup.check_count("max_num_tokens", max_num_tokens)
@@ -248,6 +253,8 @@ class HybridMoE:
             routing_method=routing_method,
             num_experts=num_experts,
         )
+        if check_weights:
+            refuse_not_finite(tensors)
         self.device = DeviceKey.of(gemm1_weights.device)
         # What every call has in common: the bias, and all that stands behind the activations.
         self._device = gemm1_weights.device
@@ -325,6 +332,7 @@ class HybridMoE:
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
         shadow_check: ShadowCheck | None = None,
+        check_weights: bool = False,
     ) -> HybridMoE:
         """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all.
 
@@ -348,6 +356,7 @@ class HybridMoE:
             policy=policy,
             max_num_tokens=max_num_tokens,
             shadow_check=shadow_check,
+            check_weights=check_weights,
         )
 
     def __call__(

@@ -38,7 +38,8 @@ def route(
     topk_ids : torch.Tensor
         ``[T, top_k]`` int64 global expert ids, best first.
     topk_weights : torch.Tensor
-        ``[T, top_k]`` float32.
+        ``[T, top_k]`` float32; NaN for a token any of whose scores is, by its logits or by the bias. Such a score is
+        the greatest.
     """
     tokens = logits.shape[0]
     if problem.softmax:
@@ -46,6 +47,7 @@ def route(
     else:
         scores = 1.0 / (1.0 + torch.exp(-logits.float()))
     biased = scores + bias.float()
+    has_nan = biased.isnan().any(dim=1, keepdim=True)
     if problem.topk_group < problem.n_group:
         grouped = biased.view(tokens, problem.n_group, problem.group_size)
         group_scores = grouped.topk(2, dim=2).values.sum(dim=2)
@@ -58,7 +60,7 @@ def route(
     weights = scores.gather(1, ids)
     if problem.renormalize:
         weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
-    weights = weights * routed_scaling_factor
+    weights = (weights * routed_scaling_factor).masked_fill(has_nan, torch.nan)
     return ids, weights
 
 

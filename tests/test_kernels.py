@@ -537,7 +537,8 @@ def assert_routed(problem, inputs):
     pair = call["pair"].cpu().long()
     assert pair.shape == (tokens, problem.top_k)
     assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
-    torch.testing.assert_close(call["pair_weight"].cpu(), weights, rtol=1e-5, atol=1e-7)
+    wanted = torch.where(is_local, weights, 0.0)
+    torch.testing.assert_close(call["pair_weight"].cpu(), wanted, rtol=1e-5, atol=1e-7, equal_nan=True)
 
     counts = torch.bincount(local[is_local], minlength=e)
     assert torch.equal(call["tokens_per_expert"].cpu().long(), counts)
@@ -604,6 +605,20 @@ def test_softmax_routing_of_extreme_logits():
 def test_routing_of_extreme_logits():
     logits = torch.tensor([[-1e30, 1e30, 0.0, -torch.inf] * 4, [torch.inf] * 16, [-200.0] * 16, [200.0] * 16])
     assert_routed(SMALL, routing_inputs(SMALL, logits, torch.zeros(16), 0))
+
+
+@pytest.mark.parametrize("name", ["24 experts", "odd lengths", "one group", "softmax"])
+def test_routing_of_nan(name):
+    """NaN is the greatest score, and its group the best: not one more group is open by it."""
+    problem = problem_named(name)
+    logits = torch.randn((12, problem.num_experts), generator=torch.Generator().manual_seed(3))
+    for token in range(11):
+        logits[token, token % problem.num_experts] = torch.nan
+    logits[3, -1], logits[4] = torch.nan, torch.nan
+    bias = torch.zeros(problem.num_experts)
+    for offset in {0, 3, problem.num_experts - problem.num_local_experts}:
+        assert_routed(problem, routing_inputs(problem, logits, bias, offset))
+        assert_routed(problem, routing_inputs(problem, logits, bias.index_fill(0, torch.tensor(2), torch.nan), offset))
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 26])

@@ -27,6 +27,7 @@ from .arena import Arena
 from .launcher import Constants, DeviceLimits, Kernel
 from .pdl import let_next_kernel_start, wait_for_previous_kernel
 from .plan import LaunchKey
+from .quantize import larger
 from .shapes import pow2
 from .steps import AnyStep, Operand, Step
 
@@ -47,11 +48,18 @@ def clear_kernel(counters_ptr, num_counters, BLOCK: tl.constexpr, PDL: tl.conste
     clear(counters_ptr, num_counters, BLOCK)
 
 
+NAN_ORDER = tl.constexpr(0x7FFFFFFF)
+
+
 @triton.jit
 def ordered(value):
-    """int32 in the order of float32 values: a warp reduces integers by one instruction, floats by five shuffles."""
+    """int32 in the order of float32 values, NaN the greatest (NAN_ORDER), as `torch.sort` has it.
+
+    A warp reduces integers by one instruction, floats by five shuffles.
+    """
     bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    order = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    return tl.where(value == value, order, NAN_ORDER)
 
 
 @triton.jit
@@ -71,7 +79,10 @@ def select_experts(
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void."""
+    """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void.
+
+    NaN is the greatest score. All weights are NaN where a score is, by the logits or by the bias.
+    """
     NEG_INF: tl.constexpr = float("-inf")
     group = tl.arange(0, N_GROUP_POW2)[:, None]
     member = tl.arange(0, GROUP_SIZE_POW2)[None, :]
@@ -92,12 +103,12 @@ def select_experts(
     LOWEST: tl.constexpr = -0x80000000
     open_score = tl.where(real, ordered(biased), LOWEST)
     if TOPK_GROUP < N_GROUP:
-        best = tl.max(biased, axis=1)
+        best = tl.reduce(biased, 1, larger)
         # The first place that holds the best: its value once more elsewhere is the second best.
         first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)
         second = tl.max(tl.where(member == first[:, None], NEG_INF, biased), axis=1)
         group_number = tl.arange(0, N_GROUP_POW2)
-        group_score = tl.where(group_number < N_GROUP, best + second, NEG_INF)
+        group_score = ordered(tl.where(group_number < N_GROUP, best + second, NEG_INF))
         # A group's rank: how many are better, or equal and before it.
         mine, other = group_score[:, None], group_score[None, :]
         earlier = group_number[None, :] < group_number[:, None]
@@ -115,6 +126,8 @@ def select_experts(
     topk_score = tl.zeros((TOP_K_POW2,), tl.float32)
     for k in tl.static_range(TOP_K):
         best_score = tl.max(flat_open, axis=0)
+        if k == 0:
+            has_nan = best_score == NAN_ORDER
         at = tl.min(tl.where(flat_open == best_score, place, SPAN - 1), axis=0)
         hit = place == at
         chosen_bits = tl.sum(tl.where(hit, flat_bits, 0), axis=0)
@@ -125,7 +138,7 @@ def select_experts(
         weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
     else:
         weight = topk_score * routed_scaling_factor
-    return topk_expert, weight
+    return topk_expert, tl.where(has_nan, float("nan"), weight)
 
 
 @triton.jit
@@ -142,10 +155,10 @@ def given_experts(
     expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)
     weights_at = weights_ptr + token * stride_weights + choice
     weight = tl.load(weights_at, mask=choice < TOP_K, other=0.0, cache_modifier=".cg")
-    # What stands beside no expert may be no number.
+    # The weight of no expert may be no number.
     weight = tl.where(expert >= 0, weight, 0.0)
     same = expert[:, None] == expert[None, :]
-    # Beside a weight only zeros are added where the token's experts differ: it stays bit for bit.
+    # Only zeros are added to a weight where the token's experts differ: it stays bit for bit.
     weight = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
     named_before = tl.sum((same & (choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
     return tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
@@ -169,7 +182,7 @@ def place_pairs(
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Give each of a token's pairs with a local expert a slot, once the counts are cleared; see `route_kernel`."""
+    """Give each of a token's pairs with a local expert a slot, once the counters are cleared; see `route_kernel`."""
     choice = tl.arange(0, TOP_K_POW2)
     local = expert - local_expert_offset
     chosen = choice < TOP_K
@@ -181,7 +194,8 @@ def place_pairs(
     slot = tl.atomic_add(tokens_per_expert_ptr + local, 1, mask=is_local)
     pair_at = token * TOP_K + choice
     tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
-    tl.store(pair_weight_ptr + pair_at, weight, mask=chosen)
+    # The combine multiplies zeros by the weights of other ranks' experts, which may be no numbers.
+    tl.store(pair_weight_ptr + pair_at, tl.where(is_local, weight, 0.0), mask=chosen)
     slot_at = local.to(tl.int64) * num_tokens + slot
     tl.store(slot_token_ptr + slot_at, tl.full((TOP_K_POW2,), 0, tl.int32) + tl.program_id(0), mask=is_local)
 
@@ -193,7 +207,7 @@ def route_kernel(
     tokens_per_expert_ptr,  # [E] int32, out; zeros on entry, unless ALONE
     slot_token_ptr,  # [E, T] int32, out
     pair_ptr,  # [T, TOP_K] int32, out: slot * E + local expert, or -1 where the expert is elsewhere
-    pair_weight_ptr,  # [T, TOP_K] float32, out
+    pair_weight_ptr,  # [T, TOP_K] float32, out: 0 where the expert is elsewhere
     num_tokens,
     num_counters,  # from the counts on, all to be cleared if ALONE
     local_expert_offset,
@@ -284,11 +298,9 @@ def scatter_kernel(
     expert, weight = given_experts(
         ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
     )
-    local = expert - local_expert_offset
     place_pairs(
         expert,
-        # The combine loads the weights beside other ranks' experts too, which may be no numbers.
-        tl.where((local >= 0) & (local < E), weight, 0.0),
+        weight,
         token,
         tokens_per_expert_ptr,
         slot_token_ptr,

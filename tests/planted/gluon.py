@@ -241,6 +241,12 @@ MUTATIONS = [
         "signal(p.finished_ptr, tile.expert",
         "the next tile's expert is signalled",
     ),
+    many(
+        "upper = larger(upper, ",
+        "upper = gl.maximum(upper, ",
+        "NaN of the other consumer's half becomes a number",
+        ("tests/test_not_a_number.py::test_gluon",),
+    ),
     many("    if WG == 0:\n        slot", "    if WG == 2:\n        slot", "the activation's scales are not stored"),
     many("block_n * 128 + WG * 64", "block_n * 128", "both consumers store the left half"),
     many(

@@ -15,7 +15,7 @@ COMBINE = ("tests/test_kernels.py::test_combine", "tests/test_kernels.py::test_p
 QUANTIZE = ("tests/test_kernels.py::test_problems", "tests/test_activations.py")
 TILES = (
     "tests/test_kernels.py::test_problems",
-    "tests/test_kernels.py::test_rows_on_both_sides_of_every_tier",
+    "tests/test_kernels.py::test_rows_on_both_sides_of_every_m_bucket",
     "tests/test_kernels.py::test_halves_by_one_product_or_two",
 )
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", "tests/test_kernels.py::test_columns_in_pieces")
@@ -25,6 +25,7 @@ ODD = ("tests/test_kernels.py::test_tensors_at_odd_addresses",)
 STRIDES = ("tests/test_kernels.py::test_strides",)
 WIDE = ("tests/test_emulated_addresses.py",)
 ACTIVATIONS = ("tests/test_activations.py",)
+NAN = ("tests/test_kernels.py::test_routing_of_nan", "tests/test_not_a_number.py::test_one_by_one")
 
 
 def routing(old: str, new: str, wrong: str, tests: tuple[str, ...] = ROUTING, equivalent: str = "") -> Mutation:
@@ -173,7 +174,19 @@ MUTATIONS = [
         GIVEN,
     ),
     routing(
-        "tl.where((local >= 0) & (local < E), weight, 0.0)", "weight", "weights beside other ranks' experts", GIVEN
+        "tl.where(is_local, weight, 0.0), mask=chosen",
+        "weight, mask=chosen",
+        "weights of other ranks' experts, which may be NaN",
+        ("tests/test_kernels.py::test_routing", *NAN),
+    ),
+    routing('tl.where(has_nan, float("nan"), weight)', "weight", "a bias of NaN makes numbers", NAN),
+    routing("tl.where(value == value, order, NAN_ORDER)", "order", "NaN is the least score", NAN),
+    routing("tl.reduce(biased, 1, larger)", "tl.max(biased, axis=1)", "a group's NaN doesn't count", NAN),
+    routing(
+        "group_score = ordered(tl.where(group_number < N_GROUP, best + second, NEG_INF))",
+        "group_score = tl.where(group_number < N_GROUP, best + second, NEG_INF)",
+        "one more group is open beside one with NaN",
+        NAN,
     ),
     routing(
         "weights_ptr + token * stride_weights",
@@ -407,11 +420,18 @@ MUTATIONS = [
         LIBRARIES,
     ),
     Mutation(
-        "kernels/activations.py",
-        'scale = tl.where(has_nan, float("nan"), scale)\n',
-        "scale = scale\n",
+        "kernels/quantize.py",
+        "return tl.reduce(tl.abs(value), 1, larger)",
+        "return tl.max(tl.abs(value), axis=1)",
         "NaN becomes a number",
         ACTIVATIONS,
+    ),
+    Mutation(
+        "kernels/quantize.py",
+        'tl.where(amax < float("inf"), scale, float("nan"))',
+        "scale",
+        "a block with infinity keeps numbers",
+        ("tests/test_not_a_number.py::test_one_by_one",),
     ),
     Mutation(
         "kernels/activations.py",

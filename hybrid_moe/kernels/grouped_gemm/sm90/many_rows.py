@@ -46,7 +46,7 @@ from ...aggregate import aggregate
 from ...launcher import DeviceLimits, Kernel
 from ...pdl import let_next_kernel_start, wait_for_previous_kernel
 from ...plan import LaunchKey
-from ...quantize import quantize, swiglu_of
+from ...quantize import amax_of, larger, quantize, swiglu_of
 from ...shapes import max_local_rows
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see, signal
@@ -92,8 +92,8 @@ class RowMax:
         mbarrier.arrive(self.ready.index(parity * 2 + WG), count=1)
         mbarrier.wait(self.ready.index(parity * 2 + 1 - WG), (turn >> 1) & 1)
         BY_ROW: gl.constexpr = gl.SliceLayout(1, HALF)
-        upper = gl.maximum(upper, self.values.index(others).load(BY_ROW))
-        lower = gl.maximum(lower, self.values.index(others + 1).load(BY_ROW))
+        upper = larger(upper, self.values.index(others).load(BY_ROW))
+        lower = larger(lower, self.values.index(others + 1).load(BY_ROW))
         return upper, lower
 
 
@@ -334,8 +334,8 @@ def gemm1_consumer(p, WG: gl.constexpr):
         up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
         value = swiglu(total)
         value_below = swiglu(below)
-        amax = gl.max(gl.abs(value), axis=1)
-        amax_below = gl.max(gl.abs(value_below), axis=1)
+        amax = amax_of(value)
+        amax_below = amax_of(value_below)
         amax, amax_below = p.row_max.exchange(amax, amax_below, turn, WG)
         store_quantized(p, value, amax, first_row, rows, done.n, WG)
         if rows > CHUNK:

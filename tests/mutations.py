@@ -178,7 +178,7 @@ def copy_of(root: Path) -> Iterator[Path]:
         for part in COPIED:
             source = root / part
             if source.is_dir():
-                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "figures"))
             elif source.exists():
                 shutil.copy(source, folder / part)
         yield folder

@@ -8,7 +8,7 @@ from hybrid_moe import fused_moe
 from hybrid_moe.kernels import activations, interpreter
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.reference import dequantize_rows, moe_reference, quantize_rows
-from hybrid_moe.serving import custom_ops
+from hybrid_moe.serving import custom_ops, quantize_input
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -162,6 +162,14 @@ def test_what_cannot_be_quantised_is_named(weights, change, error, message):
     ):
         with pytest.raises(error, match=message):
             run()
+
+
+def test_the_quantisation_looks_at_what_it_gets(weights):
+    """By itself: who calls it has looked already, so that nothing is quantised before all of a call is right."""
+    inputs = inputs_of(weights, 7)._replace(hidden_states_scale=None)
+    for hidden, error in ((hidden_of(7).float(), TypeError), (hidden_of(7)[:, :100], ValueError)):
+        with pytest.raises(error, match="hidden_states has"):
+            quantize_input.quantize(inputs._replace(hidden_states=hidden))
 
 
 def test_bfloat16_beside_scales(weights):

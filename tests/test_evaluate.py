@@ -55,6 +55,9 @@ def test_regret_bound_and_gain():
     assert gains[B] == pytest.approx(math.exp(math.log(1.2 / 1.5) / 3 / 2) - 1)  # better than the policy
     assert [s.choice for s in found.singles] == [B, A]
     assert found.noise is None and found.not_judged == ()
+    # What isn't known hides nothing.
+    assert [j.within_noise for j in found.judged] == [j.regret == 0 for j in found.judged]
+    assert found.to_dict()["beyond_noise"] == 1
 
 
 def test_a_t_with_more_workloads_counts_no_more_than_another():

@@ -239,6 +239,17 @@ def test_a_candidate_is_chosen_only_where_it_was_right():
         assert "b" not in policy.regimes[1].evidence[0].slowdown
 
 
+def test_what_was_wrong_somewhere_is_the_last_to_fall_back_to():
+    """b is the fastest where it was right, and runs there; where the others can't run, c is asked before it."""
+    records = table(a={1: 100, 100: 100}, b={1: 10}, c={1: 150, 100: 150}) + [record("b", 100, 0, "failed")]
+    policy = learned(records, tie_margin=0.0)
+    assert runs(policy, 1) == Candidate("b") and runs(policy, 100) == Candidate("a")
+    assert [choice.backend for choice in policy.candidates] == ["a", "c", "b"]
+    # One that is wrong and runs nowhere isn't among them.
+    wrong = learned(records + table(d={1: 5000}) + [record("d", 100, 0, "failed")], tie_margin=0.0)
+    assert [choice.backend for choice in wrong.candidates] == ["a", "c", "b"]
+
+
 def test_one_wrong_workload_is_enough():
     records = [record(name, 10, us, routing=r) for name, us in (("a", 100.0), ("b", 50.0)) for r in ("uniform", "zipf")]
     policy = learned([*records, record("b", 10, 0, "failed", routing="concentrated")])
@@ -250,9 +261,10 @@ def test_a_wrong_answer_stands_until_a_later_record_passes():
     records = [record("a", 10, 100.0), record("b", 10, 50.0, timestamp="2026-01-02")]
     older = record("b", 10, 0, "failed", timestamp="2026-01-01")
     newer = record("b", 10, 0, "failed", timestamp="2026-01-03")
+    same_time = record("b", 10, 0, "failed", timestamp="2026-01-02")
     unknown = record("b", 10, 0, "failed")
     assert runs(learned([*records, older]), 10) == Candidate("b")
-    for wrong in (newer, unknown):
+    for wrong in (newer, same_time, unknown):
         assert runs(learned([*records, wrong]), 10) == Candidate("a")
 
 
@@ -404,6 +416,14 @@ def test_leave_one_out_regret():
     assert (policy.leave_one_out_regret.worst, policy.leave_one_out_regret.worst_num_tokens) == (1.0, 13)
     assert policy.leave_one_out_regret.mean == pytest.approx(1 / 3, rel=1e-5)
     assert learned(records[:2] + records[3:5]).leave_one_out_regret is None
+
+
+def test_of_equal_worst_regrets_the_smallest_t_is_named():
+    """Of three T, the preferred candidate is slower by the same at two."""
+    records = table(a={10: 1.0, 12: 1.02, 14: 1.02}, b={10: 1.0, 12: 1.0, 14: 1.0})
+    policy = learned(records, tie_margin=0.05, prefer="a")
+    assert policy.training_regret.worst == pytest.approx(0.02)
+    assert policy.training_regret.worst_num_tokens == 12
 
 
 def test_regret_counts_every_workload_of_a_num_tokens():

@@ -77,6 +77,18 @@ def test_a_counter_keeps_few_calls_waiting():
     assert counter.totals() == (3 * metrics._BATCH, 6 * metrics._BATCH)
 
 
+def test_what_is_added_while_a_log_is_folded_stays():
+    log = metrics._Log((0, 0))
+    log.items.append(5)
+
+    def shorter(items):
+        log.items.append(7)  # as another thread does meanwhile
+        return [(len(items) - 1, sum(items[1:]))]
+
+    log.fold(shorter)
+    assert log.items == [(1, 5), 7]
+
+
 def test_a_reader_before_the_first_call_changes_nothing():
     counter = Counter()
     assert counter.totals() == (0, 0)

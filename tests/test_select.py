@@ -79,6 +79,28 @@ def test_then_the_next_candidate():
     assert decision.expected_regret is None
 
 
+def test_the_next_candidates_come_in_the_policys_order():
+    d = Candidate("d")
+    policy = make_policy(candidates=(A, d, C, B))
+    for refused, wanted in (((A, B), d), ((A, B, d), C)):
+        assert choose(policy, PROBLEM, DEVICE, 8, refusals={c: ["no"] for c in refused}).choice == wanted
+
+
+def test_spans_hold_every_t_from_1_on():
+    """Cut where a regime begins or has ended, whoever runs there."""
+    for bounds in ((), ((1, 8, B),), ((4, 8, B), (9, 9, A), (20, None, C))):
+        policy = make_policy(bounds)
+        table = resolve(policy, PROBLEM, DEVICE)
+        spans = table.spans()
+        starts = {1, *(low for low, _, _ in bounds), *(high + 1 for _, high, _ in bounds if high is not None)}
+        assert [span.first for span in spans] == sorted(starts)
+        assert [span.last for span in spans] == [*(start - 1 for start in sorted(starts)[1:]), None]
+        for span in spans:
+            for tokens in (span.first, span.last or span.first + 1000):
+                assert choose(policy, PROBLEM, DEVICE, tokens).choice == span.decision.choice
+            assert span.decision == table.decision(span.first)
+
+
 def test_then_what_was_never_measured_here():
     refusals = {A: ["no"], B: ["no"], C: ["no"], Candidate("d"): ["no"]}
     order = [A, Candidate("d"), Candidate("e"), Candidate("f")]

@@ -10,7 +10,7 @@ import torch
 from hybrid_moe import HybridMoE, MoEProblem, backends
 from hybrid_moe.backends.base import Backend, Runner
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.serving.workspace import Workspaces
+from hybrid_moe.serving.workspace import Piece, Workspaces
 
 PROBLEM = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=256
@@ -164,6 +164,28 @@ def test_threads_ask_at_once():
     for thread in threads:
         thread.join()
     assert len(found) == 8 and len(set(map(id, found))) == 1
+
+
+def test_one_call_at_a_time_has_a_streams_memory():
+    """A thread that comes in the middle of another's call waits for it, and then has the memory too."""
+    piece, order, had = Piece(torch.empty(4)), [], []
+
+    def second(memory):
+        order.append("second")
+        had.append(memory)
+
+    other = threading.Thread(target=piece.run, args=(second,))
+
+    def first(memory):
+        other.start()
+        other.join(0.2)
+        order.append("first")
+        assert other.is_alive()
+
+    piece.run(first)
+    other.join(10)
+    assert order == ["first", "second"] and had[0] is piece.memory
+    assert not piece.busy
 
 
 @ON_CPU

@@ -5,6 +5,7 @@ from mutations import Mutation
 ANY = ("tests/test_emulated_kernels.py",)
 FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
 MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
+NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
 LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
 TWICE = ("tests/test_emulated_kernels.py::test_memory_is_free_when_the_call_ends", *ANY)
@@ -21,6 +22,10 @@ def few(old: str, new: str, wrong: str, tests: tuple[str, ...] = FEW, equivalent
 
 def many(old: str, new: str, wrong: str, tests: tuple[str, ...] = MANY, equivalent: str = "") -> Mutation:
     return Mutation("kernels/grouped_gemm/sm90/many_rows.py", old, new, wrong, tests, equivalent)
+
+
+def narrow(old: str, new: str, wrong: str, tests: tuple[str, ...] = NARROW, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/narrow.py", old, new, wrong, tests, equivalent)
 
 
 def completion(old: str, new: str, wrong: str, tests: tuple[str, ...] = LATE, equivalent: str = "") -> Mutation:
@@ -376,4 +381,13 @@ MUTATIONS = [
         "seen(finished_ptr, at) < wanted", "seen(finished_ptr, at) < wanted - 1", "the last signal is not waited for"
     ),
     completion("FIRST_M * SIGNALS)\n", "FIRST_M * SIGNALS - SIGNALS)\n", "the last row tile is not waited for"),
+    # GEMM2 of narrow experts
+    narrow(
+        "return WG * self.STAGES + step % self.STAGES", "return step % self.STAGES", "both consumers' stages in one"
+    ),
+    narrow("step += PAIRS * p.K_BLOCKS", "step += p.K_BLOCKS", "the producer's stages fall behind"),
+    narrow("weight_row + wg * BLOCK_N", "weight_row", "both consumers have the same weights"),
+    narrow("buffer * SCALES + pair * p.K_BLOCKS + block", "buffer * SCALES + block", "the first 128 columns' scales"),
+    narrow("unit_empty.index(buffer), count=2", "unit_empty.index(buffer), count=1", "rows are loaded too soon"),
+    narrow("(pair * 2 + WG) * BLOCK_N + gl", "pair * 2 * BLOCK_N + gl", "both consumers store the same columns"),
 ]

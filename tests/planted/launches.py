@@ -24,7 +24,7 @@ plan, direct, launcher = planted("plan", DIRECT), planted("direct", DIRECT), pla
 provider, tiles = planted("grouped_gemm/triton/provider", SPECIALIZED), planted("grouped_gemm/tiles", SPECIALIZED)
 gemm1, gemm2 = planted("grouped_gemm/triton/gemm1", KERNELS), planted("grouped_gemm/triton/gemm2", KERNELS)
 few, many = planted("grouped_gemm/sm90/few_rows", SPECIALIZED), planted("grouped_gemm/sm90/many_rows", SPECIALIZED)
-sm90 = planted("grouped_gemm/sm90/common", EMULATED)
+sm90, narrow = planted("grouped_gemm/sm90/common", EMULATED), planted("grouped_gemm/sm90/narrow", SPECIALIZED)
 
 MUTATIONS = [
     # The routing and its memory
@@ -251,17 +251,22 @@ MUTATIONS = [
     ),
     tiles("if tokens_per_expert <= bound)", "if tokens_per_expert < bound)", "the tiles of the table's next row"),
     tiles(
-        "capability[0] >= 10 else",
-        "capability[0] > 10 else",
+        "capability[0] >= 10:",
+        "capability[0] > 10:",
         "Hopper's tiles on Blackwell",
         ("tests/test_specialized.py", "tests/test_kernels.py", "tests/test_compile.py"),
     ),
-    tiles("capability == (9, 0) and fits", "fits", "specialised kernels elsewhere"),
+    tiles(
+        "if capability == (9, 0) else (None, None)", "if capability else (None, None)", "specialised kernels elsewhere"
+    ),
+    tiles("(12.0, replace", "(2.5, replace", "plain Triton for narrow experts with a few rows"),
+    tiles("second is Specialized.NARROW and num_tokens == 1", "False", "fewer units than programs for one token"),
     tiles("if inner // block % u == 0", "if True", "unrolling that doesn't divide a sum", KERNELS),
     many(
-        "return long, long and problem.hidden_size % COLUMNS == 0",
-        "return long, long",
+        "return problem.hidden_size % COLUMNS == 0",
+        "return True",
         "GEMM2 with columns that its tiles don't divide",
     ),
-    few(">= RESOURCES.stages * 128", ">= RESOURCES.stages * 64", "a ring that holds more than a tile"),
+    narrow("<= MAX_INTERMEDIATE", "< MAX_INTERMEDIATE", "sums as long as its stages elsewhere"),
+    narrow("max_rows > NARROW_UNIT_ROWS", "True", "wide units for few rows"),
 ]

@@ -156,7 +156,7 @@ class Soak:
         weights = random_weights(self.problem, self.device, options.seed)
         self.base = make_inputs(Workload(1, self.problem.num_local_experts), self.problem, weights)
         self.policies = self._policies()
-        shadow = ShadowCheck(every=options.shadow_every) if options.shadow_every else None
+        shadow = ShadowCheck(every=options.shadow_every, max_overhead=math.inf) if options.shadow_every else None
         self.layers = {
             "plain": self._layer(self.base, shadow_check=shadow),
             "planned": self._layer(self.base, max_num_tokens=options.planned, shadow_check=shadow),

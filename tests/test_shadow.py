@@ -3,9 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import logging
+import math
 import random
+import time
+import types
 
 import pytest
 import torch
@@ -63,6 +67,9 @@ def pair(monkeypatch):
     metrics._CHECKS.clear()
 
 
+UNBOUNDED = math.inf  # of the time that checks may take
+
+
 @pytest.fixture(scope="module")
 def weights():
     return random_weights(PROBLEM, "cpu")
@@ -74,12 +81,42 @@ def doubled(result):
 
 def checked_layer(weights, every=1, **options):
     options = {"policy": make_policy(), "tokens": 64} | options  # all: one without local work shows little
-    fields = {name: options.pop(name) for name in ("tokens", "on_breach", "dump_dir") if name in options}
-    return layer_of(inputs_of(weights, 1), shadow_check=ShadowCheck(every=every, **fields), **options)
+    fields = {
+        name: options.pop(name) for name in ("tokens", "on_breach", "dump_dir", "max_overhead") if name in options
+    }
+    options["shadow_check"] = ShadowCheck(every=every, **{"max_overhead": UNBOUNDED} | fields)
+    return layer_of(inputs_of(weights, 1), **options)
+
+
+def test_checks_keep_to_their_share_of_the_time(weights, monkeypatch):
+    """Each read of the clock is a millisecond: a check takes over 20, and 60 pass between two calls."""
+    now = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: next(now) / 1000, time=time.time)
+    monkeypatch.setattr(shadow, "time", clock)
+
+    def slow(*arguments):
+        for _ in range(20):
+            next(now)
+        return check(*arguments)
+
+    monkeypatch.setattr(shadow, "check", slow)
+    layer = checked_layer(weights, max_overhead=0.1)
+    inputs = inputs_of(weights, 5)
+    made = []
+    for _ in range(60):
+        call(layer, inputs)
+        for _ in range(60):
+            next(now)
+        made.append(layer.shadow.checks)
+    status = layer.shadow
+    assert status.checks + status.skipped == 60
+    assert made[0] == 1 and 4 <= status.checks < 30, status  # the first one at once, then as the time allows
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"every": 0}, {"every": True}, {"every": 1.5}, {"tokens": 0}, {"on_breach": "raise"}], ids=str
+    "wrong",
+    [{"every": 0}, {"every": True}, {"every": 1.5}, {"tokens": 0}, {"on_breach": "raise"}, {"max_overhead": 0}],
+    ids=str,
 )
 def test_no_options(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .*, got "):
@@ -208,7 +245,7 @@ def test_bfloat16_that_is_written_over(weights):
 
 def test_given_experts(weights, pair):
     inputs = routed_of(inputs_of(weights, 6), PROBLEM)
-    options = ShadowCheck(every=1, tokens=64)
+    options = ShadowCheck(max_overhead=UNBOUNDED, every=1, tokens=64)
     layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=options)
     tensors = dict(topk_ids=inputs.topk_ids, topk_weights=inputs.topk_weights)
     layer(None, inputs.hidden_states, inputs.hidden_states_scale, **tensors)
@@ -231,7 +268,9 @@ def test_a_choice_that_rounding_decides_is_no_breach(weights, monkeypatch):
     right, other = moe_reference(inputs, PROBLEM), moe_reference(swapped, PROBLEM)
     assert not torch.allclose(right, other, rtol=0.1)
     backends.BACKENDS["one"].fault = lambda result: result.copy_(other)
-    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1, tokens=64))
+    layer = HybridMoE.from_inputs(
+        inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(max_overhead=UNBOUNDED, every=1, tokens=64)
+    )
     call(layer, inputs)
     assert (layer.shadow.checks, layer.shadow.breaches) == (1, 0)
     # Where nothing is near, it is one.
@@ -248,7 +287,9 @@ def test_a_bias_that_the_backend_rounds_is_rounded(weights, pair, monkeypatch):
     rounded = moe_reference(inputs._replace(routing_bias=inputs.routing_bias.bfloat16()), PROBLEM)
     assert not torch.allclose(rounded, moe_reference(inputs, PROBLEM), rtol=0.1)
     pair[0].fault = lambda result: result.copy_(rounded)
-    layer = HybridMoE.from_inputs(inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(every=1, tokens=64))
+    layer = HybridMoE.from_inputs(
+        inputs, PROBLEM, backend="one", shadow_check=ShadowCheck(max_overhead=UNBOUNDED, every=1, tokens=64)
+    )
     call(layer, inputs)
     assert layer.shadow.breaches == 1
     monkeypatch.setattr(Faulty, "rounds_bias", True)
@@ -269,7 +310,7 @@ def test_seeds_of_the_process_stay(weights):
 
 def test_a_copy_is_checked_as_well(weights):
     layer = checked_layer(weights, every=7, tokens=3)
-    assert copy.deepcopy(layer)._shadow.options == ShadowCheck(every=7, tokens=3)
+    assert copy.deepcopy(layer)._shadow.options == ShadowCheck(max_overhead=UNBOUNDED, every=7, tokens=3)
 
 
 # Replays
@@ -411,7 +452,9 @@ def gpu_layer(tokens, weights, **options):
 
 @pytest.mark.gpu
 def test_no_call_waits_for_its_check():
-    layer, _, tensors = gpu_layer(64, random_weights(DEEPSEEK_V3, "cuda"), shadow_check=ShadowCheck(every=3))
+    layer, _, tensors = gpu_layer(
+        64, random_weights(DEEPSEEK_V3, "cuda"), shadow_check=ShadowCheck(max_overhead=UNBOUNDED, every=3)
+    )
     layer.warm_up([64])
     output = layer(*tensors)
     torch.cuda.synchronize()
@@ -432,7 +475,7 @@ def test_no_call_waits_for_its_check():
 @pytest.mark.gpu
 def test_a_wrong_result_on_a_gpu_is_found_and_passed_over(monkeypatch):
     weights = random_weights(DEEPSEEK_V3, "cuda")
-    options = ShadowCheck(every=1, tokens=16, on_breach="quarantine")
+    options = ShadowCheck(max_overhead=UNBOUNDED, every=1, tokens=16, on_breach="quarantine")
     inputs = make_inputs(Workload(16, 96), DEEPSEEK_V3, weights)
     layer = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, shadow_check=options)
     tensors = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
@@ -460,7 +503,9 @@ def test_a_wrong_result_on_a_gpu_is_found_and_passed_over(monkeypatch):
 @pytest.mark.gpu
 def test_graphs_are_captured_beside_checks_and_their_replays_checked():
     weights = random_weights(DEEPSEEK_V3, "cuda")
-    layer, inputs, tensors = gpu_layer(16, weights, shadow_check=ShadowCheck(every=1), max_num_tokens=16)
+    layer, inputs, tensors = gpu_layer(
+        16, weights, shadow_check=ShadowCheck(max_overhead=UNBOUNDED, every=1), max_num_tokens=16
+    )
     layer.warm_up([16])
     layer(*tensors)  # its check is in flight while the graph is captured
     output, graph = torch.empty((16, 7168), dtype=torch.bfloat16, device="cuda"), torch.cuda.CUDAGraph()
@@ -485,7 +530,9 @@ def test_given_experts_on_a_gpu():
     weights = random_weights(DEEPSEEK_V3, "cuda")
     inputs = routed_of(make_inputs(Workload(33, 96), DEEPSEEK_V3, weights), DEEPSEEK_V3)
     assert isinstance(inputs, RoutedInputs)
-    layer = HybridMoE.from_inputs(inputs, DEEPSEEK_V3, backend="triton_fused", shadow_check=ShadowCheck(every=1))
+    layer = HybridMoE.from_inputs(
+        inputs, DEEPSEEK_V3, backend="triton_fused", shadow_check=ShadowCheck(max_overhead=UNBOUNDED, every=1)
+    )
     hidden = torch.randn((33, 7168), device="cuda").bfloat16()
     for _ in range(4):
         layer(None, hidden, topk_ids=inputs.topk_ids, topk_weights=inputs.topk_weights)

@@ -6,15 +6,17 @@ looked at in a later call. A call never waits for a check.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import logging
+import math
 import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -59,11 +61,14 @@ class ShadowCheck:
         Folder for what was compared, one file a breach (`torch.save`), without the weights.
     tolerance
         Of `hybrid_moe.numerics.check`. By default that of every backend, as few tokens scatter more than many.
+    max_overhead
+        Share of the host's time, since the layer's first call, that its checks may take. A call that is due while they
+        have taken more is passed over: a check costs the host some milliseconds, a decode step of one token 60 us.
 
     Raises
     ------
     ValueError
-        A number isn't an integer of at least 1, or ``on_breach`` is neither.
+        A number isn't an integer of at least 1, ``on_breach`` is neither, or ``max_overhead`` isn't positive.
     """
 
     every: int = 1000
@@ -71,12 +76,15 @@ class ShadowCheck:
     on_breach: OnBreach = "log"
     dump_dir: str | Path | None = None
     tolerance: Tolerance = DEFAULT_TOLERANCE
+    max_overhead: float = 0.005
 
     def __post_init__(self) -> None:
         for name in ("every", "tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if not self.max_overhead > 0:
+            raise ValueError(f"max_overhead: expected a positive share, got {self.max_overhead!r}")
         if self.on_breach not in get_args(OnBreach):
             raise ValueError(f"on_breach: expected one of {', '.join(get_args(OnBreach))}, got {self.on_breach!r}")
 
@@ -133,7 +141,8 @@ class ShadowStatus:
     checks, breaches
         Calls compared, and those of them with a wrong result.
     skipped
-        Calls that were due and not compared: others were in flight, or the device had no memory for it.
+        Calls that were due and not compared: others were in flight, checks had taken their share of the time, or the
+        device had no memory for it.
     last_breach
         The latest; ``None`` if there was none.
     """
@@ -207,6 +216,8 @@ class Shadow:
         self._counters = ShadowCounters(key.name, problem)
         self._flying: deque[Sample] = deque()
         self._last: Breach | None = None
+        # Seconds that checks took of the host's, and when the first call came. Of several threads some may be lost.
+        self._spent, self._since = 0.0, math.inf
         self._stream: torch.cuda.Stream | None = None
         self._slots: deque[_Slot] = deque()
         if device.type == "cuda":
@@ -224,13 +235,17 @@ class Shadow:
         """
         # All that is done here is added to every call.
         due = next(self._calls) % self.options.every == self._phase
-        return self._begin(due, choice_of, num_tokens, inputs) if due or self._flying else None
+        if not (due or self._flying):
+            return None
+        with self._timed():
+            return self._begin(due, choice_of, num_tokens, inputs)
 
     def watch(self, sample: Sample, launch: Callable[[], None], output: torch.Tensor) -> None:
         """Launch the call, and behind it the comparison of its ``output``."""
         try:
             launch()
-            self._compare(sample, output)
+            with self._timed():
+                self._compare(sample, output)
         except BaseException:
             self._release(sample)
             raise
@@ -240,7 +255,9 @@ class Shadow:
         due = next(self._replays) % self.options.every == self._phase
         if not (due or self._flying):
             return
-        if (sample := self._begin(due, lambda _: choice, num_tokens, inputs)) is not None:
+        with self._timed():
+            sample = self._begin(due, lambda _: choice, num_tokens, inputs)
+        if sample is not None:
             self.watch(sample, lambda: None, output)
 
     def finish(self) -> None:
@@ -260,6 +277,18 @@ class Shadow:
         finally:
             self._release(sample)
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        self._since = min(self._since, start)
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - start
+
+    def _is_over_budget(self) -> bool:
+        return self._spent > self.options.max_overhead * max(0.0, time.perf_counter() - self._since)
+
     def _begin(
         self, due: bool, choice_of: Callable[[int], Candidate], num_tokens: int, inputs: Inputs
     ) -> Sample | None:
@@ -273,6 +302,9 @@ class Shadow:
         if not due:
             return None
         choice = choice_of(num_tokens)
+        if self._is_over_budget():
+            self._counters.skipped(choice)
+            return None
         try:
             slot = None if self._stream is None else self._slots.popleft()
         except IndexError:

@@ -22,6 +22,7 @@ from hybrid_moe.reference import dequantize_rows, route
 
 FEW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 MANY_KERNELS = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
+NARROW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_narrow_gemm2_kernel"]
 # Rows of each expert: tiles of the kernels for few rows have 32 and, with no more than 16, 16; of those for many 128
 # in two halves, the lower of which is left out if empty.
 ROWS_FEW = {
@@ -69,11 +70,13 @@ def test_narrow_experts(name, intermediate):
     inputs = given_rows(problem, rows, max(*rows, 7))
     for first, stages in ((FEW, 2), (FEW, 4), (MANY, 4)):
         call = Call(problem, inputs, Given(first, NARROW))
-        assert call.kernels[3] == "hopper_narrow_gemm2_kernel"
+        assert call.kernels[3] == NARROW_KERNELS[1]
         call.run(seed=len(name), stages=stages)
 
 
-@pytest.mark.parametrize(("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (40, MANY_KERNELS, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (12, NARROW_KERNELS, 512), (50, MANY_KERNELS, 512)]
+)
 def test_as_serving_has_them(tokens, kernels, size):
     """All stages, the plan's own choice, and the routing from logits."""
     problem = dataclasses.replace(SMALL, n_group=4, topk_group=2, hidden_size=size, intermediate_size=size)

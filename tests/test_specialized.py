@@ -60,7 +60,7 @@ def test_from_more_than_eight_tokens_an_expert_on():
     assert gemms(384, problem=kimi) == TRITON and gemms(385, problem=kimi) == HOPPER
 
 
-@pytest.mark.parametrize("capability", [None, (10, 0), (10, 3)], ids=str)
+@pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3)], ids=str)
 def test_on_hopper_alone(capability):
     assert gemms(4096, capability) == gemms(16, capability) == TRITON
 

@@ -12,16 +12,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..candidate import Candidate
 from ..measure.readers import check_offset
-from ..measure.records import BenchRecord, WorkloadKey, problem_of_record
+from ..measure.records import Measured, WorkloadKey, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
 from ..policy.versions import COMMON, LIBRARIES, packages_of, release
 from ..problem import MoEProblem
+
+_M = TypeVar("_M", bound=Measured)
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,14 @@ class Point:
         return Evidence(num_tokens=self.num_tokens, workloads=len(self.workloads), slowdown=slowdown)
 
 
-def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKey], list[BenchRecord]]:
+def standing(records: Iterable[_M]) -> dict[tuple[Candidate, WorkloadKey], list[_M]]:
     """For each candidate and workload, the passed records that stand.
 
     An empty list where a wrong answer stands, which it does until a later record passed; no entry where neither was
     seen. The records are of one device, problem and timing.
     """
-    passed: dict[tuple[Candidate, WorkloadKey], list[BenchRecord]] = defaultdict(list)
-    failed: dict[tuple[Candidate, WorkloadKey], list[BenchRecord]] = defaultdict(list)
+    passed: dict[tuple[Candidate, WorkloadKey], list[_M]] = defaultdict(list)
+    failed: dict[tuple[Candidate, WorkloadKey], list[_M]] = defaultdict(list)
     for record in records:
         if record.status in ("passed", "failed"):
             (passed if record.status == "passed" else failed)[record.choice, record.at].append(record)
@@ -86,7 +89,7 @@ def standing(records: Iterable[BenchRecord]) -> dict[tuple[Candidate, WorkloadKe
 class _Last:
     """The last of some records, in each file by its line and among the files by time."""
 
-    def __init__(self, records: Iterable[BenchRecord]) -> None:
+    def __init__(self, records: Iterable[Measured]) -> None:
         self._lines: dict[str | None, int] = {}
         # Without a time, one can't be known to be the older one.
         self._times: dict[str | None, float] = {}
@@ -96,7 +99,7 @@ class _Last:
             self._lines[file] = max(line, self._lines.get(file, 0))
             self._times[file] = max(math.inf if time is None else time, self._times.get(file, -math.inf))
 
-    def is_before(self, record: BenchRecord) -> bool:
+    def is_before(self, record: Measured) -> bool:
         file, line = record.place or (None, 0)
         time = _seconds(record.timestamp)
         for other in self._lines:
@@ -117,9 +120,9 @@ def _seconds(timestamp: str | None) -> float | None:
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
-def by_workload(records: Iterable[BenchRecord]) -> dict[WorkloadKey, Comparison]:
+def by_workload(records: Iterable[Measured]) -> dict[WorkloadKey, Comparison]:
     """Every workload at which some answer stands, right or wrong, sorted; its candidates sorted by name."""
-    found: dict[WorkloadKey, dict[Candidate, list[BenchRecord]]] = defaultdict(dict)
+    found: dict[WorkloadKey, dict[Candidate, list[Measured]]] = defaultdict(dict)
     known = standing(records)
     names = {choice: str(choice) for choice, _ in known}
     for (choice, key), passed in sorted(known.items(), key=lambda item: names[item[0][0]]):
@@ -159,7 +162,7 @@ def points_of(workloads: Mapping[WorkloadKey, Comparison]) -> list[Point]:
 
 
 def check_records(
-    records: Sequence[BenchRecord], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
+    records: Sequence[Measured], options: LearnerOptions, problem: MoEProblem, tolerance: Tolerance
 ) -> tuple[str, Verified]:
     """Device of the records, and what they are good for; refuses those that may not be compared.
 
@@ -187,7 +190,7 @@ def check_records(
     passed = [r for r in records if r.status == "passed"]
     if not passed:
         raise ValueError(f"none of the {len(records)} records passed; found: {listed(r.status for r in records)}")
-    by_speedup = [r.latency_us is None for r in passed]
+    by_speedup = [r.by_speedup for r in passed]
     if any(by_speedup) and not all(by_speedup):
         raise ValueError("some records have latency_us and others speedup_vs_reference: learn from one kind at a time")
     check_one_version(passed)
@@ -201,7 +204,7 @@ def check_records(
     return devices, "seed_only" if all(by_speedup) else "measured"
 
 
-def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
+def _check_gate(record: Measured, tolerance: Tolerance) -> None:
     gate = record.correctness
     if gate is None:
         return
@@ -221,25 +224,25 @@ def _check_gate(record: BenchRecord, tolerance: Tolerance) -> None:
         )
 
 
-def _problem_for_people(record: BenchRecord) -> str:
+def _problem_for_people(record: Measured) -> str:
     try:
         return str(problem_of_record(record))
     except ValueError:  # it leaves something open, or is about another kind of layer
         return record.problem
 
 
-def _where(record: BenchRecord) -> str:
+def _where(record: Measured) -> str:
     return "" if record.place is None else f"{record.place[0]}, line {record.place[1]}: "
 
 
-def is_about(record: BenchRecord, problem: MoEProblem) -> bool:
+def is_about(record: Measured, problem: MoEProblem) -> bool:
     """Whether a record is about a problem; what the record leaves open is taken from the problem."""
     return record.problem == problem.definition and problem == problem_of_record(
         record, num_experts=problem.num_experts, gate_first=problem.gate_first
     )
 
 
-def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[BenchRecord]:
+def under(records: Sequence[_M], where: Mapping[str, str]) -> list[_M]:
     """The records that were measured under these versions, see `is_of`; ValueError if there are none."""
     kept = [r for r in records if is_of(r, where)]
     if records and not kept:
@@ -249,7 +252,7 @@ def under(records: Sequence[BenchRecord], where: Mapping[str, str]) -> list[Benc
     return kept
 
 
-def is_of(record: BenchRecord, where: Mapping[str, str]) -> bool:
+def is_of(record: Measured, where: Mapping[str, str]) -> bool:
     """Whether a record was measured under these versions, as ``{"triton": "3.6"}``, which 3.6.0 is one of.
 
     A record that doesn't say is not; a package that its candidate doesn't use may have any version, or be missing.
@@ -265,7 +268,7 @@ def is_of(record: BenchRecord, where: Mapping[str, str]) -> bool:
     return True
 
 
-def check_one_version(records: Iterable[BenchRecord]) -> None:
+def check_one_version(records: Iterable[Measured]) -> None:
     """Refuse records of several versions of what their candidates use: their times may not be compared.
 
     One without a version, as where the package wasn't installed or noted, goes with any.
@@ -275,13 +278,18 @@ def check_one_version(records: Iterable[BenchRecord]) -> None:
     ValueError
         There are several; the message names them and says how to go on.
     """
-    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    # Of many records, most share their environment (see `readers`): each is looked at once.
+    groups: dict[tuple[Candidate, int], list[Any]] = {}
     for record in records:
-        counting: dict[str, int | None] = {**dict.fromkeys(packages_of(record.choice)), **COMMON}
+        group = groups.setdefault((record.choice, id(record.environment)), [0, record.environment])
+        group[0] += 1
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for (choice, _), (count, environment) in groups.items():
+        counting: dict[str, int | None] = {**dict.fromkeys(packages_of(choice)), **COMMON}
         for name, numbers in counting.items():
-            version = record.environment.get(name)
+            version = environment.get(name)
             if version is not None:
-                found[name][release(str(version), numbers)] += 1
+                found[name][release(str(version), numbers)] += count
     mixed = {name: versions for name, versions in sorted(found.items()) if len(versions) > 1}
     if mixed:
         listed = "; ".join(

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from ..candidate import Candidate
-from ..measure.readers import Experts, read_with_digest
-from ..measure.records import BenchRecord, problem_of_record
+from ..measure.readers import Experts, read_measurements
+from ..measure.records import Measured, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import (
     InputDigest,
@@ -88,12 +88,12 @@ def learn_from_files(
     OSError
         A file can't be read.
     """
-    records: list[BenchRecord] = []
+    records: list[Measured] = []
     inputs: list[InputDigest] = []
     given = num_experts if problem is None else {problem.definition: problem.num_experts}
     experts = Experts(given, definitions)
     for path in paths:
-        read, digest = read_with_digest(path, options.solutions, experts)
+        read, digest = read_measurements(path, options.solutions, experts)
         records += read
         inputs.append(digest)
     check_solutions(records, options.solutions)
@@ -131,7 +131,7 @@ def learn_from_files(
 
 
 def learn(
-    records: Iterable[BenchRecord],
+    records: Iterable[Measured],
     options: LearnerOptions,
     *,
     problem: MoEProblem,
@@ -200,7 +200,7 @@ def _to_leave_out(points: Sequence[Point]) -> Sequence[Point]:
     return [points[index * count // wanted] for index in range(wanted)]
 
 
-def check_solutions(records: Iterable[BenchRecord], solutions: Mapping[str, str] | None) -> None:
+def check_solutions(records: Iterable[Measured], solutions: Mapping[str, str] | None) -> None:
     """Refuse ``solutions`` that name one of which there is no trace: a slip would leave a candidate out."""
     found = {r.solution for r in records if r.solution is not None}
     missing = sorted(set(solutions or ()) - found)
@@ -520,11 +520,11 @@ def preferred_among(prefer: str | None, known: Collection[Candidate]) -> frozens
     return chosen
 
 
-def _environment(records: Sequence[BenchRecord]) -> dict[str, str]:
+def _environment(records: Sequence[Measured]) -> dict[str, str]:
     values: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        values["timing"].add(record.timing)
-        for name, value in record.environment.items():
+    values["timing"] = {record.timing for record in records}
+    for environment in {id(record.environment): record.environment for record in records}.values():
+        for name, value in environment.items():
             if value is not None:
                 values[name].add(str(value))
     return {

@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
+import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,15 @@ from ..flashinfer_bench.traces import is_trace, record_fields
 from ..policy.schema import InputDigest, describe
 from ..problem import MoEProblem, problem_of_definition
 from ..text import printable
-from .records import BenchRecord, EnvironmentValue, RecordCorrectness, problem_of_record
+from .records import (
+    BenchRecord,
+    EnvironmentValue,
+    Measured,
+    Measurement,
+    RecordCorrectness,
+    WorkloadKey,
+    problem_of_record,
+)
 from .workloads import num_experts_of
 
 # A table of results is for people to read.
@@ -78,12 +89,44 @@ def read_with_digest(
     if first is not None and first[1].lstrip()[:1] != b"{":
         return _read_table(path)
     with _uncollected():
-        rest = _with_first(first, numbered)
-        if first is not None and is_trace(first[1]):
-            records = _parse_traces(path, rest, solutions or {}, experts or Experts())
-        else:
-            records = _parse_records(path, rest, lines)
+        shared = _Shared()
+        read = _records(path, lines, first, numbered, solutions or {}, experts or Experts())
+        records = [shared.record(record) for record in read]
     return records, InputDigest(name=_name(path), sha256=lines.sha256, records=len(records))
+
+
+def read_measurements(
+    path: str | Path, solutions: Mapping[str, str] | None = None, experts: Experts | None = None
+) -> tuple[list[Measurement], InputDigest]:
+    """As `read_with_digest`, with what may be compared of each record alone: for files of millions of them."""
+    path = Path(path)
+    lines = Lines(path)
+    numbered = iter(lines)
+    first = next((item for item in numbered if item[1].strip()), None)
+    shared = _Shared()
+    if first is not None and first[1].lstrip()[:1] != b"{":
+        records, digest = _read_table(path)
+        return [shared.measurement(record) for record in records], digest
+    with _uncollected():
+        read = _records(path, lines, first, numbered, solutions or {}, experts or Experts())
+        measurements = [shared.measurement(record) for record in read]
+    return measurements, InputDigest(name=_name(path), sha256=lines.sha256, records=len(measurements))
+
+
+def _records(
+    path: Path,
+    lines: Lines,
+    first: tuple[int, bytes] | None,
+    rest: Numbered,
+    solutions: Mapping[str, str],
+    experts: Experts,
+) -> Iterator[BenchRecord]:
+    if first is None:
+        return iter(())
+    numbered = itertools.chain([first], rest)
+    if is_trace(first[1]):
+        return _parse_traces(path, numbered, solutions, experts)
+    return _parse_records(path, numbered, lines)
 
 
 def read_records(path: str | Path) -> list[BenchRecord]:
@@ -96,9 +139,9 @@ def read_records(path: str | Path) -> list[BenchRecord]:
     OSError
         The file can't be read.
     """
-    lines = Lines(path)
+    lines, shared = Lines(path), _Shared()
     with _uncollected():
-        return _parse_records(Path(path), iter(lines), lines)
+        return [shared.record(record) for record in _parse_records(Path(path), iter(lines), lines)]
 
 
 class Experts:
@@ -161,19 +204,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _with_first(first: tuple[int, bytes] | None, rest: Numbered) -> Numbered:
-    if first is not None:
-        yield first
-    yield from rest
-
-
 def _name(path: Path) -> str:
     """A file's name as a policy keeps it: no folders, and nothing that a JSON file can't hold."""
     return printable(path.name).replace("\\", "_")
 
 
-def _parse_traces(path: Path, lines: Numbered, solutions: Mapping[str, str], experts: Experts) -> list[BenchRecord]:
-    records, source, number, workloads = [], str(path), 0, 0
+def _parse_traces(path: Path, lines: Numbered, solutions: Mapping[str, str], experts: Experts) -> Iterator[BenchRecord]:
+    source, results, workloads = str(path), 0, 0
     for number, line in lines:
         if not line.strip():
             continue
@@ -195,16 +232,16 @@ def _parse_traces(path: Path, lines: Numbered, solutions: Mapping[str, str], exp
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         record.set_place(source, number)
-        records.append(record)
-    if workloads and not records:
+        results += 1
+        yield record
+    if workloads and not results:
         raise ValueError(
             f"nothing in {path} was run: it has workloads ({workloads}) and no result. Expected traces, as "
             "flashinfer-bench writes them when it runs solutions on workloads"
         )
-    return records
 
 
-def check_offset(record: BenchRecord, problem: MoEProblem) -> None:
+def check_offset(record: Measured, problem: MoEProblem) -> None:
     """Refuse a record at an offset that its problem can't have: then it is about another one."""
     last = problem.num_experts - problem.num_local_experts
     if record.local_expert_offset > last:
@@ -215,9 +252,8 @@ def check_offset(record: BenchRecord, problem: MoEProblem) -> None:
         )
 
 
-def _parse_records(path: Path, numbered: Numbered, lines: Lines) -> list[BenchRecord]:
-    records: list[BenchRecord] = []
-    source, shared = str(path), _Shared()
+def _parse_records(path: Path, numbered: Numbered, lines: Lines) -> Iterator[BenchRecord]:
+    source = str(path)
     for number, line in numbered:
         if not lines.complete:
             raise ValueError(
@@ -236,10 +272,8 @@ def _parse_records(path: Path, numbered: Numbered, lines: Lines) -> list[BenchRe
             raise ValueError(f"{path}, line {number} is no benchmark record: {describe(error)}") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no benchmark record: {error}") from error
-        shared.share(record)
         record.set_place(source, number)
-        records.append(record)
-    return records
+        yield record
 
 
 def _may_have_a_key_twice(line: bytes, record: BenchRecord) -> bool:
@@ -269,21 +303,61 @@ def _keys_inside(value: object) -> int:
 
 
 class _Shared:
-    """What many records have in common, kept once: of a million records a tenth of the memory."""
+    """What many records have in common, kept once: most of the memory of a million records."""
 
     def __init__(self) -> None:
         self._environments: dict[object, dict[str, EnvironmentValue]] = {}
         self._sets: dict[frozenset[str], set[str]] = {}
+        self._bounds: dict[object, RecordCorrectness] = {}
+        self._workloads: dict[WorkloadKey, WorkloadKey] = {}
 
-    def share(self, record: BenchRecord) -> None:
-        environment = record.environment
-        # With their types: 1, 1.0 and True are equal, but not the same.
-        key = (*environment.items(), *map(type, environment.values()))
-        record.__dict__["environment"] = self._environments.setdefault(key, environment)
+    def record(self, record: BenchRecord) -> BenchRecord:
+        """The same record, with its parts from here."""
+        record.__dict__["environment"] = self._environment(record.environment)
         for model in (record, record.latency_us, record.correctness):
             if model is not None:
                 names = model.__pydantic_fields_set__
                 object.__setattr__(model, "__pydantic_fields_set__", self._sets.setdefault(frozenset(names), names))
+        return record
+
+    def measurement(self, record: BenchRecord) -> Measurement:
+        """What may be compared of a record."""
+        passed, at = record.status == "passed", record.at
+        return Measurement(
+            device=sys.intern(record.device),
+            problem=sys.intern(record.problem),
+            num_experts=record.num_experts,
+            gate_first=record.gate_first,
+            solution=record.solution,
+            choice=record.choice,
+            is_peer=record.is_peer,
+            at=self._workloads.setdefault(at, at),
+            status=record.status,
+            timing=record.timing,
+            relative_time=record.relative_time if passed else math.nan,
+            by_speedup=record.by_speedup,
+            spread=record.spread if passed else None,
+            correctness=self._bound(record.correctness),
+            environment=self._environment(record.environment),
+            timestamp=record.timestamp,
+            place=record.place,
+        )
+
+    def _environment(self, environment: dict[str, EnvironmentValue]) -> dict[str, EnvironmentValue]:
+        # With their types: 1, 1.0 and True are equal, but not the same.
+        key = (*environment.items(), *map(type, environment.values()))
+        return self._environments.setdefault(key, environment)
+
+    def _bound(self, gate: RecordCorrectness | None) -> RecordCorrectness | None:
+        if gate is None:
+            return None
+        bounds = (gate.rtol, gate.atol, gate.required_matched_ratio, gate.max_relative_l2)
+        if bounds not in self._bounds:
+            rtol, atol, ratio, l2 = bounds
+            self._bounds[bounds] = RecordCorrectness(
+                rtol=rtol, atol=atol, required_matched_ratio=ratio, max_relative_l2=l2
+            )
+        return self._bounds[bounds]
 
 
 # The columns of speedups in the published table, and the candidate that each of them measured.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -235,6 +237,11 @@ class BenchRecord(_Model):
         return max(0.0, latency.p90 - latency.p10) / (2 * latency.median)
 
     @property
+    def by_speedup(self) -> bool:
+        """Whether it has a speedup over the reference and no latency."""
+        return self.latency_us is None
+
+    @property
     def at(self) -> WorkloadKey:
         """Its workload."""
         return WorkloadKey(self.num_tokens, self.local_expert_offset, self.routing, self.seed, self.workload or "")
@@ -251,12 +258,52 @@ def _candidate(backend: str, config: tuple[tuple[str, ConfigValue], ...], types:
     return Candidate(backend, dict(config))
 
 
+@dataclass(slots=True)
+class Measurement:
+    """What may be compared of a record, in a tenth of its memory; the fields are those of `BenchRecord`.
+
+    Of the figures of the gate it has the bounds alone.
+    """
+
+    device: str
+    problem: str
+    num_experts: int | None
+    gate_first: bool | None
+    solution: str | None
+    choice: Candidate
+    is_peer: bool
+    at: WorkloadKey
+    status: Status
+    timing: Timing
+    relative_time: float
+    by_speedup: bool
+    spread: float | None
+    correctness: RecordCorrectness | None
+    environment: Mapping[str, EnvironmentValue]
+    timestamp: str | None
+    place: tuple[str, int] | None
+
+    @property
+    def num_tokens(self) -> int:
+        """T of its workload."""
+        return self.at.num_tokens
+
+    @property
+    def local_expert_offset(self) -> int:
+        """Offset of its workload."""
+        return self.at.local_expert_offset
+
+
+# What the learner and the comparison take.
+Measured = BenchRecord | Measurement
+
+
 def append_record(path: str | Path, record: BenchRecord) -> None:
     """Add one line to a file of records, see `files.append_line`."""
     append_line(path, record.model_dump_json(exclude_none=True).encode() + b"\n")
 
 
-def problem_of_record(record: BenchRecord, *, num_experts: int | None = None, gate_first: bool = False) -> MoEProblem:
+def problem_of_record(record: Measured, *, num_experts: int | None = None, gate_first: bool = False) -> MoEProblem:
     """The problem that a record is about; the keyword arguments hold where the record itself doesn't say.
 
     Raises

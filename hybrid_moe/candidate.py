@@ -30,10 +30,13 @@ class Candidate:
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
     # Every call looks its runner up by the choice.
     _hash: int = field(init=False, repr=False, compare=False)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", MappingProxyType(dict(sorted(self.config.items()))))
         object.__setattr__(self, "_hash", hash((self.backend, tuple(self.config.items()))))
+        options = ",".join(f"{key}={value}" for key, value in self.config.items())
+        object.__setattr__(self, "_text", f"{self.backend}[{options}]" if options else self.backend)
 
     def __hash__(self) -> int:
         return self._hash
@@ -51,9 +54,7 @@ class Candidate:
         return Candidate, (self.backend, dict(self.config))
 
     def __str__(self) -> str:
-        if not self.config:
-            return self.backend
-        return f"{self.backend}[{','.join(f'{k}={v}' for k, v in self.config.items())}]"
+        return self._text
 
     @classmethod
     def parse(cls, text: str) -> Candidate:

@@ -150,7 +150,15 @@ def resolve(
         if regime.max_tokens is not None:
             starts.add(regime.max_tokens + 1)
     at = functools.partial(choose, policy, problem, device, refusals=refusals, fallback_order=fallback_order, note=note)
-    return DecisionTable(sorted(starts), [at(start) for start in sorted(starts)])
+    decisions: list[Decision] = []
+    outside: Decision | None = None  # the same wherever no regime holds T: its regret is over all that is in none
+    for start in sorted(starts):
+        if policy is None or policy.regime_of(start) is not None:
+            decisions.append(at(start))
+        else:
+            outside = outside or at(start)
+            decisions.append(replace(outside, num_tokens=start))
+    return DecisionTable(sorted(starts), decisions)
 
 
 def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = None) -> Decision:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -529,3 +530,18 @@ def test_verify_fails_for_what_no_backend_is_called(tmp_path):
     path = tmp_path / "policy.json"
     path.write_text(SHIPPED.read_text().replace("flashinfer_trtllm", "nope"))
     assert "no backend is called" in " ".join(cli("verify", path, code=1).output.split())
+
+
+def test_hundreds_of_regimes_are_shortened_for_people_and_whole_in_json(tmp_path):
+    path = tmp_path / "policy.json"
+    policy = load_policy(SHIPPED)
+    regime = policy.regimes[0]
+    many = [regime.model_copy(update={"min_tokens": t, "max_tokens": t}) for t in range(1, 6001, 2)]
+    save_policy(policy.model_copy(update={"regimes": tuple(many)}), path)
+    begun = time.monotonic()
+    shown = cli("explain", "--policy", path).stdout
+    assert "... 2800 more" in shown and " 1 " in shown and " 5999 " in shown
+    assert len(shown.splitlines()) < 300
+    assert len(cli_json("explain", "--policy", path)["regimes"]) == 3000
+    assert "more: --json has all of them" in cli("verify", path).stdout
+    assert time.monotonic() - begun < 60

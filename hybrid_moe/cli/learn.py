@@ -28,6 +28,7 @@ from .common import (
     versions_from,
     warnings_shown,
 )
+from .table import shortened
 
 SUMMARY = "From benchmark records to a policy file"
 EXAMPLES = ("hybrid-moe learn records.jsonl --timing cuda_graph -o policy.json",)
@@ -125,7 +126,12 @@ def print_learned(policy: Policy) -> None:
     experts = f"{problem.num_local_experts} of {problem.num_experts} experts"
     out.print(f"[bold]{policy.device}[/], {problem.definition} ({experts})\nlearned from {escape(files)}")
     out.print(view.regimes(policy))
-    for regime in policy.regimes:
+    first, omitted, last = shortened(policy.regimes)
+    for regime in first:
+        out.print(f"  {regime.label}: {escape(regime.reason)}")
+    if omitted:
+        out.print(f"  ... {omitted} more regimes: `hybrid-moe explain --json` has all of them")
+    for regime in last:
         out.print(f"  {regime.label}: {escape(regime.reason)}")
     out.print(f"  otherwise: {escape(str(policy.default))}, {escape(policy.default_reason)}\n")
     out.print(view.regrets(policy))

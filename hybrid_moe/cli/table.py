@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -31,6 +32,16 @@ class Column:
     optional: bool = False
 
 
+_T = TypeVar("_T")
+
+
+def shortened(items: Sequence[_T], most: int = 200) -> tuple[list[_T], int, list[_T]]:
+    """The items to show to people: the first, how many are left out in the middle, and the last."""
+    if len(items) <= most:
+        return list(items), 0, []
+    return list(items[: most // 2]), len(items) - 2 * (most // 2), list(items[-(most // 2) :])
+
+
 class Fitted:
     """A table of cells in markup and of candidates.
 
@@ -41,12 +52,19 @@ class Fitted:
 
     def __init__(self, columns: Sequence[Column], *, legend: bool = True) -> None:
         self._columns = list(columns)
-        self._rows: list[list[Cell]] = []
+        self._all_rows: list[list[Cell]] = []
         self._legend = legend
 
     def add(self, *cells: Cell) -> None:
-        """Add a row."""
-        self._rows.append(list(cells))
+        """Add a row. Of hundreds of rows, those in the middle are counted and not shown."""
+        self._all_rows.append(list(cells))
+
+    @property
+    def _rows(self) -> list[list[Cell]]:
+        first, omitted, last = shortened(self._all_rows)
+        if not omitted:
+            return first
+        return [*first, [f"... {omitted} more", *[""] * (len(self._columns) - 1)], *last]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         named = [c for c in (*(column.head for column in self._columns), *(c for row in self._rows for c in row))]

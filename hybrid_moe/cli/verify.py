@@ -14,6 +14,7 @@ from ..learn.verify import Finding, Status, verify_policy
 from ..policy.store import load_policy
 from . import view
 from .common import Json, out, print_json, steps
+from .table import shortened
 
 SUMMARY = "Check a policy file and run its choices"
 EXAMPLES = ("hybrid-moe verify policy.json",)
@@ -51,8 +52,14 @@ def verify(
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print each with its reason."""
-    for f in findings:
+    """Print each with its reason; of hundreds, what failed before the rest."""
+    if len(findings) > 200:
+        findings = sorted(findings, key=lambda finding: finding.status != "failed")
+    first, omitted, last = shortened(findings)
+    for f in [*first, None, *last] if omitted else first:
+        if f is None:
+            out.print(f"... {omitted} more: --json has all of them")
+            continue
         at = "" if f.num_tokens is None else f" at T = {f.num_tokens}"
         what = f"{f.what}: {escape(f.choice)}{at}" if f.choice else f.what
         out.print(view.item(f"[{_STYLES[f.status]}]{f.status}[/] {what}", escape(f.reason)))

@@ -98,7 +98,8 @@ def mismatch(policy: Policy, device: str, refusals: Refusals, installed: Mapping
     wanted[policy.default].append("the default")
     for choice, places in wanted.items():
         if refused := refusals.get(choice):
-            hard.append(f"{choice} ({', '.join(places)}): {'; '.join(refused)}")
+            named = [*places[:8], *([f"{len(places) - 8} more"] if len(places) > 8 else [])]
+            hard.append(f"{choice} ({', '.join(named)}): {'; '.join(refused)}")
     soft = []
     for name in sorted({name for choice in wanted if not refusals.get(choice) for name in packages_of(choice)}):
         measured, here = policy.environment.get(name), installed.get(name)

@@ -540,7 +540,8 @@ def test_hundreds_of_regimes_are_shortened_for_people_and_whole_in_json(tmp_path
     save_policy(policy.model_copy(update={"regimes": tuple(many)}), path)
     begun = time.monotonic()
     shown = cli("explain", "--policy", path).stdout
-    assert "... 2800 more" in shown and " 1 " in shown and " 5999 " in shown
+    firsts = [line.split()[0] for line in shown.splitlines() if line.strip()]
+    assert "... 2801 more" in shown and {"1", "5999"} <= set(firsts) and "3001" not in firsts
     assert len(shown.splitlines()) < 300
     assert len(cli_json("explain", "--policy", path)["regimes"]) == 3000
     assert "more: --json has all of them" in cli("verify", path).stdout

@@ -367,6 +367,7 @@ def test_verify_fails_on_a_wrong_result(tmp_path, monkeypatch):
     found = cli_json("verify", path, code=1)
     assert not found["passed"]
     assert {f["status"] for f in found["findings"][1:]} == {"failed"}
+    assert all("not finite" in f["reason"] for f in found["findings"][1:])  # what nothing wrote is no zero
 
 
 def test_verify_of_a_backend_that_is_refused_is_unverified(tmp_path):
@@ -416,6 +417,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("hybrid_moe.cli.doctor.policy_or_nearest", bug)
     with pytest.raises(KeyError):
+        cli("doctor")
+
+    def another(*arguments):
+        raise RuntimeError("a bug of torch's kind")
+
+    monkeypatch.setattr("hybrid_moe.cli.doctor.policy_or_nearest", another)
+    with pytest.raises(RuntimeError, match="a bug of torch's kind"):
         cli("doctor")
 
 

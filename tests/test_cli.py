@@ -427,6 +427,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli("doctor")
 
 
+def test_an_interrupted_command_says_so(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hybrid_moe.cli.doctor.policy_or_nearest", interrupt)
+    assert "interrupted" in cli("doctor", code=130).stderr
+
+
 def test_traceback_of_a_user_error_on_demand():
     with pytest.raises(ValueError, match="nvidia_b300"):
         cli("--traceback", "explain", "--device", "nvidia_b300")

@@ -68,7 +68,7 @@ MUTATIONS = [
         "raise typer.Exit(130) from None",
         "raise typer.Exit(0) from None",
         "an interrupted command leaves with 0",
-        (CLI, "tests/test_sweep.py"),
+        (f"{CLI}::test_an_interrupted_command_says_so",),
     ),
     Mutation(
         "cli/regenerate.py",

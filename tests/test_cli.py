@@ -468,6 +468,14 @@ def test_demo_without_a_gpu():
         assert wanted in " ".join(done.stdout.split()), wanted
 
 
+@pytest.mark.parametrize("failures", [[], ["triton_fused is wrong at T = 7"]])
+def test_demo_leaves_with_1_if_something_failed(monkeypatch, failures):
+    for way in ("_on_gpu", "_without_gpu"):
+        monkeypatch.setattr(demo, way, lambda: failures)
+    shown = cli("demo", code=len(failures)).stdout
+    assert all(failure in shown for failure in failures) and ("All checks passed." in shown) == (not failures)
+
+
 def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
     # The way that a GPU takes, at a size for a CPU. Without a policy the first of the order runs.
     monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())

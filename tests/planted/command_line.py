@@ -78,6 +78,10 @@ MUTATIONS = [
         ("tests/test_sweep.py",),
     ),
     Mutation(
-        "cli/demo.py", "        raise typer.Exit(1)", "        pass", "a demo with a wrong result leaves with 0", (CLI,)
+        "cli/demo.py",
+        "        raise typer.Exit(1)",
+        "        pass",
+        "a demo with a wrong result leaves with 0",
+        (f"{CLI}::test_demo_leaves_with_1_if_something_failed",),
     ),
 ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_moe.inputs import MoEInputs
+from hybrid_moe.kernels.grouped_gemm.tiles import describe
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.pipeline import Pipeline
@@ -92,6 +93,12 @@ def test_narrow_experts():
     assert gemms(16, problem=dataclasses.replace(narrow, intermediate_size=640)) == FEW
     assert gemms(16, problem=narrow, aligned=False) == TRITON
     assert gemms(16, problem=narrow, stride_hidden=7168 + 8) == [TRITON[0], NARROW]
+
+
+def test_every_kernel_has_a_name_for_people():
+    narrow = MODELS["deepseek-v3-tp8"]
+    assert describe(narrow, 16, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 sm90/narrow.py, ")
+    assert describe(narrow, 4096, (9, 0)).startswith("GEMM1 sm90/many_rows.py, GEMM2 sm90/many_rows.py, ")
 
 
 @pytest.mark.parametrize("num_tokens, unit_n", [(2, 128), (16, 128), (17, 256), (384, 256)])

@@ -194,7 +194,11 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
 def describe(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None) -> str:
     """For people: the modules of both GEMMs' kernels, and what decides it."""
     plan = tile_plan(problem, num_tokens, capability)
-    names = {Specialized.FEW: "sm90/few_rows.py", Specialized.MANY: "sm90/many_rows.py"}
+    names = {
+        Specialized.FEW: "sm90/few_rows.py",
+        Specialized.MANY: "sm90/many_rows.py",
+        Specialized.NARROW: "sm90/narrow.py",
+    }
     gemms = []
     for number, (kernels, tile) in enumerate(zip(plan.specialized, (plan.gemm1, plan.gemm2), strict=True), start=1):
         rows = " or ".join(str(bucket.block_m) for bucket in tile.m_buckets)

@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
     )
     inputs = make_inputs(Workload(3, 4), problem, random_weights(problem, "cpu"))
     output = torch.empty((3, 512), dtype=torch.bfloat16)
-    flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))
+    flow = pipeline.Pipeline(problem, TritonGroupedGemm())  # the plain Triton kernels
     memory = torch.empty(flow.arena(3).bytes + 256, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 256 :]
 
@@ -179,7 +179,7 @@ def main(folder: Path) -> None:
         result["pointers"][name] = pointers(plan)
 
     # Many rows: the specialised kernels, whose second one has two descriptors.
-    problem = dataclasses.replace(problem, intermediate_size=512)
+    problem = dataclasses.replace(problem, intermediate_size=1024)
     inputs = make_inputs(Workload(33, 4), problem, random_weights(problem, "cpu"))
     output = torch.empty((33, 512), dtype=torch.bfloat16)
     flow = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0)))

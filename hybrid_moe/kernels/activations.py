@@ -11,7 +11,7 @@ import triton.language as tl
 from ..inputs import FP8
 from .quantize import quantize_block
 
-# Tokens of a program: their scales lie side by side.
+# Tokens of a program: their scales are contiguous.
 ROWS = 16
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-# Of every tensor: a multiple of what kernels and libraries want, and of a line of L2.
+# Of every tensor: enough for TMA, the libraries, and a line of L2.
 ALIGNMENT = 256
 
 

@@ -16,9 +16,9 @@ from .steps import Step
 
 # Programs that a multiprocessor runs at once; more of them share a token's columns only up to this.
 PROGRAMS = 16
-# Of a token's column blocks that one program adds up at once: as many loads are in flight together.
+# Column blocks that one program adds up at once: that many loads are in flight.
 BLOCKS = 8
-# From so many tokens on, other programs hide a load's latency, and skipping the choices of other ranks saves work.
+# From so many tokens on, other programs hide latency, and skipping other ranks' choices saves work.
 BRANCH_TOKENS = 512
 
 
@@ -55,7 +55,7 @@ def combine_kernel(
     count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     extent = tl.cdiv(count, ALIGN) * ALIGN
     if BRANCH:
-        # All choices before the first branch: behind it, each would be waited for.
+        # Loaded before the first branch, so that the loads overlap.
         choice = tl.arange(0, TOP_K_POW2)
         pairs = tl.load(pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
         weights = tl.load(pair_weight_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=0.0)
@@ -69,7 +69,7 @@ def combine_kernel(
             pair = tl.sum(tl.where(choice == k, pairs, 0), axis=0)
         else:
             pair = tl.load(pair_ptr + token * TOP_K + k)
-        # Without a branch the loads of all choices are in flight together, those of other ranks masked off.
+        # Without a branch the loads of all choices overlap, those of other ranks masked off.
         if not BRANCH or pair >= 0:
             if BRANCH:
                 weight = tl.sum(tl.where(choice == k, weights, 0.0), axis=0)

@@ -1,9 +1,9 @@
 """Launches of compiled kernels by addresses, straight through the function in C at the bottom of Triton's launcher.
 
-On the way there Triton makes a closure for each launch, asks every tensor for its address and the driver whether that
-is the device's, and encodes every tensor descriptor again: about as much time again as the launch takes, for each. What
-is left out here depends on the shapes alone, but for the hooks of profilers: where one is set, Triton's own launch is
-wanted (`is_hooked`). Another release than those below gets that too, as nothing promises that the function stays.
+Triton's own launch makes a closure, asks every tensor for its address and the driver whether that address is the
+device's, and encodes every tensor descriptor again: together about as long as the launch itself. All of that depends on
+the shapes alone, except for profilers' hooks: where one is set, Triton launches (`is_hooked`). So it does with any
+release but those below, as the function is internal to Triton.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .steps import Tiles
 Launcher: TypeAlias = Callable[[int, Sequence[Any]], None]
 
 _RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
-# The function takes its arguments one after another in the first, in a tuple at the end in the others.
+# How the function takes the kernel's arguments: one by one, or in a tuple at the end.
 _FLAT = ((3, 6),)
 _NESTED = ((3, 7), (3, 8), (3, 9))
 
 
 def is_hooked() -> bool:
-    """Whether something, as a profiler, wants to be called at each launch."""
+    """Whether a profiler, say, wants to be called at each launch."""
     runtime = knobs.runtime
     return not (_is_silent(runtime.launch_enter_hook) and _is_silent(runtime.launch_exit_hook))
 
@@ -68,7 +68,7 @@ def launcher(
     pick = itemgetter(*arguments)
     middle: tuple[Any, ...]
     if _RELEASE in _FLAT:
-        # No memory of its own twice, the metadata, and nothing for hooks.
+        # Two scratch buffers, the metadata, and the hooks.
         middle = (*flags, None, None, compiled.packed_metadata, None, None, None)
 
         def flat(stream: int, values: Sequence[Any]) -> None:
@@ -91,7 +91,7 @@ def _function(run: Any) -> Callable[..., None] | None:
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
         return None
     launch = run.launch
-    # Around it is a function that encodes descriptors, for kernels that have any.
+    # For kernels with descriptors it is wrapped in a function that encodes them.
     return inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else launch
 
 
@@ -121,10 +121,10 @@ def expanded(
         return None
     from triton.backends.nvidia import driver
 
-    # From 3.8 on it wants the other arguments of the launch too, for the other devices' sake.
+    # From 3.8 on it also takes the launch's other arguments, which it doesn't need on this device.
     rest = (None,) if _RELEASE >= (3, 8) else ()
 
-    # As many as there are layers, in a process that has several models.
+    # One for each layer of the process.
     @functools.lru_cache(maxsize=1024)
     def encode(address: int) -> Any:
         descriptor = tiles.descriptor(_Address(address, torch.float8_e4m3fn))

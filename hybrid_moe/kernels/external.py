@@ -40,7 +40,7 @@ class External(NamedTuple):
     weights: torch.Tensor
 
 
-# Strides that follow T: one binary serves every T, so that none is compiled while serving.
+# Strides depend on T: not specialised, one binary serves every T.
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t"])
 def dequantize_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
@@ -55,8 +55,8 @@ def dequantize_kernel(
 ):
     """Grid: (T, HIDDEN / BLOCK_N).
 
-    Must follow a kernel that lets it start when all before that has finished and whose results it doesn't need. It
-    waits for that one at its own end, and lets nothing start before: what comes next finds the results of both.
+    Must follow a kernel that lets it start once all before that has finished, and whose results it doesn't need. It
+    waits for that one only at its end, so that the next kernel finds the results of both.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * (BLOCK_N // 128) + tl.arange(0, BLOCK_N // 128)
@@ -111,7 +111,7 @@ def _block_n(problem: MoEProblem) -> int:
 def _select_constants(
     problem: MoEProblem, limits: DeviceLimits, stride_logits: int, bias_dtype: torch.dtype
 ) -> Constants:
-    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
+    # One for each dtype of the bias, as each has its own binary.
     arguments = {"STRIDE_LOGITS": stride_logits, **selection_constants(problem), "PDL": limits.pdl}
     return Constants(arguments, {**limits.options, "num_warps": 1})
 

@@ -100,9 +100,9 @@ class Kernel:
         aligned
             Whether every tensor starts at a multiple of 16 bytes: the binary is kept for such.
         """
-        # By addresses, the arguments go by position alone.
+        # Launches by addresses go by position.
         assert self._names[len(arguments) :] == list(constants.arguments), f"order of {self.function.fn.__name__}"
         compiled = self.function[grid](*arguments, **constants.arguments, **constants.options)
-        # The interpreter returns nothing to keep.
+        # The interpreter returns None.
         if aligned and isinstance(compiled, CompiledKernel):
             self._compiled[constants, device.index] = compiled

@@ -26,7 +26,7 @@ class Pipeline:
     def __init__(self, problem: MoEProblem, gemm: GroupedGemm) -> None:
         self._problem = problem
         self._gemm = gemm
-        # Serving meets few keys again and again: T of its steps, in tensors with the same strides.
+        # Serving meets few keys: its T, in tensors with the same strides.
         self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
 
     def arena(self, num_tokens: int, row_alignment: int | None = None) -> Arena:

@@ -13,5 +13,5 @@ def read_kernel(source_ptr, sink_ptr, num_blocks, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         total += tl.load(source_ptr + block.to(tl.int64) * BLOCK + at)
-    # Never true for the data given, but the compiler can't know: the loads must stay.
+    # Never true, but the compiler can't know: the loads stay.
     tl.store(sink_ptr + at, total, mask=total == 123456789)

@@ -2,14 +2,13 @@
 
 Where the experts are chosen already, `scatter_kernel` only sorts.
 
-No sorted order is needed, only a place for each (token, local expert) pair: expert ``e`` owns row ``e`` of
-``slot_token``, and a pair's slot is its place in that row. Rows of the intermediate tensors are the pairs in the order
-(expert, slot), without gaps: their start is the sum of the counts before, which every later kernel adds up for itself.
+No sorted order is needed, only a slot for each (token, local expert) pair: expert ``e`` owns row ``e`` of
+``slot_token``, and a pair's slot is its column there. Rows of the intermediate tensors are the pairs in the order
+(expert, slot), without gaps: an expert's first row is the sum of the counts before it, which every kernel adds up.
 
-One warp routes one token, so that no maximum leaves the warp: with more tokens to a program, routing 15 of them took
-11 us on an H100 instead of 3. Programs reserve slots by an atomic add, so a pair's slot may change from run to run.
-Nothing that is computed depends on it: a row's arithmetic is its own, and the combine adds a token's pairs in the order
-of their scores.
+One warp routes one token, so that no reduction leaves the warp: with several tokens a program, routing 15 of them took
+11 us on an H100 instead of 3. Slots are reserved by an atomic add, so a pair's slot may differ from run to run. No
+result depends on it: rows don't mix, and the combine adds a token's pairs in the order of their scores.
 """
 
 from __future__ import annotations
@@ -99,24 +98,23 @@ def select_experts(
         score = 1.0 / (1.0 + tl.exp(-logits))
     biased = tl.where(real, score + bias, NEG_INF)
 
-    # Places of no expert lie below even a bias of -inf, which masks an expert.
+    # Padding is below even an expert that a bias of -inf masks.
     LOWEST: tl.constexpr = -0x80000000
     open_score = tl.where(real, ordered(biased), LOWEST)
     if TOPK_GROUP < N_GROUP:
         best = tl.reduce(biased, 1, larger)
-        # The first place that holds the best: its value once more elsewhere is the second best.
+        # Only the first place of the best is left out: an equal one is the second best.
         first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)
         second = tl.max(tl.where(member == first[:, None], NEG_INF, biased), axis=1)
         group_number = tl.arange(0, N_GROUP_POW2)
         group_score = ordered(tl.where(group_number < N_GROUP, best + second, NEG_INF))
-        # A group's rank: how many are better, or equal and before it.
+        # Rank: how many groups are better, or equal and before it.
         mine, other = group_score[:, None], group_score[None, :]
         earlier = group_number[None, :] < group_number[:, None]
         rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=1)
         open_score = tl.where((rank < TOPK_GROUP)[:, None], open_score, LOWEST)
 
-    # The k best by k maxima over the flat row, so that each is one reduction of the whole warp; among equals the
-    # lower index.
+    # k maxima over the flat row, each one reduction of the whole warp; among equals the lower index.
     SPAN: tl.constexpr = N_GROUP_POW2 * GROUP_SIZE_POW2
     place = tl.arange(0, SPAN)
     flat_open = tl.reshape(open_score, (SPAN,))
@@ -158,7 +156,6 @@ def given_experts(
     # The weight of no expert may be no number.
     weight = tl.where(expert >= 0, weight, 0.0)
     same = expert[:, None] == expert[None, :]
-    # Only zeros are added to a weight where the token's experts differ: it stays bit for bit.
     weight = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
     named_before = tl.sum((same & (choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
     return tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
@@ -226,9 +223,9 @@ def route_kernel(
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start when all before that has finished.
+    """Grid: (T,), one warp each. Must follow `clear_kernel`, which lets it start once all before that has finished.
 
-    ALONE, the only program, it does that itself: one launch less for T = 1.
+    With ALONE, for T = 1, it clears the counters itself: one launch less.
     """
     if ALONE:
         wait_for_previous_kernel(PDL)  # whoever computes the logits may let this one start before they are there
@@ -367,7 +364,7 @@ def select_kernel(
 def store_experts(
     expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr
 ):
-    """What a library that sorts by itself wants: the local experts first. None has the number after all of them."""
+    """As a library that sorts by itself wants it: local experts first, and for none the number of experts."""
     choice = tl.arange(0, expert.shape[0])
     local = expert - local_expert_offset
     number = tl.where(expert < 0, NUM_EXPERTS, tl.where(local < 0, local + NUM_EXPERTS, local))
@@ -467,7 +464,7 @@ def _scatter_constants(problem: MoEProblem, limits: DeviceLimits, alone: bool) -
 def _route_constants(
     problem: MoEProblem, limits: DeviceLimits, stride_logits: int, bias_dtype: torch.dtype, alone: bool
 ) -> Constants:
-    # One for each dtype of the bias, as a binary is kept for each and reads what it was compiled for.
+    # One for each dtype of the bias, as each has its own binary.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
         "E": problem.num_local_experts,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..problem import MoEProblem
 
-# A column chunk of the second GEMM's result stays under this many bytes where one 128 block of columns does: that of
-# T = 14107, 1.6 GB, is in one piece, as the libraries have it. Seven chunks of 256 MiB cost 10% of that call.
+# Bound of a column chunk of GEMM2's result: T = 14107, 1.6 GB, is one chunk; seven of 256 MiB cost 10% of that call.
 MAX_ROWS_BYTES = 2**31
 
 
@@ -23,7 +22,7 @@ def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:
     """Most row tiles that any routing of ``num_tokens`` can need over the local experts."""
     rows = max_local_rows(problem, num_tokens)
     active = min(problem.num_local_experts, rows)
-    # Each active expert rounds up once: at most ``active`` partly filled tiles besides the full ones.
+    # Each active expert rounds up once.
     return active + (rows - active) // block_m
 
 

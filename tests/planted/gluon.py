@@ -196,7 +196,7 @@ MUTATIONS = [
     few("row = (first_row + whole_slot).to(gl.int64)", "row = first_row + whole_slot", "whole rows by 32 bits", WIDE),
     few("block.to(gl.int64) * p.max_rows", "block * p.max_rows", "activation's scales by 32 bits", WIDE),
     few(
-        "    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.\n"
+        "    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.\n"
         "    wait_for_previous_kernel(PDL)\n",
         "",
         "GEMM2 may end before GEMM1: what it still counts with is somebody else's",
@@ -341,7 +341,7 @@ MUTATIONS = [
     ),
     many("block_n.to(gl.int64) * p.max_rows", "block_n * p.max_rows", "activation's scales by 32 bits", WIDE),
     many(
-        "    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.\n"
+        "    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.\n"
         "    wait_for_previous_kernel(PDL)\n",
         "",
         "GEMM2 may end before GEMM1: what it still counts with is somebody else's",

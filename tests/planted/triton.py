@@ -321,7 +321,7 @@ MUTATIONS = [
     ),
     gemm2('mask=expert < E, other=0, cache_modifier=".cg")', "mask=expert < E, other=0)", "old counts in GEMM2", ORDER),
     gemm2(
-        "    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.\n"
+        "    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.\n"
         "    wait_for_previous_kernel(PDL)\n",
         "",
         "GEMM2 may end before GEMM1",

@@ -16,7 +16,7 @@ from ..steps import Step
 from .library_rows import Rows
 
 
-# Strides that follow T: one binary serves every T, so that none is compiled while serving.
+# Strides depend on T: not specialised, one binary serves every T.
 @triton.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "stride_rows_scale_r", "stride_rows_scale_k"])
 def gather_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
@@ -59,7 +59,7 @@ def gather_kernel(
     pair = tl.load(pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
     before = tl.where(expert[None, :] < (pair % E)[:, None], extent[None, :], 0)
     row = tl.where(pair >= 0, tl.sum(before, axis=1) + pair // E, -1)
-    # Most tokens of a rank among many have no local expert: what they hold isn't read.
+    # With many ranks most tokens have no local expert: don't read them.
     if tl.max(row, axis=0) >= 0:
         column = tl.arange(0, HIDDEN_POW2)
         block = tl.arange(0, K_BLOCKS_POW2)

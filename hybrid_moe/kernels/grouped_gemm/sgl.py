@@ -29,8 +29,8 @@ LAYOUT_INTS = 5
 MAX_EXPERTS = 1024
 # The library takes its tiles for few rows, 128 weight rows by 32 tokens, if `a` has up to so many rows.
 FEW_ROWS = 2048
-# We choose those up to so many rows of an expert, if routing is even: `a` may show fewer rows than there are, since the
-# library reads addresses and sizes from the device.
+# We choose those up to so many rows of an expert: `a` may show fewer rows than there are, since the library reads sizes
+# and addresses from the device.
 FEW_ROWS_PER_EXPERT = 16.0
 
 

@@ -46,7 +46,7 @@ def swiglu_quantize_kernel(
     expert = tl.arange(0, E_POW2)
     count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     ends = tl.cumsum(count, axis=0)
-    # Rows of no use between an expert and the next.
+    # Padding between an expert and the next.
     gap = tl.cdiv(count, ALIGN) * ALIGN - count
     block = tl.arange(0, BLOCKS)
     inside = tl.arange(0, 128)
@@ -71,7 +71,7 @@ SWIGLU = Kernel(swiglu_quantize_kernel)
 def swiglu(rows: Rows, limits: DeviceLimits) -> Step:
     """SwiGLU and quantisation of ``gemm1`` into ``activated``."""
     blocks = rows.problem.intermediate_size // rows.problem.block
-    # A row is cut into pieces where there are too few rows to occupy the GPU.
+    # Few rows are cut into pieces, to occupy the GPU.
     most = 2 if rows.max_rows < 8 * limits.num_sms else 8
     piece = next(n for n in (8, 4, 2, 1) if n <= most and blocks % n == 0)
     pieces = rows.max_rows * (blocks // piece)

@@ -104,7 +104,7 @@ _FUSED_GEMM2 = Tile(block_n=128, num_warps=4, m_buckets=(_16_X3_PAIRS, _64_X4), 
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.
 TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
-    # Few experts are active: narrow tiles, so that there is one for each multiprocessor.
+    # Few experts are active: narrow tiles, one for each SM.
     (
         0.5,
         TilePlan(

@@ -58,7 +58,7 @@ class TileScheduler:
     @gluon.jit
     def load_tokens_per_expert(self, CACHE: gl.constexpr):
         """The experts' numbers and their numbers of tokens, int32; zeros from E on."""
-        # Every warp has the whole vector, so that no sum leaves the warp.
+        # The whole vector in every warp: no sum leaves the warp.
         PER_THREAD: gl.constexpr = self.E_POW2 // 32 if self.E_POW2 > 32 else 1
         layout: gl.constexpr = gl.BlockedLayout([PER_THREAD], [32], [4], [0])
         expert = gl.arange(0, self.E_POW2, layout=layout)
@@ -270,7 +270,7 @@ def gemm2_constants(
 def _shared_arguments(problem: MoEProblem, limits: DeviceLimits, resources: Resources) -> dict[str, int | bool]:
     return {
         "E": problem.num_local_experts,
-        # A lane of a warp without a value would cost it registers.
+        # Shorter than a warp, the vectors would cost registers.
         "E_POW2": max(32, pow2(problem.num_local_experts)),
         "STAGES": resources.stages,
         "CONSUMER_REGISTERS": resources.consumer_registers,

@@ -232,7 +232,7 @@ def gemm1_producer(p):
         x_real = x_slot < tile.rows
         weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * (BLOCK_N // 2)
         tokens_at = p.slot_token_ptr + tile.expert.to(gl.int64) * p.num_tokens
-        # One token's number is 0, and what is masked costs no time.
+        # For T = 1 the token is 0: a load that is masked off takes no time.
         unknown = gl.where(p.num_tokens > 1, tile.rows, 0)
         row = gl.load(tokens_at + slot, mask=slot < unknown, other=0)
         x_row = gl.load(tokens_at + x_slot, mask=x_slot < unknown, other=0)
@@ -251,9 +251,9 @@ def gemm1_producer(p):
 def gemm2_producer(p):
     """Load the blocks of all tiles of this program, the activation once GEMM1 has finished the tile's expert."""
     K_BLOCKS: gl.constexpr = p.INTERMEDIATE // 128
-    # Of weights that wait for nothing.
+    # Blocks whose weights are loaded before the expert is finished.
     AHEAD: gl.constexpr = min(p.pipeline.STAGES, K_BLOCKS) // GROUP * GROUP
-    # Nothing was waited for: the first-level cache may hold older numbers.
+    # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
     through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -309,7 +309,7 @@ def half_sum(
     product = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=SUM)
     is_left = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUM)) < BLOCK_N // 2
     first = (step + WG) & 1
-    # Two of its blocks ahead, as every eighth scale comes from memory.
+    # Two blocks ahead: every eighth scale is a miss.
     left, right = load_scales(left_at, right_at, first, K_BLOCKS, SPLIT_SCALES)
     next_left, next_right = load_scales(left_at, right_at, first + 2, K_BLOCKS, SPLIT_SCALES)
     for block in range(first, K_BLOCKS, 2):
@@ -347,7 +347,7 @@ def store_activation(p, sums, tile, first_row, row_tile, rows, ROWS: gl.constexp
         row = (first_row + whole_slot).to(gl.int64)
         wide_at = row[:, None] * p.INTERMEDIATE + (block * 128 + whole_column)[None, :]
         mask = real[:, None] & (whole_column >= 0)[None, :]
-        # Past the first-level cache, which other multiprocessors' stores don't reach.
+        # Not from L1, which doesn't see other SMs' stores.
         whole = gl.load(p.unquantized_ptr + wide_at, mask=mask, other=0.0, cache_modifier=".cg")
         quantized, scale = quantize_block(whole)
         gl.store(p.out_ptr + wide_at, quantized, mask=mask)
@@ -486,30 +486,14 @@ def hopper_few_gemm1_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     p = Gemm1(
-        weight_scale_ptr=weight_scale_ptr,
-        finished_ptr=finished_ptr,
-        out_ptr=out_ptr,
-        out_scale_ptr=out_scale_ptr,
-        unquantized_ptr=unquantized_ptr,
-        block_arrivals_ptr=block_arrivals_ptr,
-        max_rows=max_rows,
-        pipeline=pipeline,
-        scheduler=scheduler,
-        accumulator=accumulator,
-        hidden_ptr=hidden_ptr,
-        hidden_scale_ptr=hidden_scale_ptr,
-        weight=weight,
-        slot_token_ptr=slot_token_ptr,
-        stride_scale_k=stride_scale_k,
-        stride_scale_t=stride_scale_t,
-        num_tokens=num_tokens,
-        STRIDE_HIDDEN=STRIDE_HIDDEN,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        UP=INTERMEDIATE if GATE_FIRST else 0,
-        GATE=0 if GATE_FIRST else INTERMEDIATE,
-        E=E,
-    )
+        weight_scale_ptr=weight_scale_ptr, finished_ptr=finished_ptr, out_ptr=out_ptr,
+        out_scale_ptr=out_scale_ptr, unquantized_ptr=unquantized_ptr, block_arrivals_ptr=block_arrivals_ptr,
+        max_rows=max_rows, pipeline=pipeline, scheduler=scheduler, accumulator=accumulator,
+        hidden_ptr=hidden_ptr, hidden_scale_ptr=hidden_scale_ptr, weight=weight, slot_token_ptr=slot_token_ptr,
+        stride_scale_k=stride_scale_k, stride_scale_t=stride_scale_t, num_tokens=num_tokens,
+        STRIDE_HIDDEN=STRIDE_HIDDEN, HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE,
+        UP=INTERMEDIATE if GATE_FIRST else 0, GATE=0 if GATE_FIRST else INTERMEDIATE, E=E,
+    )  # fmt: skip
     gl.warp_specialize(
         [(gemm1_consumer, (p, 0)), (gemm1_consumer, (p, 1)), (gemm1_producer, (p,))],
         [4, 4],
@@ -555,31 +539,18 @@ def hopper_few_gemm2_kernel(
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
-        weight_scale_ptr=weight_scale_ptr,
-        finished_ptr=finished_ptr,
-        out_ptr=out_ptr,
-        first_column=first_column,
-        max_rows=max_rows,
-        pipeline=pipeline,
-        scheduler=scheduler,
-        accumulator=accumulator,
-        activated_ptr=activated_ptr,
-        activated_scale_ptr=activated_scale_ptr,
-        weight=weight,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        COLUMNS=COLUMNS,
-        FIRST_M=FIRST_M,
-        SIGNALS=SIGNALS,
-        E=E,
-        PDL=PDL,
-    )
+        weight_scale_ptr=weight_scale_ptr, finished_ptr=finished_ptr, out_ptr=out_ptr,
+        first_column=first_column, max_rows=max_rows, pipeline=pipeline, scheduler=scheduler,
+        accumulator=accumulator, activated_ptr=activated_ptr, activated_scale_ptr=activated_scale_ptr,
+        weight=weight, HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, COLUMNS=COLUMNS, FIRST_M=FIRST_M,
+        SIGNALS=SIGNALS, E=E, PDL=PDL,
+    )  # fmt: skip
     gl.warp_specialize(
         [(gemm2_consumer, (p, 0)), (gemm2_consumer, (p, 1)), (gemm2_producer, (p,))],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.
+    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.
     wait_for_previous_kernel(PDL)
 
 

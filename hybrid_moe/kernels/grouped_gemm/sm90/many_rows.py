@@ -199,7 +199,7 @@ def gemm1_producer(p):
             step += 1
         number = p.scheduler.publish_tile(turn)
         turn += 1
-        # Kept, the vectors would cost a register more than there are.
+        # Kept in registers, the vectors would spill.
         expert, tokens = p.scheduler.load_tokens_per_expert("")
         tile = p.scheduler.locate(number, expert, tokens)
 
@@ -208,7 +208,7 @@ def gemm1_producer(p):
 def gemm2_producer(p):
     """Load the blocks of all tiles of this program, each expert's once GEMM1 has finished it."""
     pipeline = p.pipeline
-    # Nothing was waited for: the first-level cache may hold older numbers.
+    # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
     through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -271,9 +271,9 @@ def multiply(
 ):  # fmt: skip
     """The sums of a consumer's columns: of a tile's upper 64 rows and, if CHUNKS is 2, of its lower ones; next step.
 
-    What the next block needs is awaited while this block's last product runs: between two products stands nothing but
-    the first one's promotion. A product gets the one before as an operand that ``use_acc`` (false, but not known to the
-    compiler) keeps out of the sum, so that its registers are taken again, and not before its promotion.
+    The next block is awaited while this block's last product runs, so that only a promotion separates two products. A
+    product takes the previous one as its accumulator, which ``use_acc`` (false, unknown to the compiler) ignores: its
+    registers are reused, and not before it has been promoted.
     """
     total = gl.zeros([CHUNK, WG_N], gl.float32, layout=ACC)
     below = gl.zeros([CHUNK, WG_N], gl.float32, layout=ACC)
@@ -315,7 +315,7 @@ def gemm1_consumer(p, WG: gl.constexpr):
     up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
     while tile.expert < p.E:
         rows = tile.rows - tile.m * BLOCK_M
-        # Two loops: a branch inside of one would copy and spill the sums.
+        # Two loops: a branch inside one would copy and spill the accumulators.
         if rows > CHUNK:
             total, below, step = multiply(
                 p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, True, 2, WG
@@ -326,7 +326,7 @@ def gemm1_consumer(p, WG: gl.constexpr):
             )
         done = tile
         first_row = done.rows_before + done.m * BLOCK_M
-        # The next tile's first scales are on their way while this one is stored.
+        # Prefetch the next tile's first scales during the epilogue.
         number = p.scheduler.next_tile(turn)
         expert, tokens = p.scheduler.load_tokens_per_expert("")
         tile = p.scheduler.locate(number, expert, tokens)
@@ -452,28 +452,14 @@ def hopper_gemm1_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     p = Gemm1(
-        weight_scale_ptr=weight_scale_ptr,
-        finished_ptr=finished_ptr,
-        out_ptr=out_ptr,
-        out_scale_ptr=out_scale_ptr,
-        max_rows=max_rows,
-        pipeline=pipeline,
-        scheduler=scheduler,
-        row_max=RowMax(values=values, ready=ready),
-        hidden_ptr=hidden_ptr,
-        hidden_scale_ptr=hidden_scale_ptr,
-        weight=weight,
-        slot_token_ptr=slot_token_ptr,
-        stride_scale_k=stride_scale_k,
-        stride_scale_t=stride_scale_t,
-        num_tokens=num_tokens,
-        STRIDE_HIDDEN=STRIDE_HIDDEN,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        UP=INTERMEDIATE if GATE_FIRST else 0,
-        GATE=0 if GATE_FIRST else INTERMEDIATE,
+        weight_scale_ptr=weight_scale_ptr, finished_ptr=finished_ptr, out_ptr=out_ptr,
+        out_scale_ptr=out_scale_ptr, max_rows=max_rows, pipeline=pipeline, scheduler=scheduler,
+        row_max=RowMax(values=values, ready=ready), hidden_ptr=hidden_ptr, hidden_scale_ptr=hidden_scale_ptr,
+        weight=weight, slot_token_ptr=slot_token_ptr, stride_scale_k=stride_scale_k,
+        stride_scale_t=stride_scale_t, num_tokens=num_tokens, STRIDE_HIDDEN=STRIDE_HIDDEN, HIDDEN=HIDDEN,
+        INTERMEDIATE=INTERMEDIATE, UP=INTERMEDIATE if GATE_FIRST else 0, GATE=0 if GATE_FIRST else INTERMEDIATE,
         E=E,
-    )
+    )  # fmt: skip
     gl.warp_specialize(
         [(gemm1_consumer, (p, 0)), (gemm1_consumer, (p, 1)), (gemm1_producer, (p,))],
         [4, 4],
@@ -517,30 +503,17 @@ def hopper_gemm2_kernel(
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
-        weight_scale_ptr=weight_scale_ptr,
-        finished_ptr=finished_ptr,
-        out_ptr=out_ptr,
-        first_column=first_column,
-        max_rows=max_rows,
-        pipeline=pipeline,
-        scheduler=scheduler,
-        activated=activated,
-        activated_scale_ptr=activated_scale_ptr,
-        weight=weight,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        COLUMNS=COLUMNS,
-        FIRST_M=FIRST_M,
-        SIGNALS=SIGNALS,
-        E=E,
-        PDL=PDL,
-    )
+        weight_scale_ptr=weight_scale_ptr, finished_ptr=finished_ptr, out_ptr=out_ptr,
+        first_column=first_column, max_rows=max_rows, pipeline=pipeline, scheduler=scheduler,
+        activated=activated, activated_scale_ptr=activated_scale_ptr, weight=weight, HIDDEN=HIDDEN,
+        INTERMEDIATE=INTERMEDIATE, COLUMNS=COLUMNS, FIRST_M=FIRST_M, SIGNALS=SIGNALS, E=E, PDL=PDL,
+    )  # fmt: skip
     gl.warp_specialize(
         [(gemm2_consumer, (p, 0)), (gemm2_consumer, (p, 1)), (gemm2_producer, (p,))],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.
+    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.
     wait_for_previous_kernel(PDL)
 
 

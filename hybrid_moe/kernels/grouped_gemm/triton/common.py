@@ -50,11 +50,11 @@ def load_weights(
 ):
     """One 128 block of ROWS rows of each of MATRICES neighbours, one below the other; a matrix is ``[HEIGHT, INNER]``.
 
-    By their descriptor (TMA) no thread computes addresses: a quarter of the registers, and 4.19 instead of 3.9 TB/s on
-    an H200. By pointer where the weights don't start at a multiple of 16 bytes.
+    By TMA no thread computes addresses: a quarter of the registers, and 4.19 instead of 3.9 TB/s on an H200. By pointer
+    where the weights don't start at a multiple of 16 bytes.
     """
     if TMA:
-        # In shared memory the matrices' rows lie one below the other already: the new shape moves nothing.
+        # The reshape moves nothing: in shared memory the matrices are contiguous.
         return tl.reshape(weight.load([matrix, row, block * 128]), (MATRICES * ROWS, 128))
     else:
         index = tl.arange(0, MATRICES * ROWS)
@@ -73,8 +73,7 @@ def scaled_product(x, w, row_scale, SWAP_AB: tl.constexpr):
     """``x @ w.T`` with a factor for each row of ``x``; transposed if SWAP_AB.
 
     The matrix instructions for e4m3 take 64 rows of their first operand and as few as 8 of the other. Fewer than 64
-    rows of ``x`` go second; as first operand, Hopper would compute them with its older instructions, which convert e4m3
-    to float16 in registers and are bound by that.
+    rows of ``x`` go second: as first operand Hopper would use mma.sync, bound by converting e4m3 to float16.
     """
     if SWAP_AB:
         return tl.dot(w, tl.trans(x)) * row_scale[None, :]

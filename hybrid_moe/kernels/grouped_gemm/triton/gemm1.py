@@ -93,7 +93,7 @@ def gemm1_tile(
     k = tl.arange(0, BLOCK_K)
     slot = first_slot + tl.arange(0, BLOCK_M)
     real = slot < rows
-    # One token's number is 0, and what is masked costs no time.
+    # For T = 1 the token is 0: a load that is masked off takes no time.
     unknown = tl.where(p.num_tokens > 1, rows, 0)
     token = tl.load(p.slot_token_ptr + expert.to(tl.int64) * p.num_tokens + slot, mask=slot < unknown, other=0)
     hidden_at = p.hidden_ptr + token.to(tl.int64)[:, None] * p.STRIDE_HIDDEN + k[None, :]
@@ -103,7 +103,6 @@ def gemm1_tile(
     first_scale_at = p.weight_scale_ptr + (expert * (2 * p.INTERMEDIATE // 128) + block_n) * K_BLOCKS
     second_scale_at = first_scale_at + p.INTERMEDIATE // 128 * K_BLOCKS
 
-    # Of the two halves of the weights, which GATE_FIRST names.
     SWAP_AB: tl.constexpr = BLOCK_M < 64 and BLOCK_N * (2 if p.FUSE_GATE_UP else 1) >= 64
     if p.FUSE_GATE_UP:
         both = zeros(BLOCK_M, 2 * BLOCK_N, SWAP_AB)
@@ -121,7 +120,7 @@ def gemm1_tile(
             next_row, next_first, next_second = load_scales(
                 hidden_scale_at, first_scale_at, second_scale_at, block + 1, p.stride_scale_k, real, K_BLOCKS
             )
-            # Weights first: their loads wait for nothing, those of the rows for the tokens' numbers.
+            # Weights first: the loads of rows depend on the tokens.
             if p.FUSE_GATE_UP:
                 w = load_weights(p.weight, 2 * expert, weight_row, block, 2, BLOCK_N, p.INTERMEDIATE, p.HIDDEN, p.TMA)
                 x = tl.load(hidden_at + block * BLOCK_K, mask=real[:, None], other=0.0)
@@ -139,7 +138,7 @@ def gemm1_tile(
     if p.FUSE_GATE_UP:
         if SWAP_AB:
             both = tl.trans(both)
-        # Columns BLOCK_N apart are one thread's: no value moves.
+        # A thread has both columns already: nothing moves.
         first, second = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     elif SWAP_AB:
         first, second = tl.trans(first), tl.trans(second)
@@ -154,7 +153,7 @@ def gemm1_tile(
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(row_at + column[None, :], value, mask=real[:, None])
         if count_arrival(p.block_arrivals_ptr + row_tile * (p.INTERMEDIATE // 128) + block_n) == 128 // BLOCK_N - 1:
-            # Past the first-level cache, which other multiprocessors' stores don't reach.
+            # Not from L1, which doesn't see other SMs' stores.
             whole_at = row_at + (block_n * 128 + tl.arange(0, 128))[None, :]
             whole = tl.load(whole_at, mask=real[:, None], other=0.0, cache_modifier=".cg")
             store_quantized(p, whole, row, real, block_n)
@@ -201,29 +200,14 @@ def gemm1_swiglu_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     p = Gemm1(
-        hidden_ptr=hidden_ptr,
-        hidden_scale_ptr=hidden_scale_ptr,
-        weight=weight,
-        weight_scale_ptr=weight_scale_ptr,
-        slot_token_ptr=slot_token_ptr,
-        out_ptr=out_ptr,
-        out_scale_ptr=out_scale_ptr,
-        unquantized_ptr=unquantized_ptr,
-        block_arrivals_ptr=block_arrivals_ptr,
-        finished_ptr=finished_ptr,
-        stride_scale_k=stride_scale_k,
-        stride_scale_t=stride_scale_t,
-        num_tokens=num_tokens,
-        max_rows=max_rows,
-        STRIDE_HIDDEN=STRIDE_HIDDEN,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        GATE_FIRST=GATE_FIRST,
-        E=E,
-        BLOCK_N=BLOCK_N,
-        FUSE_GATE_UP=FUSE_GATE_UP,
+        hidden_ptr=hidden_ptr, hidden_scale_ptr=hidden_scale_ptr, weight=weight,
+        weight_scale_ptr=weight_scale_ptr, slot_token_ptr=slot_token_ptr, out_ptr=out_ptr,
+        out_scale_ptr=out_scale_ptr, unquantized_ptr=unquantized_ptr, block_arrivals_ptr=block_arrivals_ptr,
+        finished_ptr=finished_ptr, stride_scale_k=stride_scale_k, stride_scale_t=stride_scale_t,
+        num_tokens=num_tokens, max_rows=max_rows, STRIDE_HIDDEN=STRIDE_HIDDEN, HIDDEN=HIDDEN,
+        INTERMEDIATE=INTERMEDIATE, GATE_FIRST=GATE_FIRST, E=E, BLOCK_N=BLOCK_N, FUSE_GATE_UP=FUSE_GATE_UP,
         TMA=TMA,
-    )
+    )  # fmt: skip
     expert = tl.arange(0, E_POW2)
     count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0)
     num_tiles = tl.sum(tl.cdiv(count, BLOCK_M), axis=0) * TILES_N

@@ -81,7 +81,7 @@ def gemm2_tile(
 
     SWAP_AB: tl.constexpr = BLOCK_M < 64 and WIDTH >= 64
     total = zeros(BLOCK_M, WIDTH, SWAP_AB)
-    # Where the right half's scales are from the left's: in the same row of them unless each half has a 128 block.
+    # From the left half's scales to the right's: 0 where both are of one 128 block.
     scales = 0 if WIDTH < 128 or p.FUSE_HALVES else K_BLOCKS
     if not p.FUSE_HALVES:
         right = zeros(BLOCK_M, WIDTH, SWAP_AB)
@@ -148,22 +148,13 @@ def gemm2_kernel(
     tl.static_assert(COLUMNS % BLOCK_N == 0)
     let_next_kernel_start(PDL)
     p = Gemm2(
-        activated_ptr=activated_ptr,
-        activated_scale_ptr=activated_scale_ptr,
-        weight=weight,
-        weight_scale_ptr=weight_scale_ptr,
-        out_ptr=out_ptr,
-        first_column=first_column,
-        max_rows=max_rows,
-        HIDDEN=HIDDEN,
-        INTERMEDIATE=INTERMEDIATE,
-        COLUMNS=COLUMNS,
-        BLOCK_N=BLOCK_N,
-        FUSE_HALVES=FUSE_HALVES,
+        activated_ptr=activated_ptr, activated_scale_ptr=activated_scale_ptr, weight=weight,
+        weight_scale_ptr=weight_scale_ptr, out_ptr=out_ptr, first_column=first_column, max_rows=max_rows,
+        HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, COLUMNS=COLUMNS, BLOCK_N=BLOCK_N, FUSE_HALVES=FUSE_HALVES,
         TMA=TMA,
-    )
+    )  # fmt: skip
     expert = tl.arange(0, E_POW2)
-    # The routing is through, as GEMM1 has waited for it. Not from the first-level cache, which may hold older counts.
+    # GEMM1 has waited for the routing, but L1 may hold older counts.
     count = tl.load(tokens_per_expert_ptr + expert, mask=expert < E, other=0, cache_modifier=".cg")
     through = all_finished(finished_ptr, count, FIRST_M, SIGNALS, E)
     if through:
@@ -175,7 +166,7 @@ def gemm2_kernel(
         left = tl.minimum(rows - first_slot, BLOCK_M)
         if not through:
             if TMA:
-                # By when half of a row tile is through, GEMM1 leaves some of the memory's time to this kernel.
+                # Once half of a row tile is finished, GEMM1 leaves memory bandwidth to spare.
                 await_signals(finished_ptr, at, SIGNALS // 2)
                 PREFETCHED: tl.constexpr = min(M_BUCKETS[0][2] * M_BUCKETS[0][3] * 128, INTERMEDIATE)
                 prefetch_rows(
@@ -187,7 +178,7 @@ def gemm2_kernel(
                 gemm2_tile(
                     p, at, rows, rows_before, first_slot, tile_n, M_BUCKETS[b][1], M_BUCKETS[b][2], M_BUCKETS[b][3]
                 )
-    # The end of this kernel has to mean the end of GEMM1: what comes next may clear the counters of both.
+    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.
     wait_for_previous_kernel(PDL)
 
 

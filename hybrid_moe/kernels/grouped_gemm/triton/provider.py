@@ -39,7 +39,7 @@ class TritonGroupedGemm(GroupedGemm):
     def reserve(self, arena: Arena, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:
         """The activation with its scales (twice over in float32 for narrow tiles), and one chunk of result columns."""
         rows = max_local_rows(problem, num_tokens)
-        # Kernels for few rows take the place of narrow tiles alone, and want what these do.
+        # The kernels for few rows replace narrow tiles only, which need the same tensors.
         gemm1.reserve_activation(arena, problem, rows, self.plan(problem, num_tokens).gemm1)
         arena.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
 

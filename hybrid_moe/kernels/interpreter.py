@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 import triton.language as tl
 from triton import knobs
@@ -41,13 +40,15 @@ def repair() -> None:
             return torch.from_numpy(input.copy()).bfloat16().view(torch.uint16).numpy()
         converted = convert_float(input, input_dtype, output_dtype, rounding_mode)
         if input_dtype == tl.float8e4nv and output_dtype in _NAN:
-            is_nan = (input.view(np.uint8) & 0x7F) == 0x7F
-            converted = np.where(is_nan, converted.dtype.type(_NAN[output_dtype]), converted)
+            converted = converted.copy()
+            converted[(input.view("uint8") & 0x7F) == 0x7F] = _NAN[output_dtype]
         return converted
 
     @functools.wraps(reduce)
     def reduce_by(self, input):
-        return self.min_max(input[0], np.max) if self.combine_fn is larger else reduce(self, input)
+        if self.combine_fn is larger:
+            return self.min_max(input[0], lambda values, **over: values.max(**over))
+        return reduce(self, input)
 
     interpreter._convert_float = convert
     interpreter.ReduceOps.generic_reduce = reduce_by

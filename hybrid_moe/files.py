@@ -47,7 +47,9 @@ class Kind:
     beginning: re.Pattern[bytes]
 
 
-POLICY = Kind("a policy", re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"schema_version"\s*:\s*\d+\s*,\s*"device"'))
+# A record has its problem's name where a policy has an object.
+_POLICY = rb'(\xef\xbb\xbf)?\s*\{\s*"schema_version"\s*:\s*\d+\s*,\s*"device"\s*:\s*"\w*"\s*,\s*"problem"\s*:\s*\{'
+POLICY = Kind("a policy", re.compile(_POLICY))
 SOLUTION = Kind("a Solution", re.compile(rb'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"definition"\s*:'))
 DEFINITION = Kind("a Definition", re.compile(rb'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"op_type"\s*:'))
 PAGE = Kind("a report of hybrid_moe", re.compile(rb"<!DOCTYPE html>\s(?s:.*?)<title>hybrid_moe on "))

@@ -205,7 +205,7 @@ def test_learn_bad_input_leaves_the_file_alone(tmp_path, content, arguments, wan
     source, path = tmp_path / "records", tmp_path / "policy.json"
     if content is not None:
         source.write_text(content.read_text() if isinstance(content, Path) else content)
-    before = '{"schema_version": 1, "device": "x"}'
+    before = '{"schema_version": 1, "device": "x", "problem": {}}'
     path.write_text(before)
     assert wanted in fails("learn", source, "-o", path, *arguments)
     assert path.read_text() == before

@@ -22,7 +22,10 @@ from hybrid_moe import files
 from hybrid_moe.cli.common import PrintableConsole, print_json
 from hybrid_moe.text import describe_exception, printable, printable_json
 
-OLD, NEW = b'{"schema_version": 1, "device": "x"}\n', b'{"schema_version": 1, "device": "y"}\n'
+OLD, NEW = (b'{"schema_version": 1, "device": "%b", "problem": {}}\n' % device for device in (b"x", b"y"))
+
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia_h200" / "definition.jsonl"
 
 
 def names(folder):
@@ -128,6 +131,7 @@ def test_fifos_are_written_into_and_nobody_waits_for_a_reader(tmp_path):
         (files.POLICY, b"\x89PNG\r\n\x1a\n..."),
         (files.POLICY, b'{"a": 1}'),
         (files.POLICY, b'{"schema_version":1,"backend":"x"}\n'),
+        (files.POLICY, RECORDS.read_bytes()),
         (files.POLICY, b"\0" * 10_000),
         (files.SOLUTION, OLD),
         (files.DEFINITION, b'{"name": "x", "version": "1.0"}'),
@@ -146,7 +150,9 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, kind, content):
     assert names(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize("content", [b"", OLD, b"\xef\xbb\xbf" + OLD, b' {\n\n "schema_version" : 2, "device": '])
+@pytest.mark.parametrize(
+    "content", [b"", OLD, b"\xef\xbb\xbf" + OLD, b' {\n\n "schema_version" : 2, "device": "d",\n"problem":{']
+)
 def test_empty_files_and_policies_are_replaced(tmp_path, content):
     path = tmp_path / "f"
     path.write_bytes(content)

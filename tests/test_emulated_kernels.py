@@ -17,6 +17,7 @@ from hybrid_moe.kernels import external, shapes
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
+from hybrid_moe.kernels.routing import clear_kernel
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.reference import dequantize_rows, route
 
@@ -171,6 +172,14 @@ def copy_kernel(from_ptr, to_ptr, ELEMENTS: tl.constexpr):
     gdc_launch_dependents()
     place = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     tl.store(to_ptr + place, tl.load(from_ptr + place))
+
+
+@pytest.mark.parametrize("length", [1024, 1025, 2500])
+def test_all_counters_are_cleared(length):
+    counters = torch.ones(length + 1, dtype=torch.int32)
+    arguments = dict(counters_ptr=counters, num_counters=length, BLOCK=1024, PDL=True)
+    gluon_emulation.launch([(clear_kernel, (1,), arguments, 4)])
+    assert not counters[:length].any() and counters[length]
 
 
 @pytest.mark.parametrize("kind", ["logits", "chosen"])

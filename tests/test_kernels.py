@@ -141,7 +141,7 @@ def chosen_by_all(problem, tokens, experts, offset):
 
 @pytest.mark.parametrize(
     "tokens",
-    [1, 3, 4, 5, 16, 17, 65, 161],
+    [1, 2, 3, 4, 5, 16, 17, 65, 161],
 )
 def test_token_counts(tokens):
     # Between one row for several experts and forty for each: through every tile of the table.
@@ -324,6 +324,12 @@ def test_tensors_at_odd_addresses():
 def test_one_row_of_hidden_states_for_all_tokens():
     inputs = inputs_of(SMALL, 12, 4)
     assert_right(SMALL, inputs._replace(hidden_states=inputs.hidden_states[:1].expand(12, -1)))
+
+
+def test_small_activations():
+    """Far below one, where their blocks' scales still follow them."""
+    inputs = inputs_of(SMALL, 20, 4)
+    assert_right(SMALL, inputs._replace(hidden_states_scale=inputs.hidden_states_scale / 1000))
 
 
 def test_gate_first_is_swapped_weights():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybrid_moe.inputs import MoEInputs
-from hybrid_moe.kernels.grouped_gemm.tiles import describe
+from hybrid_moe.kernels.grouped_gemm.tiles import TILES_SM90, TILES_SM100, describe, tile_plan
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.pipeline import Pipeline
@@ -64,6 +64,18 @@ def test_from_more_than_eight_tokens_an_expert_on():
 @pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3)], ids=str)
 def test_on_hopper_alone(capability):
     assert gemms(4096, capability) == gemms(16, capability) == TRITON
+
+
+@pytest.mark.parametrize(
+    ("capability", "table"), [(None, TILES_SM90), ((9, 0), TILES_SM90), ((10, 0), TILES_SM100), ((10, 3), TILES_SM100)]
+)
+def test_each_architecture_has_its_own_tiles(capability, table):
+    """On both sides of each bound."""
+    for (bound, plan), (_, following) in itertools.pairwise(table):
+        tokens = int(bound * DEEPSEEK_V3.num_experts / DEEPSEEK_V3.top_k)
+        for num_tokens, wanted in ((tokens, plan), (tokens + 1, following)):
+            found = tile_plan(DEEPSEEK_V3, num_tokens, capability)
+            assert (found.gemm1, found.gemm2) == (wanted.gemm1, wanted.gemm2)
 
 
 def test_what_they_cannot_read_goes_to_the_others():

@@ -257,7 +257,8 @@ def gdc_wait() -> None:
 
 
 def gdc_launch_dependents() -> None:
-    current_task().program.release()
+    task = current_task()
+    task.machine.let_next_start(task.program)
 
 
 class TileDescriptor(Descriptor):

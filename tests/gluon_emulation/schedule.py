@@ -47,9 +47,10 @@ class KernelRun:
         name: str,
         grid: tuple[int, ...],
         body: Callable[[], None],
+        threads: int,
         only: Sequence[tuple[int, ...]] = (),
     ) -> None:
-        self.number, self.name, self.body = number, name, body
+        self.number, self.name, self.body, self.threads = number, name, body, threads
         self.grid = (*grid, 1, 1)[:3]
         indices = only or list(itertools.product(*map(range, grid[::-1])))
         self.programs = len(indices)
@@ -60,11 +61,6 @@ class KernelRun:
     def complete(self) -> bool:
         """Whether all programs have ended."""
         return self.ended == self.programs
-
-    @property
-    def lets_next_start(self) -> bool:
-        """Whether all programs have allowed it, or ended."""
-        return self.released == self.programs
 
 
 class Program:
@@ -78,10 +74,11 @@ class Program:
     def __str__(self) -> str:
         return f"{self.kernel.name}{list(self.index)}"
 
-    def release(self) -> None:
-        """Let the next kernel start, as far as this program is concerned."""
-        self.kernel.released += not self.released
-        self.released = True
+    def release(self) -> bool:
+        """Let the next kernel start; whether this was the last program that had to."""
+        first, self.released = not self.released, True
+        self.kernel.released += first
+        return first and self.kernel.released == self.kernel.programs
 
 
 class Task:
@@ -208,29 +205,30 @@ class Machine:
         self, name: str, grid: tuple[int, ...], body: Callable[[], None], threads: int, only: Sequence[tuple[int, ...]]
     ) -> None:
         """Behind those before; of the grid ``only`` these programs run, if any are named."""
-        kernel = KernelRun(len(self.kernels), name, grid, body, only)
-        before = self.kernels[-1] if self.kernels else None
-        self.kernels.append(kernel)
-        for _ in range(RESIDENT):
-            self._start_program(kernel, before, threads)
+        self.kernels.append(KernelRun(len(self.kernels), name, grid, body, threads, only))
 
-    def _start_program(self, kernel: KernelRun, before: KernelRun | None, threads: int) -> None:
+    def _start_kernel(self, number: int) -> None:
+        for kernel in self.kernels[number : number + 1]:
+            for _ in range(RESIDENT):
+                self._start_program(kernel)
+
+    def _start_program(self, kernel: KernelRun) -> None:
         index = next(kernel.to_come, None)
-        if index is None:
-            return
-        program = Program(self._programs, kernel, index)
-        self._programs += 1
+        if index is not None:
+            program = Program(self._programs, kernel, index)
+            self._programs += 1
+            self.spawn(program, "", lambda: self._run(program), kernel.threads)
 
-        def body() -> None:
-            self._run(program, before)
-            self._start_program(kernel, before, threads)
+    def let_next_start(self, program: Program) -> None:
+        """griddepcontrol.launch_dependents: the next kernel starts when all programs have said so, or ended."""
+        if program.release():
+            self._start_kernel(program.kernel.number + 1)
 
-        task = self.spawn(program, "", body, threads)
-        if before is not None:
-            task.ready, task.reason = lambda: before.lets_next_start, f"{before.name} to let it start"
+    def _before(self, kernel: KernelRun) -> KernelRun | None:
+        return self.kernels[kernel.number - 1] if kernel.number else None
 
-    def _run(self, program: Program, before: KernelRun | None) -> None:
-        task = current_task()
+    def _run(self, program: Program) -> None:
+        task, before = current_task(), self._before(program.kernel)
         if before is None or before.complete:
             task.see_everything()
         self.pause(task, "start")
@@ -238,7 +236,7 @@ class Machine:
         self.pause(task, "end")
         if program.copies:
             raise EmulationError(f"{program} ends with {program.copies} async copies under way")
-        program.release()
+        self.let_next_start(program)
         program.kernel.ended += 1
         if program.kernel.complete:
             for other in [other for other in self.tasks if other.program.kernel is program.kernel]:
@@ -247,12 +245,12 @@ class Machine:
                 other.stores = []
                 if other is not task:
                     self.tasks.remove(other)
+        self._start_program(program.kernel)
 
     def wait_for_previous_kernel(self, task: Task) -> None:
         """griddepcontrol.wait."""
-        number = task.program.kernel.number
-        if number:
-            before = self.kernels[number - 1]
+        before = self._before(task.program.kernel)
+        if before is not None:
             task.wait(lambda: before.complete, f"the end of {before.name}")
         task.see_everything()
 
@@ -268,6 +266,7 @@ class Machine:
 
     def run(self) -> None:
         """All of them; raises what a kernel raised."""
+        self._start_kernel(0)
         self._hand_to(self._next())
         self._over.wait()
         if self._failure is not None:

@@ -205,6 +205,8 @@ def convert(value: Any, dtype: torch.dtype, bitcast: bool = False) -> Any:
 
 def _tensor_operator(function, swapped, result, division):
     def apply(self, other):
+        if type(other) is Tensor and other.dtype is self.dtype and self.dtype.is_floating_point:  # most of them
+            return Tensor(function(self.data, other.data))
         if not isinstance(other, Tensor | int | float):
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)

@@ -4,9 +4,13 @@ from mutations import Mutation
 
 EMULATED = ("tests/test_emulated_kernels.py",)
 DIRECT = ("tests/test_direct.py",)
-LAYOUT = ("tests/test_layout.py",)
+LAYOUT = ("tests/test_arena.py",)
 SPECIALIZED = ("tests/test_specialized.py",)
-KERNELS = ("tests/test_kernels.py::test_problems", "tests/test_kernels.py")
+KERNELS = (
+    "tests/test_kernels.py::test_problems",
+    "tests/test_kernels.py::test_token_counts",
+    "tests/test_kernels.py::test_the_routing_of_other_models",
+)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", "tests/test_kernels.py::test_columns_in_pieces")
 ODD = ("tests/test_kernels.py::test_tensors_at_odd_addresses", "tests/test_kernels.py::test_strides", *SPECIALIZED)
 
@@ -36,7 +40,7 @@ MUTATIONS = [
         'counters = arena.places["counters"].shape[0]',
         "counters = problem.num_local_experts",
         "only the counts are cleared",
-        EMULATED,
+        ("tests/test_kernels.py::test_token_counts",),
     ),
     routing("(*key.kind._fields[:2], *results", "(*key.kind._fields[1::-1], *results", "logits and bias swapped"),
     routing("length += (numbers + 3) // 4 * 4", "length += numbers", "counters that don't start at 16 bytes", LAYOUT),
@@ -52,7 +56,7 @@ MUTATIONS = [
         '"RENORMALIZE": problem.renormalize',
         '"RENORMALIZE": True',
         "weights that are to stay as they are",
-        ("tests/test_kernels.py",),
+        ("tests/test_kernels.py::test_problems", "tests/test_kernels.py::test_a_bias_in_float32"),
     ),
     routing('"TOPK_GROUP": problem.topk_group', '"TOPK_GROUP": problem.n_group', "all groups are kept"),
     shapes(
@@ -72,7 +76,7 @@ MUTATIONS = [
         "rows * (problem.hidden_size // chunks) * 2 <= MAX_ROWS_BYTES",
         "rows * (problem.hidden_size // chunks) <= MAX_ROWS_BYTES",
         "chunks of twice the bytes",
-        ("tests/test_specialized.py", "tests/test_layout.py"),
+        ("tests/test_specialized.py", "tests/test_arena.py"),
     ),
     combine("first_column // problem.block)", "first_column)", "the combine stores past the output", CHUNKS),
     combine("1024, columns & -columns)", "1024, columns)", "blocks that don't divide the columns"),
@@ -254,7 +258,7 @@ MUTATIONS = [
         "capability[0] >= 10:",
         "capability[0] > 10:",
         "Hopper's tiles on Blackwell",
-        ("tests/test_specialized.py", "tests/test_kernels.py", "tests/test_compile.py"),
+        SPECIALIZED,
     ),
     tiles(
         "if capability == (9, 0) else (None, None)", "if capability else (None, None)", "specialised kernels elsewhere"

@@ -145,7 +145,7 @@ MUTATIONS = [
         "for first in range(0, num_counters, BLOCK)",
         "for first in range(0, BLOCK, BLOCK)",
         "counters past the first block are not cleared",
-        ("tests/test_routed.py", "tests/test_kernels.py"),
+        ("tests/test_emulated_kernels.py::test_all_counters_are_cleared",),
     ),
     routing(
         "    wait_for_previous_kernel(PDL)\n    let_next_kernel_start(PDL)\n    clear(",
@@ -218,7 +218,7 @@ MUTATIONS = [
         "MIN_AMAX = tl.constexpr(1e-10)",
         "MIN_AMAX = tl.constexpr(1e-2)",
         "small blocks lose digits",
-        (*QUANTIZE, "tests/test_kernels.py"),
+        ("tests/test_kernels.py::test_small_activations",),
     ),
     # Triton's GEMMs
     common("(ends <= tile)", "(ends < tile)", "an expert's first tile is the one's before"),

@@ -164,7 +164,8 @@ def run_tests(folder: Path, tests: Sequence[str], limit: float = TIME_LIMIT) -> 
             return receiver.recv()
         return None, "", ""
     except EOFError:
-        return 99, "", "the process ended without a word"
+        process.join()
+        return 1, f"the process crashed, exit code {process.exitcode}", ""
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

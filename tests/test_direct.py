@@ -9,10 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 
-from hybrid_moe.kernels import direct
+from hybrid_moe import MoEProblem
+from hybrid_moe.kernels import direct, plan
+from hybrid_moe.kernels.arena import Arena
 from hybrid_moe.kernels.launcher import Constants
+from hybrid_moe.kernels.plan import Addressed, LaunchKey, Plan, addresses_of
+from hybrid_moe.kernels.steps import LibraryStep
+from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 
 HERE = Path(__file__).resolve().parent
 
@@ -142,3 +148,39 @@ def test_descriptors_that_are_not_encoded():
     for metadata in ({}, {"tensordesc_meta": None}, {"tensordesc_meta": [None]}):
         assert direct.expanded(Compiled(**metadata), None, 0) is None
     assert direct.expanded(Compiled(tensordesc_meta=[{}]), None, 1) is None
+
+
+def test_tensors_that_are_not_aligned_are_launched_by_triton():
+    """Compiled kernels are for those that are; the output counts too."""
+    problem = MoEProblem(
+        num_experts=4, num_local_experts=2, top_k=1, n_group=1, topk_group=1, hidden_size=128, intermediate_size=128
+    )
+    inputs = make_inputs(Workload(2, 1), problem, random_weights(problem, "cpu"))
+    odd = torch.empty(2 * 128 + 1, dtype=torch.bfloat16)[1:].view(2, 128)
+    for output, direct_at_once in ((torch.empty(2, 128, dtype=torch.bfloat16), True), (odd, False)):
+        key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
+        assert (key.aligned, key.output_aligned) == (True, direct_at_once)
+        made = Plan(key, Arena(), [], torch.device("cuda", 0))
+        assert (made.addressed is not None) == direct_at_once
+    assert (
+        Plan(key._replace(aligned=False, output_aligned=True), Arena(), [], torch.device("cuda", 0)).addressed is None
+    )
+
+
+def test_libraries_run_between_the_kernels(monkeypatch):
+    monkeypatch.setattr(plan, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 77)))
+    seen = []
+
+    def kernel(name):
+        return lambda stream, values: seen.append((name, stream))
+
+    addressed = Addressed(["local_expert_offset", "routed_scaling_factor", "output"], [], torch.device("cuda", 0))
+    addressed.launchers += [kernel("gather"), kernel("sizes")]
+    addressed.add(LibraryStep(lambda call: seen.append((call["name"], None))))
+    addressed.launchers.append(kernel("swiglu"))
+    addressed.add(LibraryStep(lambda call: seen.append((call["name"], None))))
+    addressed.launchers.append(kernel("combine"))
+    inputs = SimpleNamespace(local_expert_offset=0, routed_scaling_factor=1.0)
+    addressed.run(inputs, [], 0, 0, {"name": "library"})
+    assert [name for name, _ in seen] == ["gather", "sizes", "library", "swiglu", "library", "combine"]
+    assert {stream for name, stream in seen if name != "library"} == {77}

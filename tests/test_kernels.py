@@ -332,6 +332,16 @@ def test_small_activations():
     assert_right(SMALL, inputs._replace(hidden_states_scale=inputs.hidden_states_scale / 1000))
 
 
+def test_too_little_memory():
+    """A call then takes its own."""
+    inputs = inputs_of(SMALL, 20, 4)
+    wanted = run(SMALL, inputs)
+    output = torch.empty_like(wanted)
+    memory = torch.full((256,), 77, dtype=torch.uint8, device=DEVICE)
+    pipeline.Pipeline(SMALL, provider.TritonGroupedGemm()).run(inputs, output, memory)
+    assert torch.equal(output, wanted) and bool((memory == 77).all())
+
+
 def test_gate_first_is_swapped_weights():
     inputs = inputs_of(SMALL, 20, 4)
     half = SMALL.intermediate_size

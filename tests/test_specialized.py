@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_moe.inputs import MoEInputs
+from hybrid_moe.kernels import shapes
 from hybrid_moe.kernels.grouped_gemm.tiles import TILES_SM90, TILES_SM100, describe, tile_plan
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
@@ -160,3 +161,12 @@ def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
         blocks = problem.intermediate_size // 128
         wanted = second.constants.arguments
         assert (wanted["FIRST_M"], wanted["SIGNALS"]) == (rows, 2 * blocks if name == HOPPER[0] else blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 6, 7, 56])
+def test_chunks_have_whole_blocks_and_leave_no_column_out(blocks):
+    problem = dataclasses.replace(DEEPSEEK_V3, hidden_size=128 * blocks)
+    for rows in (1, 2**20, 2**22, 3 * 2**22, 2**24, 2**26):
+        columns = column_chunk(problem, rows)
+        assert columns % 128 == 0 and problem.hidden_size % columns == 0
+        assert columns == 128 or rows * columns * 2 <= shapes.MAX_ROWS_BYTES

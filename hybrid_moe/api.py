@@ -19,12 +19,15 @@ from .inputs import (
     Inputs,
     MoEInputs,
     RoutedInputs,
+    Stated,
     check_activations,
     check_output,
     check_ranks,
     check_unquantized,
     plain_num_tokens,
     problem_of,
+    stated,
+    with_python_numbers,
 )
 from .policy.resolve import as_candidate
 from .policy.schema import Policy
@@ -57,11 +60,12 @@ def fused_moe(
     local_expert_offset: int,
     routed_scaling_factor: float,
     *,
-    top_k: int = 8,
-    n_group: int = 8,
-    topk_group: int = 4,
-    gate_first: bool = False,
-    routing_method: RoutingMethod = "deepseek_v3",
+    problem: MoEProblem | None = None,
+    top_k: int | None = None,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    gate_first: bool | None = None,
+    routing_method: RoutingMethod | None = None,
     topk_ids: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
     num_experts: int | None = None,
@@ -90,17 +94,15 @@ def fused_moe(
         Global index of the first of the E local experts.
     routed_scaling_factor
         Factor on the routing weights, which sum to one before it; not applied to ``topk_weights``.
-    top_k, n_group, topk_group
-        See `MoEProblem`. With ``topk_ids`` they and ``routing_method`` still say whose policy it is.
-    gate_first
-        The halves of ``gemm1_weights`` are stored gate first, as SGLang and vLLM do.
-    routing_method
-        ``"deepseek_v3"``, or ``"softmax"`` as Qwen3, which wants ``n_group=1, topk_group=1``; see `MoEProblem`.
+    problem
+        What is computed, said outright: the preferred way. Every tensor is checked against it.
+    top_k, n_group, topk_group, gate_first, routing_method, num_experts
+        In place of ``problem``, whose fields they are, the rest of which the tensors say. What isn't given is
+        DeepSeek-V3's: 8 of 8 groups' experts from the best 4, up first, ``"deepseek_v3"``. With ``topk_ids``
+        ``num_experts`` is wanted, ``top_k`` is their width, and the others say no more than whose policy it is.
     topk_ids, topk_weights
         ``[T, top_k]`` int32 and float32, in place of logits and bias: the experts that were chosen before, by their
         global numbers, and their final weights. -1 is no expert; see `RoutedInputs`.
-    num_experts
-        Experts of the whole model, wanted with ``topk_ids``; logits say it by their width.
     output
         ``[T, H]`` bfloat16 to write into; a new tensor if not given.
     backend
@@ -146,8 +148,8 @@ def fused_moe(
     if is_compiling():
         from .serving.traced import handle_of  # loads the compiler, which is there by now
 
-        return custom_ops.call_fused_moe(inputs, output, handle_of(backend, policy), *options)
-    return Call(backend, policy).run(inputs, output, *options)
+        return custom_ops.call_fused_moe(inputs, output, handle_of(backend, policy, problem), *options)
+    return Call(backend, policy, problem).run(inputs, output, *options)
 
 
 class HybridMoE:
@@ -164,10 +166,10 @@ class HybridMoE:
     ----------
     gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, routing_bias
         See `fused_moe`. Held, never copied.
-    num_experts
-        Experts of the whole model, wanted with ``routing_bias=None``; else the bias says it by its length.
-    local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group, gate_first, routing_method, backend, policy
+    local_expert_offset, routed_scaling_factor, problem, backend, policy
         See `fused_moe`.
+    num_experts, top_k, n_group, topk_group, gate_first, routing_method
+        In place of ``problem``, see `fused_moe`; the bias says ``num_experts`` by its length.
     max_num_tokens
         T up to which calls reserve no memory but for their output, and none with ``output=``: their intermediate
         tensors lie in a workspace that is kept, `planned_bytes` for each stream that the device's layers are called on,
@@ -199,14 +201,15 @@ class HybridMoE:
         gemm2_weights_scale: torch.Tensor,
         routing_bias: torch.Tensor | None,
         *,
-        num_experts: int | None = None,
         local_expert_offset: int,
         routed_scaling_factor: float,
-        top_k: int = 8,
-        n_group: int = 8,
-        topk_group: int = 4,
-        gate_first: bool = False,
-        routing_method: RoutingMethod = "deepseek_v3",
+        problem: MoEProblem | None = None,
+        num_experts: int | None = None,
+        top_k: int | None = None,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        gate_first: bool | None = None,
+        routing_method: RoutingMethod | None = None,
         backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
@@ -222,6 +225,7 @@ class HybridMoE:
             "gemm2_weights_scale": gemm2_weights_scale,
         }
         check_ranks(tensors if routing_bias is None else tensors | {"routing_bias": routing_bias})
+        said = stated(problem, Stated(top_k, n_group, topk_group, gate_first, routing_method, num_experts))
         rest = (
             gemm1_weights.new_empty((0, *gemm1_weights.shape[-1:])),
             gemm1_weights_scale.new_empty((gemm1_weights_scale.shape[-1], 0)),
@@ -236,23 +240,17 @@ class HybridMoE:
         if routing_bias is not None:
             logits = torch.empty((0, *routing_bias.shape), dtype=torch.float32, device=routing_bias.device)
             empty = MoEInputs(logits, routing_bias, *rest)
-        elif num_experts is None:
+        elif problem is None and num_experts is None:
             raise TypeError(
-                "routing_bias is None, and num_experts too; a tensor is wanted, zeros for no bias, or num_experts for "
-                "a layer that is called with topk_ids"
+                "routing_bias is None, and neither problem nor num_experts is given; a tensor is wanted, zeros for no "
+                "bias, or one of the two for a layer that is called with topk_ids"
             )
         else:
-            weights = torch.empty((0, top_k), dtype=torch.float32, device=gemm1_weights.device)
+            width = said.top_k if said.top_k is not None else 8
+            weights = torch.empty((0, width), dtype=torch.float32, device=gemm1_weights.device)
             empty = RoutedInputs(weights.int(), weights, *rest)
-        self.problem = problem_of(
-            empty,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            gate_first=gate_first,
-            routing_method=routing_method,
-            num_experts=num_experts,
-        )
+        self.problem = problem_of(empty, said)
+        empty = with_python_numbers(empty)
         if check_weights:
             refuse_not_finite(tensors)
         self.device = DeviceKey.of(gemm1_weights.device)
@@ -304,17 +302,12 @@ class HybridMoE:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
-        dispatch, problem = self._dispatch, self.problem
+        dispatch = self._dispatch
         w13, s13, w2, s2, offset, factor = self._held
         options = dict(
-            num_experts=problem.num_experts,
             local_expert_offset=offset,
             routed_scaling_factor=factor,
-            top_k=problem.top_k,
-            n_group=problem.n_group,
-            topk_group=problem.topk_group,
-            gate_first=problem.gate_first,
-            routing_method=problem.routing_method,
+            problem=self.problem,
             backend=dispatch.backend,
             policy=dispatch.policy,
             max_num_tokens=self.max_num_tokens,
@@ -344,14 +337,9 @@ class HybridMoE:
             inputs.gemm2_weights,
             inputs.gemm2_weights_scale,
             inputs.routing_bias if isinstance(inputs, MoEInputs) else None,
-            num_experts=problem.num_experts,
             local_expert_offset=inputs.local_expert_offset,
             routed_scaling_factor=inputs.routed_scaling_factor,
-            top_k=problem.top_k,
-            n_group=problem.n_group,
-            topk_group=problem.topk_group,
-            gate_first=problem.gate_first,
-            routing_method=problem.routing_method,
+            problem=problem,
             backend=backend,
             policy=policy,
             max_num_tokens=max_num_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -161,37 +162,76 @@ def _check(
         )
 
 
-def problem_of(
-    inputs: Inputs,
-    *,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    gate_first: bool = False,
-    routing_method: RoutingMethod = "deepseek_v3",
-    num_experts: int | None = None,
-) -> MoEProblem:
-    """Derive the problem from the tensors' shapes and check all ten inputs against it.
+class Stated(NamedTuple):
+    """What a caller says of the problem where it isn't given whole; the tensors' shapes say the rest.
 
-    ``num_experts`` is wanted where there are no logits, whose width says it.
+    ``None`` is not said: DeepSeek-V3's value is taken.
+    """
+
+    top_k: int | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
+    gate_first: bool | None = None
+    routing_method: RoutingMethod | None = None
+    num_experts: int | None = None
+
+
+def stated(problem: MoEProblem | None, options: Stated) -> MoEProblem | Stated:
+    """The problem if it is given, else the options; TypeError if both are."""
+    if problem is None:
+        return options
+    if not isinstance(problem, MoEProblem):
+        raise TypeError(f"problem is {problem!r}; expected a MoEProblem")
+    for name, value in zip(options._fields, options, strict=True):
+        if value is not None:
+            raise TypeError(f"{name} is given beside problem, which says it; expected one of the two")
+    return problem
+
+
+def problem_of(inputs: Inputs, given: MoEProblem | Stated) -> MoEProblem:
+    """The problem of a call, given whole or derived from the tensors' shapes, with all ten inputs checked against it.
+
+    Warns where the number of experts isn't DeepSeek-V3's and nothing is said of the routing.
 
     Raises
     ------
     ValueError
         A shape, device, contiguity or range is wrong.
     TypeError
-        An argument is no tensor, or has the wrong dtype.
+        An argument is no tensor, or has the wrong dtype; or there are neither logits nor ``num_experts``.
     """
     # The four whose shapes say what the problem is; the others are then checked against it.
     sources = (inputs._fields[0], "hidden_states", "gemm1_weights", "gemm2_weights")
     check_ranks({name: getattr(inputs, name) for name in sources})
-    if isinstance(inputs, MoEInputs):
+    problem = given if isinstance(given, MoEProblem) else _derived(inputs, given)
+    check_weights(inputs, problem)
+    check_activations(inputs, problem)
+    return problem
+
+
+def _derived(inputs: Inputs, given: Stated) -> MoEProblem:
+    top_k, n_group, topk_group, gate_first, routing_method, num_experts = given
+    routing_method = "deepseek_v3" if routing_method is None else routing_method
+    routed = isinstance(inputs, RoutedInputs)
+    if isinstance(inputs, RoutedInputs):
+        if num_experts is None:
+            raise TypeError("num_experts is None; the number of the model's experts is wanted beside topk_ids")
+        top_k = inputs.topk_ids.shape[1] if top_k is None else top_k
+    else:
         width = inputs.routing_logits.shape[1]
         if num_experts not in (None, width):
             raise ValueError(f"num_experts is {num_experts}; {width} is wanted, the width of routing_logits")
         num_experts = width
-    elif num_experts is None:
-        raise TypeError("num_experts is None; the number of the model's experts is wanted beside topk_ids")
+        if width != MoEProblem.__dataclass_fields__["num_experts"].default and given[:3] == (None, None, None):
+            warnings.warn(
+                f"routing_logits has {width} experts, and neither problem nor top_k, n_group and topk_group are given: "
+                "DeepSeek-V3's 8, 8 and 4 are taken. Say problem=MoEProblem(...), or these three",
+                stacklevel=4,
+            )
+    if n_group is None and topk_group is None:
+        # Experts that are chosen already have no groups to be chosen from.
+        ungrouped = routing_method != "deepseek_v3" or (routed and num_experts % 8)
+        n_group, topk_group = (1, 1) if ungrouped else (8, 4)
     for name, size in (("hidden_states", inputs.hidden_states), ("gemm2_weights", inputs.gemm2_weights)):
         if size.shape[-1] % 128:
             raise ValueError(f"{name} has shape {list(size.shape)}; a last size that is a multiple of 128 is wanted")
@@ -199,20 +239,25 @@ def problem_of(
     if inputs.gemm2_weights.shape[:2] != (experts, hidden_size):
         wanted = [experts, hidden_size, inputs.gemm2_weights.shape[2]]
         raise ValueError(f"gemm2_weights has shape {list(inputs.gemm2_weights.shape)}; {wanted} is wanted")
-    problem = MoEProblem(
+    return MoEProblem(
         num_experts=num_experts,
-        num_local_experts=inputs.gemm1_weights.shape[0],
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        hidden_size=inputs.hidden_states.shape[1],
+        num_local_experts=experts,
+        top_k=8 if top_k is None else top_k,
+        n_group=8 if n_group is None else n_group,
+        topk_group=4 if topk_group is None else topk_group,
+        hidden_size=hidden_size,
         intermediate_size=inputs.gemm2_weights.shape[2],
         routing_method=routing_method,
-        gate_first=gate_first,
+        gate_first=False if gate_first is None else gate_first,
     )
-    check_weights(inputs, problem)
-    check_activations(inputs, problem)
-    return problem
+
+
+def with_python_numbers(inputs: Inputs) -> Inputs:
+    """The same with an int and a float, as kernels and operators take them; the numbers were checked before."""
+    offset, factor = inputs[-2:]
+    if type(offset) is int and type(factor) is float:
+        return inputs
+    return inputs._replace(local_expert_offset=operator.index(offset), routed_scaling_factor=float(factor))
 
 
 def check_weights(inputs: Inputs, problem: MoEProblem) -> None:

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from hybrid_moe.inputs import FP8, MoEInputs
 from hybrid_moe.problem import MoEProblem
+
+TRTLLM = "from trtllm_emulation import trtllm_fp8_block_scale_moe"
+CUTLASS = "from cutlass_emulation import cutlass_fused_moe"
+JIT = """
+from pathlib import Path
+
+class Spec:
+    name = "fused_moe_90"
+    is_aot, is_compiled, sources = {is_aot}, {is_compiled}, [Path(p) for p in {sources}]
+
+    def get_library_path(self):
+        return Path("/somewhere/fused_moe_90.so")
+
+def gen_cutlass_fused_moe_sm90_module():
+    {before}
+    return Spec()
+"""
+CPP_EXT = """
+def get_cuda_version():
+    return "{cuda}"
+
+def is_cuda_version_at_least(wanted):
+    return [int(n) for n in "{cuda}".split(".")] >= [int(n) for n in wanted.split(".")]
+"""
 
 
 def signature_of(rows: Sequence[Mapping[str, str]]) -> inspect.Signature:
@@ -52,6 +79,48 @@ def write_package(folder: Path, code: str, version: str, package: str = "flashin
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     return inside
+
+
+def write_cutlass_package(
+    folder: Path,
+    code: str = CUTLASS,
+    version: str = "0.7.2",
+    *,
+    is_aot: bool = True,
+    is_compiled: bool = False,
+    sources: tuple[str, ...] = (),
+    cuda: str = "13.0",
+    before: str = "pass",
+) -> None:
+    """Install ``flashinfer`` with the state of its CUTLASS module, and CUDA."""
+    jit = write_package(folder, code, version) / "jit"
+    jit.mkdir()
+    (jit / "__init__.py").write_text("")
+    spec = JIT.format(is_aot=is_aot, is_compiled=is_compiled, sources=list(sources), before=before)
+    (jit / "fused_moe.py").write_text(spec)
+    (jit / "cpp_ext.py").write_text(CPP_EXT.format(cuda=cuda))
+
+
+@contextlib.contextmanager
+def tools_in(folder: Path) -> Iterator[Path]:
+    """A machine whose only programs are nvcc and ninja, in this folder."""
+    folder.mkdir()
+    for name in ("nvcc", "ninja"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    others = ("CUDA_HOME", "TRTLLM_DG_NVCC_COMPILER", "FLASHINFER_DISABLE_JIT")
+    with mock.patch.dict(os.environ, {"PATH": str(folder)}):
+        for name in others:
+            os.environ.pop(name, None)
+        yield folder
+
+
+@contextlib.contextmanager
+def imported_from(folder: Path) -> Iterator[None]:
+    """What is installed in the folder comes first, and nothing of flashinfer is imported before or after."""
+    with forgotten(), mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        importlib.invalidate_caches()
+        yield
 
 
 def inputs_of_any_sign(

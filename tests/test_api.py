@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -638,6 +640,95 @@ def test_a_backend_that_refuses_to_be_prepared_is_passed_over(no_interpreter, in
         backends.not_supported_reasons.cache_clear()
     assert decision.choice == resolve.as_candidate("torch_reference")
     assert any("its library doesn't load" in reason for reason in decision.reasons)
+
+
+# ---- The problem, said outright or by its parts ----
+
+
+def test_the_problem_said_outright(weights):
+    inputs = inputs_of(weights, 7)
+    wanted = fused_moe(*inputs, **ROUTING, backend=REFERENCE)
+    assert torch.equal(fused_moe(*inputs, problem=PROBLEM, backend=REFERENCE), wanted)
+    layer = HybridMoE(
+        *inputs[4:8],
+        inputs.routing_bias,
+        local_expert_offset=5,
+        routed_scaling_factor=np.float64(2.5),
+        problem=PROBLEM,
+        backend=REFERENCE,
+    )
+    assert layer.problem == PROBLEM and torch.equal(call(layer, inputs), wanted)
+    by_parts = fused_moe(*inputs, **{name: np.int64(value) for name, value in ROUTING.items()}, backend=REFERENCE)
+    assert torch.equal(by_parts, wanted)
+    fraction = inputs._replace(local_expert_offset=np.int32(5), routed_scaling_factor=Fraction(5, 2))
+    assert torch.equal(fused_moe(*fraction, problem=PROBLEM, backend=REFERENCE), wanted)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "hidden_size", "intermediate_size"])
+def test_tensors_of_another_problem_are_named(weights, name):
+    inputs = inputs_of(weights, 7)
+    other = dataclasses.replace(PROBLEM, **{name: getattr(PROBLEM, name) * 2})
+    for run in (
+        lambda: fused_moe(*inputs, problem=other, backend=REFERENCE),
+        lambda: HybridMoE.from_inputs(inputs, other, backend=REFERENCE),
+    ):
+        with pytest.raises(ValueError, match="has shape .* is wanted"):
+            run()
+
+
+@pytest.mark.parametrize("option", ["top_k", "n_group", "topk_group", "num_experts", "gate_first", "routing_method"])
+def test_a_problem_and_a_part_of_it(weights, option):
+    inputs, given = inputs_of(weights, 7), {option: getattr(PROBLEM, option)}
+    numbers = dict(local_expert_offset=5, routed_scaling_factor=2.5)
+    for run in (
+        lambda: fused_moe(*inputs, problem=PROBLEM, **given),
+        lambda: HybridMoE(*inputs[4:8], inputs.routing_bias, problem=PROBLEM, **numbers, **given),
+    ):
+        with pytest.raises(TypeError, match=f"{option} is given beside problem, which says it"):
+            run()
+    with pytest.raises(TypeError, match="problem is 'deepseek-v3'; expected a MoEProblem"):
+        fused_moe(*inputs, problem="deepseek-v3")
+
+
+def test_a_forgotten_routing_is_told():
+    problem = MoEProblem(num_experts=64, num_local_experts=8, hidden_size=128, intermediate_size=128)
+    inputs = make_inputs(Workload(3), problem, random_weights(problem, "cpu"))
+    with pytest.warns(UserWarning, match="routing_logits has 64 experts, and neither problem nor top_k, n_group"):
+        output = fused_moe(*inputs, backend=REFERENCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fused_moe(*inputs, problem=problem, backend=REFERENCE), output)
+        assert torch.equal(fused_moe(*inputs, top_k=8, backend=REFERENCE), output)
+        # The definition's own size needs no word.
+        definition = MoEProblem(num_local_experts=2, hidden_size=128, intermediate_size=128)
+        inputs = make_inputs(Workload(3), definition, random_weights(definition, "cpu"))
+        assert torch.equal(
+            fused_moe(*inputs, backend=REFERENCE), fused_moe(*inputs, problem=definition, backend=REFERENCE)
+        )
+
+
+def test_groups_that_do_not_matter_need_not_be_said():
+    problem = MoEProblem(
+        num_experts=257,
+        num_local_experts=8,
+        n_group=1,
+        topk_group=1,
+        top_k=3,
+        hidden_size=128,
+        intermediate_size=128,
+    )
+    inputs = make_inputs(Workload(3), problem, random_weights(problem, "cpu"))
+    ids, factors = torch.arange(9, dtype=torch.int32).view(3, 3), torch.rand(3, 3)
+    chosen = dict(topk_ids=ids, topk_weights=factors, backend=REFERENCE)
+    wanted = fused_moe(None, None, *inputs[2:], problem=problem, **chosen)
+    assert torch.equal(fused_moe(None, None, *inputs[2:], num_experts=257, **chosen), wanted)
+    numbers = dict(local_expert_offset=0, routed_scaling_factor=1.0)
+    assert HybridMoE(*inputs[4:8], None, num_experts=257, top_k=3, **numbers, backend=REFERENCE).problem == problem
+    softmax = dataclasses.replace(problem, routing_method="softmax")
+    output = fused_moe(*inputs, top_k=3, routing_method="softmax", backend=REFERENCE)
+    assert torch.equal(output, fused_moe(*inputs, problem=softmax, backend=REFERENCE))
+    with pytest.raises(ValueError, match="n_group is 8"):
+        fused_moe(*inputs, top_k=3, backend=REFERENCE)
 
 
 # ---- The checks of every call ----

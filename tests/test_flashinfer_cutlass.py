@@ -12,10 +12,10 @@ from pathlib import Path
 import cutlass_emulation
 import pytest
 import torch
-from fake_flashinfer import forgotten, inputs_of_any_sign, signature_of, write_package
+from fake_flashinfer import CUTLASS, forgotten, inputs_of_any_sign, signature_of, tools_in, write_cutlass_package
 from given_routing import random_choice
 
-from hybrid_moe import HybridMoE, backends, fused_moe
+from hybrid_moe import backends, fused_moe
 from hybrid_moe.backends import flashinfer_cutlass, flashinfer_package
 from hybrid_moe.backends.flashinfer_cutlass import FlashinferCutlass, layer_arguments, passed
 from hybrid_moe.candidate import BackendUnsupportedError, Candidate
@@ -44,28 +44,6 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "flashinfer_cutlass_sign
 VERSIONS = list(RECORDED["versions"])
 NEWEST = VERSIONS[-1]
 
-JIT = """
-from pathlib import Path
-
-class Spec:
-    name = "fused_moe_90"
-    is_aot, is_compiled, sources = {is_aot}, {is_compiled}, [Path(p) for p in {sources}]
-
-    def get_library_path(self):
-        return Path("/somewhere/fused_moe_90.so")
-
-def gen_cutlass_fused_moe_sm90_module():
-    {before}
-    return Spec()
-"""
-CPP_EXT = """
-def get_cuda_version():
-    return "{cuda}"
-
-def is_cuda_version_at_least(wanted):
-    return [int(n) for n in "{cuda}".split(".")] >= [int(n) for n in wanted.split(".")]
-"""
-
 
 def recorded_signature(version: str) -> inspect.Signature:
     """The signature of that release."""
@@ -75,36 +53,16 @@ def recorded_signature(version: str) -> inspect.Signature:
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
     """A machine that has nvcc and ninja; what a test removes from the folder is missing."""
-    folder = tmp_path / "tools"
-    folder.mkdir()
-    for name in ("nvcc", "ninja"):
-        (folder / name).write_text("#!/bin/sh\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-    for name in ("CUDA_HOME", "TRTLLM_DG_NVCC_COMPILER", "FLASHINFER_DISABLE_JIT"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
+    with tools_in(tmp_path / "tools") as folder:
+        yield folder
 
 
 @pytest.fixture
 def fake_flashinfer(tmp_path, monkeypatch, tools):
     """Install a package flashinfer of a given version, state of its module and CUDA; its function is the code given."""
 
-    def install(
-        code: str = "from cutlass_emulation import cutlass_fused_moe",
-        version: str = NEWEST,
-        is_aot: bool = True,
-        is_compiled: bool = False,
-        sources: tuple[str, ...] = (),
-        cuda: str = "13.0",
-        before: str = "pass",
-    ) -> None:
-        jit = write_package(tmp_path, code, version) / "jit"
-        jit.mkdir()
-        (jit / "__init__.py").write_text("")
-        spec = JIT.format(is_aot=is_aot, is_compiled=is_compiled, sources=list(sources), before=before)
-        (jit / "fused_moe.py").write_text(spec)
-        (jit / "cpp_ext.py").write_text(CPP_EXT.format(cuda=cuda))
+    def install(code: str = CUTLASS, version: str = NEWEST, **state) -> None:
+        write_cutlass_package(tmp_path, code, version, **state)
         monkeypatch.syspath_prepend(tmp_path)
 
     with forgotten():
@@ -463,17 +421,6 @@ def moe(inputs: MoEInputs, problem: MoEProblem, output: torch.Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("offset", [0, 5, 12])
-@pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_the_layer_is_right(fake_flashinfer, on_this_device, tokens, offset):
-    fake_flashinfer()
-    inputs = make_inputs(tokens, offset, seed=tokens + offset)
-    output = poison(tokens)
-    moe(inputs, SMALL, output)
-    verdict = check(output, moe_reference(inputs, SMALL), has_local_work(inputs, SMALL), TOLERANCE)
-    assert verdict.passed, verdict.failures
-
-
 @pytest.mark.parametrize("full_range", [True, False])
 def test_within_the_default_tolerance(fake_flashinfer, on_this_device, full_range):
     """Also with experts that are no multiple of the local ones.
@@ -494,52 +441,6 @@ def test_within_the_default_tolerance(fake_flashinfer, on_this_device, full_rang
     verdict = check(output, moe_reference(inputs, problem), has_local_work(inputs, problem), DEFAULT_TOLERANCE)
     assert verdict.passed, verdict.failures
     assert (verdict.relative_l2 < 0.03) == full_range
-
-
-def test_a_prepared_layer(fake_flashinfer, on_this_device):
-    fake_flashinfer()
-    inputs = make_inputs(6, 3)
-    layer = HybridMoE(
-        inputs.gemm1_weights,
-        inputs.gemm1_weights_scale,
-        inputs.gemm2_weights,
-        inputs.gemm2_weights_scale,
-        inputs.routing_bias,
-        local_expert_offset=3,
-        routed_scaling_factor=2.5,
-        top_k=4,
-        n_group=4,
-        topk_group=2,
-        backend="flashinfer_cutlass",
-    )
-    output = layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale)
-    wanted = poison(6)
-    moe(inputs, SMALL, wanted)
-    assert torch.equal(output, wanted)
-    assert layer.workspace_bytes(6) > 0
-
-
-def test_experts_chosen_before_the_call(fake_flashinfer, on_this_device):
-    fake_flashinfer()
-    for offset in (0, 12):
-        inputs = make_inputs(7, offset)
-        routed = RoutedInputs(*(t.to(DEVICE) for t in random_choice(SMALL, 7)), *inputs[2:])
-        layer = HybridMoE.from_inputs(routed, SMALL, backend="flashinfer_cutlass")
-        chosen = dict(topk_ids=routed.topk_ids, topk_weights=routed.topk_weights)
-        output = layer(None, routed.hidden_states, routed.hidden_states_scale, **chosen, output=poison(7))
-        work = has_local_work(routed, SMALL)
-        assert check(output, moe_reference(routed, SMALL), work, TOLERANCE).failures == ()
-        assert bool(work.any()) and not bool(work.all())
-
-
-def test_tokens_without_a_local_expert_become_zeros(fake_flashinfer, on_this_device):
-    fake_flashinfer()
-    inputs = make_inputs(5, 8)
-    inputs.routing_logits[:, 8:] -= 50  # groups 2 and 3; this rank holds group 2
-    output = poison(5)
-    moe(inputs, SMALL, output)
-    assert not has_local_work(inputs, SMALL).any()
-    assert (output == 0).all()
 
 
 def test_the_emulation_can_tell_a_wrong_layout(fake_flashinfer):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.device import DeviceKey, device_slug
-from hybrid_moe.inputs import FP8, MoEInputs, check_output, plain_num_tokens, problem_of
+from hybrid_moe.inputs import FP8, MoEInputs, Stated, check_output, plain_num_tokens, problem_of
 from hybrid_moe.problem import MoEProblem
 
 SMALL = MoEProblem(
@@ -55,13 +55,7 @@ def inputs_of(problem=SMALL, tokens=5, device="cpu", **changes):
 
 
 def derive(inputs, problem=SMALL):
-    return problem_of(
-        inputs,
-        top_k=problem.top_k,
-        n_group=problem.n_group,
-        topk_group=problem.topk_group,
-        gate_first=problem.gate_first,
-    )
+    return problem_of(inputs, Stated(problem.top_k, problem.n_group, problem.topk_group, problem.gate_first))
 
 
 def refused(inputs, error, *words):

@@ -388,7 +388,9 @@ def test_a_layer_is_called_in_its_own_way(weights, routed):
         without(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale)
     with pytest.raises(TypeError, match="topk_ids is a NoneType"):
         without(None, inputs.hidden_states, inputs.hidden_states_scale)
-    with pytest.raises(TypeError, match="routing_bias is None, and num_experts too; a tensor is wanted"):
+    with pytest.raises(
+        TypeError, match="routing_bias is None, and neither problem nor num_experts is given; a tensor is wanted"
+    ):
         HybridMoE(*inputs[4:8], None, local_expert_offset=5, routed_scaling_factor=1.0, **ROUTING)
     with pytest.raises(ValueError, match="num_experts is 12; 16 is wanted"):
         HybridMoE(

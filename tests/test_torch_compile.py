@@ -1,6 +1,7 @@
 """Calls inside of torch.compile: one graph for every T, the results of calls outside, and layers that come and go."""
 
 import copy
+import dataclasses
 import gc
 import io
 import threading
@@ -151,7 +152,7 @@ def test_torchs_own_checks_of_the_operators(weights, tokens, name, routed):
     layer = layer_of(inputs, backend=REFERENCE)
     options = [layer._handle]
     if "fused_moe" in name:
-        options = [calling.handle_of("torch_reference", None), 3, 4, 2, False, "deepseek_v3", 16 if routed else None]
+        options = [calling.handle_of("torch_reference", None, None), 3, 4, 2, False, None, 16 if routed else None]
     if name.endswith("_out"):
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(custom_ops, name), copy.deepcopy(inputs)
@@ -260,6 +261,19 @@ def test_the_function_compiled_with_other_routing(weights):
     for top_k in (3, 2, 4, 3):
         wanted = fused_moe(*inputs, **(ROUTING | {"top_k": top_k}), backend="torch_reference")
         assert torch.equal(run(inputs, top_k), wanted)
+
+
+@pytest.mark.parametrize("dynamic_shapes", [None, True])
+def test_the_function_compiled_with_problems(weights, dynamic_shapes):
+    inputs = inputs_of(weights, 7)
+
+    def step(inputs, problem):
+        return fused_moe(*inputs, problem=problem, backend="torch_reference")
+
+    run = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic_shapes)
+    for top_k in (3, 2, 3):
+        problem = dataclasses.replace(PROBLEM, top_k=top_k)
+        assert torch.equal(run(inputs, problem), step(inputs, problem))
 
 
 def test_what_is_wrong_is_named_by_compiled_code_as_well(weights):

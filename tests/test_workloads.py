@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from hybrid_moe.inputs import FP8, problem_of
+from hybrid_moe.inputs import FP8, Stated, problem_of
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
@@ -86,7 +86,7 @@ def test_the_same_workload_gives_the_same_inputs(weights, routing, tokens):
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
     logits, bias = make_routing(workload, SMALL)
     assert same(logits, one.routing_logits) and same(bias, one.routing_bias)
-    assert problem_of(one, top_k=4, n_group=4, topk_group=2) == SMALL
+    assert problem_of(one, Stated(4, 4, 2)) == SMALL
     assert one.num_tokens == tokens
     assert one.gemm1_weights is weights.gemm1_weights
 

@@ -187,14 +187,9 @@ def _prepare(experts: Any, topk_config: Any | None, options: dict[str, Any]) -> 
         experts.w2_weight.data,
         experts.w2_weight_scale_inv.data,
         None,
-        num_experts=problem.num_experts,
         local_expert_offset=0,  # SGLang's dispatcher counts from the rank's first expert
         routed_scaling_factor=1.0,
-        top_k=problem.top_k,
-        n_group=problem.n_group,
-        topk_group=problem.topk_group,
-        gate_first=True,
-        routing_method=problem.routing_method,
+        problem=problem,
         **options,
     )
 

@@ -41,16 +41,7 @@ def call_fused_moe(
     inputs: MoEInputs, problem: MoEProblem, output: torch.Tensor, backend: Candidate | str | None = None
 ) -> torch.Tensor:
     """`fused_moe` on inputs that belong together."""
-    return fused_moe(
-        *inputs,
-        top_k=problem.top_k,
-        n_group=problem.n_group,
-        topk_group=problem.topk_group,
-        gate_first=problem.gate_first,
-        routing_method=problem.routing_method,
-        output=output,
-        backend=backend,
-    )
+    return fused_moe(*inputs, problem=problem, output=output, backend=backend)
 
 
 def checked(

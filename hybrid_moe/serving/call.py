@@ -5,16 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..backends.base import Runner
 from ..candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from ..device import DeviceKey
-from ..inputs import Inputs, RoutedInputs, check_output, check_unquantized, problem_of
+from ..inputs import (
+    Inputs,
+    RoutedInputs,
+    Stated,
+    check_output,
+    check_unquantized,
+    problem_of,
+    stated,
+    with_python_numbers,
+)
 from ..policy.resolve import as_candidate, decision_table
 from ..policy.schema import Policy
-from ..problem import MoEProblem, RoutingMethod
+from ..problem import MoEProblem
 from . import custom_ops, quantize_input
 from .dispatch import Dispatch
 from .metrics import Counters
@@ -84,36 +94,21 @@ def _function_counters() -> Counters:
 
 
 class Call:
-    """`fused_moe` with its backend and policy given."""
+    """`fused_moe` with its backend, policy and problem given."""
 
-    __slots__ = ("_backend", "_policy", "__weakref__")
+    __slots__ = ("_backend", "_policy", "_problem", "__weakref__")
 
-    def __init__(self, backend: str | Candidate | None, policy: Policy | str | Path | None) -> None:
-        self._backend, self._policy = backend, policy
+    def __init__(
+        self, backend: str | Candidate | None, policy: Policy | str | Path | None, problem: MoEProblem | None
+    ) -> None:
+        self._backend, self._policy, self._problem = backend, policy, problem
 
-    def run(
-        self,
-        inputs: Inputs,
-        output: torch.Tensor | None,
-        top_k: int,
-        n_group: int,
-        topk_group: int,
-        gate_first: bool,
-        routing_method: RoutingMethod,
-        num_experts: int | None,
-    ) -> torch.Tensor:
-        """Check the inputs, choose and run; see `Routine`."""
+    def run(self, inputs: Inputs, output: torch.Tensor | None, *options: Any) -> torch.Tensor:
+        """Check the inputs, choose and run; the options are the fields of `Stated`. See `Routine`."""
         if inputs.hidden_states_scale is None:
             check_unquantized(inputs.hidden_states)
-        problem = problem_of(
-            inputs,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            gate_first=gate_first,
-            routing_method=routing_method,
-            num_experts=num_experts,
-        )
+        problem = problem_of(inputs, stated(self._problem, Stated(*options)))
+        inputs = with_python_numbers(inputs)
         if output is not None:
             check_output(output, inputs, problem)
         device = DeviceKey.of(inputs.hidden_states.device)
@@ -132,16 +127,16 @@ class Call:
         return output
 
 
-def handle_of(backend: str | Candidate | None, policy: Policy | str | Path | None) -> int:
-    """What stands for `fused_moe` with this backend and policy in a compiled graph."""
-    handle, _ = _registered(None if backend is None else as_candidate(backend), _Identity(policy))
+def handle_of(backend: str | Candidate | None, policy: Policy | str | Path | None, problem: MoEProblem | None) -> int:
+    """What stands for `fused_moe` with these in a compiled graph."""
+    handle, _ = _registered(None if backend is None else as_candidate(backend), _Identity(policy), problem)
     return handle
 
 
 @functools.cache
-def _registered(backend: Candidate | None, policy: _Identity) -> tuple[int, Call]:
+def _registered(backend: Candidate | None, policy: _Identity, problem: MoEProblem | None) -> tuple[int, Call]:
     # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
-    call = Call(backend, policy.value)
+    call = Call(backend, policy.value, problem)
     return custom_ops.register(call), call
 
 

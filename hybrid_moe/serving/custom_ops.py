@@ -20,7 +20,7 @@ from ..inputs import Inputs, MoEInputs, RoutedInputs
 
 
 class Routine(Protocol):
-    """What a handle stands for: a layer, or the backend and policy of a `fused_moe`."""
+    """What a handle stands for: a layer, or the backend, policy and problem of a `fused_moe`."""
 
     def run(self, inputs: Inputs, output: torch.Tensor | None, *options: Any) -> torch.Tensor:
         """Check the inputs and run; makes the output if there is none."""
@@ -55,8 +55,9 @@ _INPUTS = (
     "SymInt local_expert_offset, float routed_scaling_factor"
 )
 _LAYER = "SymInt handle"
+# What `inputs.Stated` has: all none where the handle knows the problem.
 _FUSED_MOE = (
-    "SymInt handle, SymInt top_k, SymInt n_group, SymInt topk_group, bool gate_first, str routing_method, "
+    "SymInt handle, SymInt? top_k, SymInt? n_group, SymInt? topk_group, bool? gate_first, str? routing_method, "
     "SymInt? num_experts"
 )
 

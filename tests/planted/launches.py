@@ -12,7 +12,11 @@ KERNELS = (
     "tests/test_kernels.py::test_the_routing_of_other_models",
 )
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", "tests/test_kernels.py::test_columns_in_pieces")
-ODD = ("tests/test_kernels.py::test_tensors_at_odd_addresses", "tests/test_kernels.py::test_strides", *SPECIALIZED)
+ODD = (
+    "tests/test_contract.py::TestTriton::test_tensors_at_odd_addresses",
+    "tests/test_contract.py::TestTriton::test_strides",
+    *SPECIALIZED,
+)
 
 
 def planted(file: str, default: tuple[str, ...]):
@@ -108,7 +112,7 @@ MUTATIONS = [
         "first.stride()[0],\n                second.stride()[0],",
         "second.stride()[0],\n                first.stride()[0],",
         "strides of the routing's inputs swapped",
-        ("tests/test_kernels.py::test_strides", "tests/test_routed.py"),
+        ("tests/test_contract.py::TestTriton::test_strides", "tests/test_routed.py"),
     ),
     plan("                second.dtype,\n", "                hidden.dtype,\n", "a float32 bias is read as bfloat16"),
     plan(

@@ -11,14 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+import triton.language as tl
+from triton.compiler import CompiledKernel
 
 from hybrid_moe import MoEProblem
 from hybrid_moe.kernels import direct, plan
 from hybrid_moe.kernels.arena import Arena
-from hybrid_moe.kernels.launcher import Constants
+from hybrid_moe.kernels.launcher import Constants, Kernel
 from hybrid_moe.kernels.plan import Addressed, LaunchKey, Plan, addresses_of
 from hybrid_moe.kernels.steps import LibraryStep
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
+
+
+@triton.jit
+def direct_kernel(x, N: tl.constexpr):
+    pass
+
 
 HERE = Path(__file__).resolve().parent
 
@@ -184,3 +192,18 @@ def test_libraries_run_between_the_kernels(monkeypatch):
     addressed.run(inputs, [], 0, 0, {"name": "library"})
     assert [name for name, _ in seen] == ["gather", "sizes", "library", "swiglu", "library", "combine"]
     assert {stream for name, stream in seen if name != "library"} == {77}
+
+
+def test_binaries_are_kept_for_aligned_tensors_on_their_device(monkeypatch):
+    compiled = CompiledKernel.__new__(CompiledKernel)
+    compiled.module = None
+    kernel = Kernel(direct_kernel)
+    monkeypatch.setattr(kernel, "function", {(3,): lambda *arguments, **options: compiled})
+    constants, device = Constants({"N": 4}, {}), torch.device("cuda", 1)
+    kernel.launch((3,), (5,), constants, device, aligned=False)
+    assert kernel.compiled(constants, device) is None
+    kernel.launch((3,), (5,), constants, device, aligned=True)
+    assert kernel.compiled(constants, device) is compiled
+    for other in (torch.device("cuda", 0), torch.device("cuda")):
+        assert kernel.compiled(constants, other) is None
+    assert kernel.compiled(Constants({"N": 4}, {}), device) is None

@@ -95,13 +95,31 @@ def test_one_token(gemms):
     call.run(stages=2)
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
-def test_chunks_of_columns(gemms, monkeypatch):
+@pytest.mark.parametrize(
+    ("gemms", "columns"),
+    [
+        *((gemms, 256) for gemms in ((FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None))),
+        # Tiles of 256 columns give way.
+        ((None, None), 128),
+    ],
+    ids=str,
+)
+def test_chunks_of_columns(gemms, columns, monkeypatch):
     """Each chunk has its own GEMM2 and combine, which reuse the memory of the one before."""
-    monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 4 * 40 * 256 * 2)
+    monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 4 * 40 * columns * 2)
     call = Call(SMALL, given_rows(SMALL, [40, 3, 0, 20]), Given(*gemms))
-    assert len(call.kernels) == 3 + 2 * 2
+    assert len(call.kernels) == 3 + 2 * (512 // columns)
     call.run(stages=2)
+
+
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY)], ids=["few", "many"])
+def test_more_experts_than_a_warp_has_lanes(gemms):
+    problem = dataclasses.replace(
+        SMALL, num_experts=48, num_local_experts=40, top_k=40, hidden_size=256, intermediate_size=256
+    )
+    rows = [0] * 40
+    rows[0], rows[31], rows[32], rows[39] = 1, 3, 5, 2
+    Call(problem, given_rows(problem, rows), Given(*gemms)).run(stages=2)
 
 
 def test_bits_do_not_hang_on_the_order():
@@ -131,7 +149,9 @@ def next_owner_kernel(counters_ptr, ELEMENTS: tl.constexpr):
     tl.store(counters_ptr + place, tl.full((ELEMENTS,), -7, tl.int32))
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize(
+    "gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, FEW), (None, MANY), (None, None)], ids=str
+)
 def test_memory_is_free_when_the_call_ends(gemms):
     """What comes after the combine waits for that alone, and may have the call's memory for something else.
 

@@ -170,3 +170,8 @@ def test_chunks_have_whole_blocks_and_leave_no_column_out(blocks):
         columns = column_chunk(problem, rows)
         assert columns % 128 == 0 and problem.hidden_size % columns == 0
         assert columns == 128 or rows * columns * 2 <= shapes.MAX_ROWS_BYTES
+
+
+def test_chunks_that_tiles_of_256_columns_do_not_divide(monkeypatch):
+    monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 1)
+    assert gemms(4096) == [HOPPER[0], TRITON[1]]

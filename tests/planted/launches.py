@@ -208,7 +208,7 @@ MUTATIONS = [
         "return self.rows, self.inner",
         "the first expert's weights alone",
     ),
-    sm90('"E_POW2": max(32, pow2(problem.num_local_experts))', '"E_POW2": 32', "experts past the 32nd", SPECIALIZED),
+    sm90('"E_POW2": max(32, pow2(problem.num_local_experts))', '"E_POW2": 32', "experts past the 32nd", EMULATED),
     # Which kernels and tiles
     provider("if key.stride_hidden % 16:", "if key.stride_hidden % 8:", "rows at odd places by 16 bytes"),
     provider(

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ LARGEST_LINES, LONGEST_LINE = 8 * 2**30, 16 * 2**20
 
 # Of a whole number: no count, size or seed has more.
 _MOST_DIGITS = 300
+# As long as another process may take to add a line.
+_LOCK_LIMIT_S = 30.0
 # How much of a file says whose it is.
 _HEAD = 4096
 
@@ -241,18 +244,21 @@ def _named(path: Path) -> Iterator[None]:
 def append_line(path: str | Path, line: bytes) -> None:
     """Add one whole line to a file of lines in one write, and wait until it is on the disk; makes missing folders.
 
+    Several processes may add to one file: each holds a lock on it meanwhile.
+
     Raises
     ------
     ValueError
         The file ends in the middle of a line, or is no regular file.
     OSError
-        It can't be written; what was written of the line is taken back.
+        It can't be written, and what was written of the line is taken back; or another process has held it for long.
     """
     path = Path(path)
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: one write is one line, so that runs which share a file don't mix theirs.
+        # Unbuffered: one write is one line, so that others who read the file see few half ones.
         with open(_open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0) as file:
+            _wait_for_lock(file.fileno(), path)
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(-1, os.SEEK_END)
@@ -260,11 +266,24 @@ def append_line(path: str | Path, line: bytes) -> None:
                     raise ValueError(f"{path} ends in the middle of a line: delete its last line first")
             written = file.write(line)
             if written != len(line):
-                # Half a line would stop whoever reads the file: it is taken back, unless others added to it meanwhile.
-                if file.seek(0, os.SEEK_END) == end + written:
-                    file.truncate(end)
+                file.truncate(end)  # half a line would stop whoever reads the file
                 raise OSError(errno.ENOSPC, f"took {written} of {len(line)} bytes; is the disk full?", str(path))
             os.fsync(file.fileno())
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> None:
+    end = time.monotonic() + _LOCK_LIMIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise OSError(errno.EAGAIN, f"another process has held it for {_LOCK_LIMIT_S:g} s", str(path)) from None
+            time.sleep(0.001)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
 
 
 @contextlib.contextmanager
@@ -379,6 +398,15 @@ def read_whole(path: str | Path, largest: int = LARGEST_DOCUMENT) -> bytes:
             if len(content) <= largest:
                 return content
         _too_large(path, max(size, largest + 1), largest)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Digest of a regular file of any size; raises as `open_regular`."""
+    with _named(Path(path)), open_regular(path) as file:
+        digest = hashlib.sha256()
+        while piece := file.read(2**20):
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 def read_tail(path: str | Path, most: int = 2**14) -> bytes:

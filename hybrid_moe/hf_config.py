@@ -6,11 +6,12 @@ that this package can't compute is a reason, and all reasons are reported togeth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from .files import decode, parse_json, read_whole
 
 __all__ = ["ModelLayer", "UnsupportedModelError", "read_hf_config"]
 
@@ -219,8 +220,8 @@ def _fields(config: Any) -> dict[str, Any]:
         path = Path(config)
         path = path / "config.json" if path.is_dir() else path
         try:
-            found = json.loads(path.read_text("utf-8-sig"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            found = parse_json(decode(read_whole(path)))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: expected a model's config.json, got {type(error).__name__}: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")

@@ -1,6 +1,7 @@
 """Files: written whole, over nothing that isn't ours; read within bounds; what is in them isn't printed raw."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -252,6 +253,19 @@ def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
         files.append_line(path, b"second\n")
     assert refused.value.filename == str(path) and path.read_bytes() == b"first\n"
     monkeypatch.undo()
+    files.append_line(path, b"second\n")
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+def test_a_process_that_holds_the_file_is_waited_for_and_not_for_ever(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    path.write_bytes(b"first\n")
+    monkeypatch.setattr(files, "_LOCK_LIMIT_S", 0.2)
+    with open(path, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process has held it") as refused:
+            files.append_line(path, b"second\n")
+        assert refused.value.filename == str(path)
     files.append_line(path, b"second\n")
     assert path.read_bytes() == b"first\nsecond\n"
 

@@ -91,7 +91,7 @@ def learn(
                 f"problem is {problem!r}, which leaves open how many experts the model has: say --num-experts"
             )
         wanted = problem_of_definition(problem, num_experts=known, gate_first=bool(gate_first))
-    check_outputs({"--output": output}, records)
+    check_outputs({"--output": output}, [*records, *(definition or ())])
     if output is not None:
         check_target(output, POLICY)
     if device is not None:

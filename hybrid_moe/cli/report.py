@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..files import PAGE, PICTURE, Kind, check_outputs, check_target, write_whole
+from ..files import PAGE, PICTURE, Kind, check_outputs, check_target, sha256_of, write_whole
 from ..learn.compare import is_about
 from ..learn.report import data
 from ..measure.readers import read_with_digest, shipped_records_dir
@@ -141,7 +140,7 @@ def _learned_from(policy: Policy, path: Path | None) -> Read:
     read: Read = []
     for digest in policy.inputs:
         called = [p for folder in folders for p in _called(digest.name, folder)]
-        same = [p for p in called if hashlib.sha256(p.read_bytes()).hexdigest() == digest.sha256]
+        same = [p for p in called if sha256_of(p) == digest.sha256]
         if not same:
             raise ValueError(
                 f"the policy for {policy.device} was learned from {digest.name} (sha256 {digest.sha256[:12]}...), "

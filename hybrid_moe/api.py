@@ -31,7 +31,7 @@ from .inputs import (
 )
 from .policy.resolve import as_candidate
 from .policy.schema import Policy
-from .policy.select import Decision
+from .policy.select import Decision, check_num_tokens
 from .problem import MoEProblem, RoutingMethod
 from .serving import custom_ops, quantize_input, warmup
 from .serving.call import Call, launch, new_dispatch, new_output, out_of_memory
@@ -499,7 +499,11 @@ class HybridMoE:
         return self._dispatch.decision(num_tokens)
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output."""
+        """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output.
+
+        ValueError for what is no integer of at least 0.
+        """
+        check_num_tokens(num_tokens)
         return self._dispatch.runner(num_tokens).workspace_bytes(num_tokens) if num_tokens else 0
 
     @property

@@ -3,12 +3,17 @@
 import copy
 import gc
 import threading
+import time
 
 import pytest
 import torch
 
 from hybrid_moe import HybridMoE, MoEProblem, backends
+from hybrid_moe.backends import triton_fused
 from hybrid_moe.backends.base import Backend, Runner
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.kernels import shapes
+from hybrid_moe.kernels.pipeline import Pipeline
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.serving.workspace import Piece, Workspaces
 
@@ -121,6 +126,33 @@ def test_warming_up_reserves_it(spy):
     layer.warm_up([1, 4, 5])
     assert [memory is None for memory in spy.memories] == [False, False, True]
     assert Workspaces.of(CPU).piece().memory is spy.memories[0]
+
+
+@pytest.mark.parametrize("gemm", ["triton", "sgl_kernel", "deep_gemm"])
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_the_most_is_found_without_asking_for_each_t(monkeypatch, gemm, capability):
+    monkeypatch.setattr(shapes, "MAX_ROWS_BYTES", 2**19)  # reached at small T
+    pipeline = Pipeline(PROBLEM, triton_fused._gemm(gemm, DeviceKey("gpu_x", capability)))
+    sizes = [pipeline.arena(tokens).bytes for tokens in range(1, 3001)]
+    assert gemm != "triton" or sizes != sorted(sizes)
+    for first, last in ((1, 1), (1, 3000), (2, 700), (250, 260), (1, 512), (513, 2999)):
+        assert pipeline.most_bytes(first, last) == max(sizes[first - 1 : last])
+
+
+@ON_CPU
+def test_a_promise_of_ten_million_tokens_takes_no_time():
+    begin = time.perf_counter()
+    layer = layer_of(inputs_of(1), backend="triton_fused", max_num_tokens=10**7)
+    assert time.perf_counter() - begin < 1.0
+    assert layer.planned_bytes >= layer.workspace_bytes(10**7)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, True, None, "8"])
+def test_numbers_of_tokens_that_are_none(spy, wrong):
+    layer = layer_of(inputs_of(1))
+    for ask in (layer.workspace_bytes, layer.choice, layer.explain):
+        with pytest.raises(ValueError, match="num_tokens is .*; expected an integer of at least 0"):
+            ask(wrong)
 
 
 def test_a_copy_promises_the_same(spy):

@@ -44,6 +44,15 @@ class Runner(ABC):
         """Of these, what `run_in` takes from the memory that it is given."""
         return 0
 
+    def most_reserved_bytes(self, first: int, last: int) -> int:
+        """The most of `reserved_bytes` for ``first`` to ``last`` tokens, which may take less for more tokens.
+
+        To be overridden, with `reserved_bytes`, by what needn't ask for each T.
+        """
+        if type(self).reserved_bytes is Runner.reserved_bytes:
+            return 0
+        return max(map(self.reserved_bytes, range(first, last + 1)))
+
 
 class Backend(ABC):
     """One way to run the layer. Stateless: one instance is registered for the whole process."""

@@ -125,3 +125,6 @@ class _TritonRunner(Runner):
 
     def reserved_bytes(self, num_tokens: int) -> int:
         return self.workspace_bytes(num_tokens)
+
+    def most_reserved_bytes(self, first: int, last: int) -> int:
+        return self._pipeline.most_bytes(first, last)

@@ -36,6 +36,19 @@ class Pipeline:
         gemm.reserve(arena, problem, num_tokens, gemm.usual_row_alignment if row_alignment is None else row_alignment)
         return arena
 
+    def most_bytes(self, first: int, last: int) -> int:
+        """The most that the arena of a call with ``first`` to ``last`` tokens takes."""
+
+        def ends(low: int, high: int) -> list[int]:
+            # Of each stretch with one sizing, in which the arena only grows: a sizing that has changed stays changed.
+            if sizing(low) == sizing(high):
+                return [high]
+            middle = (low + high) // 2
+            return [low, high] if middle == low else [*ends(low, middle), *ends(middle + 1, high)]
+
+        sizing = functools.partial(self._gemm.sizing, self._problem)
+        return max(self.arena(num_tokens).bytes for num_tokens in ends(first, last))
+
     def plan(self, key: LaunchKey, device: torch.device, limits: DeviceLimits) -> Plan:
         """The steps of a call."""
         arena = self.arena(key.num_tokens, key.row_alignment)

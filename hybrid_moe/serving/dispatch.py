@@ -94,8 +94,12 @@ class Dispatch:
         """The most that any call up to ``max_num_tokens`` takes from the memory that it is given."""
         ends = [*self.starts[1:], max_num_tokens + 1]
         return max(
-            _most_reserved(runner, max(start, 1), min(end, max_num_tokens + 1))
-            for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
+            (
+                _most_reserved(runner, max(start, 1), min(end - 1, max_num_tokens))
+                for runner, start, end in zip(self._runners, self.starts, ends, strict=True)
+                if max(start, 1) <= min(end - 1, max_num_tokens)
+            ),
+            default=0,
         )
 
     def choice(self, num_tokens: int) -> Candidate:
@@ -108,9 +112,8 @@ class Dispatch:
 
 
 @functools.lru_cache(maxsize=256)  # layers are alike
-def _most_reserved(runner: Runner, first: int, end: int) -> int:
-    # Each T is asked: a runner may take less for more tokens, where it begins to work in pieces.
-    return max((runner.reserved_bytes(tokens) for tokens in range(first, end)), default=0)
+def _most_reserved(runner: Runner, first: int, last: int) -> int:
+    return runner.most_reserved_bytes(first, last)
 
 
 class _Announced:

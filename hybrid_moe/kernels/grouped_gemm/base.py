@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import ClassVar
 
 from ...device import DeviceKey
@@ -38,6 +38,10 @@ class GroupedGemm(ABC):
     def counters(self, problem: MoEProblem, num_tokens: int) -> Mapping[str, int]:
         """Names of int32 tensors that it counts with, and their lengths; `routing.route` clears them."""
         return {}
+
+    def sizing(self, problem: MoEProblem, num_tokens: int) -> Hashable:
+        """What else than T the sizes of its tensors depend on; while it is the same, they never fall with T."""
+        return None
 
     def row_alignment(self) -> int:
         """Each expert's rows have to start at a multiple of it in the next call."""

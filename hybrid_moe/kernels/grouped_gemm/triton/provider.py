@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 
@@ -42,6 +42,10 @@ class TritonGroupedGemm(GroupedGemm):
         # The kernels for few rows replace narrow tiles only, which need the same tensors.
         gemm1.reserve_activation(arena, problem, rows, self.plan(problem, num_tokens).gemm1)
         arena.reserve("rows", (rows, column_chunk(problem, rows)), torch.bfloat16)
+
+    def sizing(self, problem: MoEProblem, num_tokens: int) -> Hashable:
+        """The tiles, and how many columns of the result there are at a time."""
+        return self.plan(problem, num_tokens), column_chunk(problem, max_local_rows(problem, num_tokens))
 
     def counters(self, problem: MoEProblem, num_tokens: int) -> Mapping[str, int]:
         """Tiles done of each 128 block of the activation, ``[row tiles, I/128]``; tiles drawn of each launch."""

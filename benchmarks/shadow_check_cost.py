@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -57,13 +58,15 @@ class Way:
         return time.perf_counter() - begin
 
 
-def ways(inputs: Any, problem: MoEProblem, backend: str | None, cadences: list[int], graphs: bool) -> dict[str, Way]:
+def ways(
+    inputs: Any, problem: MoEProblem, backend: str | None, cadences: list[int], graphs: bool, max_overhead: float
+) -> dict[str, Way]:
     """Without checks, with one every N calls, and the same for replays."""
     tokens = inputs.num_tokens
     tensors = inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale
     found: dict[str, Way] = {}
     for every in (0, *cadences):
-        options = ShadowCheck(every=every) if every else None
+        options = ShadowCheck(every=every, max_overhead=max_overhead) if every else None
         layer = HybridMoE.from_inputs(inputs, problem, backend=backend, max_num_tokens=tokens, shadow_check=options)
         layer.warm_up([tokens])
         output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=inputs.hidden_states.device)
@@ -137,6 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-seconds", type=float, default=0.15, help="of calls in a batch, at least 1000 calls")
     parser.add_argument("--calls", type=int, help="in a batch, in place of --batch-seconds")
     parser.add_argument("--backend", default="triton_fused")
+    parser.add_argument(
+        "--max-overhead",
+        type=float,
+        default=math.inf,
+        help="of ShadowCheck; by default none, to see what a check costs",
+    )
     parser.add_argument("--small", action="store_true", help="a small layer, on the CPU where there is no GPU")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder for shadow_check_cost.json")
     options = parser.parse_args(arguments)
@@ -154,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights, result = random_weights(problem, device), []
     for tokens in options.tokens:
         inputs = make_inputs(Workload(tokens, problem.num_local_experts), problem, weights)
-        found = ways(inputs, problem, options.backend, options.every, graphs=device == "cuda")
+        found = ways(inputs, problem, options.backend, options.every, device == "cuda", options.max_overhead)
         call = found["eager 0"].batch(20) / 20
         calls = options.calls or max(1000, int(options.batch_seconds / call) // 1000 * 1000)
         for row in rows(measure(found, options.turns, calls), found, tokens):

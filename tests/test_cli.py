@@ -122,6 +122,7 @@ def test_explain_here_applies_what_this_machine_cannot_run(monkeypatch):
     found = cli_json(*arguments, "--here")
     assert (found["backend"], found["source"]) == ("flashinfer_trtllm", "default")
     assert "no such GPU here" in " ".join(found["reasons"])
+    monkeypatch.setattr("hybrid_moe.cli.common.out.width", 160)
     assert "runs here" in cli("explain", "--device", "nvidia_b200", "--here").stdout
 
 
@@ -480,6 +481,7 @@ def test_demo_runs_what_the_policy_chooses(monkeypatch, capsys):
     # The way that a GPU takes, at a size for a CPU. Without a policy the first of the order runs.
     monkeypatch.setitem(backends.BACKENDS, _Broken.name, _Broken())
     monkeypatch.setattr(call, "_cached_dispatch", call._cached_dispatch.__wrapped__)
+    monkeypatch.setattr("hybrid_moe.cli.common.out.width", 160)  # names instead of letters
     cpu = torch.device("cpu")
     for first in ("torch_reference", _Broken.name):
         monkeypatch.setattr(resolve, "CPU_ORDER", (Candidate(first), Candidate("flashinfer_trtllm")))

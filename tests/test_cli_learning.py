@@ -103,7 +103,9 @@ def test_evaluate_lists_what_it_cannot_judge(tmp_path):
         append_record(path, r)
     save_policy(load_policy_of(tmp_path), tmp_path / "p.json")
     text = cli("evaluate", tmp_path / "p.json", path).stdout
-    assert "not judged: T = 6, uniform, seed 0: a, which the policy runs at T = 6, has no right result" in text
+    assert "not judged: T = 6, uniform, seed 0: a, which the policy runs at T = 6, has no right result" in " ".join(
+        text.split()
+    )
 
 
 def load_policy_of(tmp_path):

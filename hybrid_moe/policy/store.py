@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 from pydantic import ValidationError
 
-from ..backends import BACKENDS
+from .. import backends
 from ..files import POLICY, decode, parse_json, read_whole, write_whole
 from ..problem import MoEProblem
 from ..text import printable
@@ -98,12 +98,12 @@ class _OtherReleaseError(PolicyError):
 def _known_here(policy: Policy, what: str) -> Policy:
     """The policy; refuses one that names a backend that this release doesn't have."""
     named = (policy.default, *policy.candidates, *(regime.choice for regime in policy.regimes))
-    unknown = dict.fromkeys(choice.backend for choice in named if choice.backend not in BACKENDS)
+    unknown = dict.fromkeys(choice.backend for choice in named if choice.backend not in backends.BACKENDS)
     if unknown:
         raise _OtherReleaseError(
             printable(
                 f"{what} names the backend {', '.join(unknown)}, which release {__version__} doesn't know, only "
-                f"{', '.join(BACKENDS)}: use the release that wrote the policy, or make one anew with {_ANEW}"
+                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make one anew with {_ANEW}"
             )
         )
     return policy

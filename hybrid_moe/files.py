@@ -56,6 +56,7 @@ POLICY = Kind("a policy", re.compile(_POLICY))
 SOLUTION = Kind("a Solution", re.compile(rb'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"definition"\s*:'))
 DEFINITION = Kind("a Definition", re.compile(rb'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"op_type"\s*:'))
 PAGE = Kind("a report of hybrid_moe", re.compile(rb"<!DOCTYPE html>\s(?s:.*?)<title>hybrid_moe on "))
+RECORDS = Kind("a file of records", re.compile(rb'(\xef\xbb\xbf)?\s*(\{\s*"|$)'))
 PICTURE = Kind("a PNG picture", re.compile(rb"\x89PNG\r\n\x1a\n"))
 
 
@@ -241,15 +242,22 @@ def _named(path: Path) -> Iterator[None]:
 # ---- Adding to a file, and locking it ----
 
 
-def append_line(path: str | Path, line: bytes) -> None:
+def append_line(path: str | Path, line: bytes, kind: Kind | None = None) -> None:
     """Add one whole line to a file of lines in one write, and wait until it is on the disk; makes missing folders.
 
     Several processes may add to one file: each holds a lock on it meanwhile.
 
+    Parameters
+    ----------
+    path, line
+        What is added, with its newline, and where.
+    kind
+        What may be there already; `None`: any file.
+
     Raises
     ------
     ValueError
-        The file ends in the middle of a line, or is no regular file.
+        The file isn't of ``kind``, ends in the middle of a line, or is no regular file.
     OSError
         It can't be written, and what was written of the line is taken back; or another process has held it for long.
     """
@@ -261,6 +269,9 @@ def append_line(path: str | Path, line: bytes) -> None:
             _wait_for_lock(file.fileno(), path)
             end = file.seek(0, os.SEEK_END)
             if end:
+                file.seek(0)
+                if kind is not None and kind.beginning.match(file.read(_HEAD)) is None:
+                    raise ValueError(f"{path} exists and isn't {kind.name}: name another file")
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     raise ValueError(f"{path} ends in the middle of a line: delete its last line first")

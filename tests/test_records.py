@@ -266,6 +266,15 @@ def test_problems_of_records():
         problem_of_definition("gemm")
 
 
+@pytest.mark.parametrize("content", [b"dear diary\n", b"\x89PNG\r\n\x1a\n", b"[1]\n", bytes(9) + b"\n"])
+def test_nothing_is_added_to_a_file_that_holds_no_records(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="notes exists and isn't a file of records"):
+        append_record(path, make_record())
+    assert path.read_bytes() == content
+
+
 # ---- What others put into a file ----
 
 LINE = make_record().model_dump_json(exclude_none=True)

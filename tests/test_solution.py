@@ -533,6 +533,14 @@ def test_the_command_says_what_is_wrong(arguments, message, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("config", [{"gemm": "future"}, {"gem": "triton"}, {"gemm": 7}])
+def test_a_policy_of_a_configuration_that_is_not_known(config):
+    policy, other = shipped("nvidia_h200"), Candidate("triton_fused", config)
+    unknown = policy.model_copy(update={"default": other, "candidates": (other,), "regimes": ()})
+    with pytest.raises(ValueError, match=r"candidate is triton_fused\[.*one of triton_fused\[gemm=triton\]"):
+        policy_solution(unknown)
+
+
 def test_no_half_written_file(tmp_path):
     assert "is a folder; expected a file name" in fails("solution", "--device", "nvidia_b200", "-o", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -87,6 +87,8 @@ def policy_solution(policy: Policy, *, name: str | None = None, author: str = AU
     name = f"hybrid_moe_{policy.device}" if name is None else name
     table = policy_table(policy)
     chosen = {choice for _, choice in table}
+    for choice in chosen:
+        _check_known(choice)
     # As `select` goes on where a choice can't run: the default, then the candidates in the policy's order.
     order = [backends.complete(choice) for choice in (policy.default, *policy.candidates)]
     otherwise = [choice for choice in dict.fromkeys(order) if choice in chosen]
@@ -115,15 +117,19 @@ def candidate_solution(
         The sources don't stand alone.
     """
     choice = backends.complete(choice)
-    known = list(backends.get_backend(choice.backend).configs())
-    if dict(choice.config) not in [dict(config) for config in known]:
-        listed = ", ".join(str(Candidate(choice.backend, config)) for config in known)
-        raise ValueError(f"candidate is {choice}; one of {listed} is wanted")
+    _check_known(choice)
     name = solution_name(choice) if name is None else name
     candidate = candidate_of(name, {})
     if candidate not in (choice, Candidate(PEER_PREFIX + name)):
         raise ValueError(f"name is {name!r}, which is what the candidate {candidate} is called in traces; not {choice}")
     return _solution(name, author, f"the candidate {choice}", problem, ((0, choice),), [])
+
+
+def _check_known(choice: Candidate) -> None:
+    known = list(backends.get_backend(choice.backend).configs())
+    if dict(choice.config) not in [dict(config) for config in known]:
+        listed = ", ".join(str(Candidate(choice.backend, config)) for config in known)
+        raise ValueError(f"candidate is {choice}; one of {listed} is wanted")
 
 
 def dumps_solution(solution: Mapping[str, Any]) -> str:

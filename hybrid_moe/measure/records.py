@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..candidate import PEER_PREFIX, Candidate, ConfigValue
-from ..files import append_line
+from ..files import RECORDS, append_line
 from ..policy.schema import LARGEST_COUNT, LARGEST_TIME, SLUG, Timing
 from ..problem import MoEProblem, problem_of_definition
 
@@ -300,7 +300,7 @@ Measured = BenchRecord | Measurement
 
 def append_record(path: str | Path, record: BenchRecord) -> None:
     """Add one line to a file of records, see `files.append_line`."""
-    append_line(path, record.model_dump_json(exclude_none=True).encode() + b"\n")
+    append_line(path, record.model_dump_json(exclude_none=True).encode() + b"\n", RECORDS)
 
 
 def problem_of_record(record: Measured, *, num_experts: int | None = None, gate_first: bool = False) -> MoEProblem:

@@ -50,8 +50,8 @@ MUTATIONS = [
         WORKSPACE,
     ),
     dispatch(
-        "return max((runner.reserved_bytes(tokens) for tokens in range(first, end))",
-        "return max((runner.reserved_bytes(tokens) for tokens in (end - 1,))",
+        "return runner.most_reserved_bytes(first, last)",
+        "return runner.most_reserved_bytes(last, last)",
         "only the largest T is asked for its memory",
         WORKSPACE,
     ),

@@ -32,7 +32,7 @@ def sampled_tokens(chosen: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     tokens = len(chosen)
     if count >= tokens:
         return torch.arange(tokens, device=chosen.device)
-    chosen = chosen.cpu()
+    device, chosen = chosen.device, chosen.cpu()
     place = chosen.cumsum(dim=0) - 1
     last = place[-1]
     ranks = torch.full(chosen.shape, len(_TILES) + 1)
@@ -45,4 +45,4 @@ def sampled_tokens(chosen: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     random = torch.rand(tokens, generator=torch.Generator().manual_seed(seed))
     order = (rank_of_token + random).argsort()
     wanted = max(count, int((rank_of_token == 0).sum()))
-    return order[:wanted].sort().values.to(chosen.device)
+    return order[:wanted].sort().values.to(device)

@@ -5,6 +5,7 @@ import torch
 
 from hybrid_moe import Candidate, DeviceKey, HybridMoE, backends, fused_moe
 from hybrid_moe.inputs import FP8
+from hybrid_moe.measure.sweep.plan import middle_rank
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
     DEFINITION_WORKLOADS,
@@ -73,7 +74,7 @@ def test_other_models(choice, model):
     problem = MODELS[model]
     weights = random_weights(problem, "cuda")
     for tokens in (1, 15, 64, 901, 8192):
-        inputs = make_inputs(Workload(tokens, problem.num_local_experts), problem, weights)
+        inputs = make_inputs(Workload(tokens, middle_rank(problem)), problem, weights)
         layer = HybridMoE.from_inputs(inputs, problem, backend=choice)
         output = torch.full((tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
         layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)

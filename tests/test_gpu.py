@@ -24,8 +24,9 @@ CHOICES = [
     resolve.as_candidate(Candidate("triton_fused", config)) for config in backends.BACKENDS["triton_fused"].configs()
 ]
 # Against the reference that quantises the activation too. The libraries round GEMM1's result to bfloat16 first, and so
-# some more of the activation to the other side.
-TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01), Tolerance(max_relative_l2=0.02)
+# some more of the activation to the other side. A token's and a block's bounds follow from these: the worst of the
+# workloads below are 0.0123 of a token (libraries 0.0241) and 0.0180 of a block.
+TWIN_TOLERANCE, LIBRARY_TWIN_TOLERANCE = Tolerance(max_relative_l2=0.0115), Tolerance(max_relative_l2=0.0215)
 OFFSETS = {w.num_tokens: w.local_expert_offset for w in DEFINITION_WORKLOADS} | {200: 32}
 
 

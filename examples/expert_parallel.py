@@ -1,170 +1,180 @@
-"""Expert parallelism: every rank holds its part of the experts, and the ranks' partial outputs are summed.
+"""DeepSeek-V3's layer over any number of ranks, split by experts (EP) or across each expert (TP), timed and checked.
 
-Every rank has the same tokens, as behind tensor-parallel attention. Each runs the layer on its own experts alone, which
-``local_expert_offset`` says, and one collective of NCCL adds the parts up: an all-reduce, or a reduce-scatter where the
-layers after this one want their share of the tokens only.
+Attention is data-parallel: every rank has T tokens of its own. A step gathers the tokens of all ranks, runs this rank's
+part of the layer on them, and adds the parts up so that each rank gets its own tokens back. EP and TP move the same
+bytes and read the same weights: by EP a rank has whole experts, as busy as the routing makes them; by TP all ranks do
+the same, on narrower experts.
 
-    torchrun --nproc-per-node 2 examples/expert_parallel.py                # DeepSeek-V3: 32 of 256 experts on each GPU
-    torchrun --nproc-per-node 2 examples/expert_parallel.py --reduce scatter --tokens 4096
-    torchrun --nproc-per-node 2 examples/expert_parallel.py --device cpu   # gloo, a small layer, the reference
+    torchrun --nproc-per-node 2 examples/expert_parallel.py                     # 64 of the 256 experts on two GPUs
+    torchrun --nproc-per-node 8 examples/expert_parallel.py --tokens 1 16 256 4096 --records ranks.jsonl
+    torchrun --nproc-per-node 2 examples/expert_parallel.py --device cpu        # gloo, a small layer, the reference
 
-Prints the time of a step, of the rank's own layer in it, and of one device that holds all the ranks' experts; and
-checks the sum against the parts run on one device, one after the other. Exit code 1 if it is wrong.
+Prints for each T, split and way of launching: the step on the slowest rank, the layer on the slowest and the fastest
+one, communication alone, tokens per second of all ranks, and the check against the sum of the parts that this one
+device computes one after the other. Exit code 1 if one is wrong. `benchmarks/ranks.py table` makes a table of records.
 
-**Where tokens are not the same on every rank** (data-parallel attention, many nodes), DeepEP goes here: its
-``Buffer.dispatch`` in front of the layer, which sends a token's e4m3 row and scales only to the ranks that hold one of
-its experts, and its ``Buffer.combine`` in place of the reduction, which brings the partial rows back and adds them up.
-It sends experts and weights that are chosen before, by the router on the token's own rank. This layer chooses by itself
-from the logits, so these would have to go along as well: with the same logits every rank chooses the same.
+Behind tensor-parallel attention every rank has all tokens already: nothing is gathered, and the sum is an all-reduce.
+All-to-all dispatchers (DeepEP) send a token only to the ranks that hold one of its experts, with the experts and
+weights that its own rank chose: made with ``routing_bias=None``, a layer takes those.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from hybrid_moe import HybridMoE, MoEInputs, MoEProblem
+from hybrid_moe import Candidate, HybridMoE, MoEInputs, MoEProblem
 from hybrid_moe.device import DeviceKey
-from hybrid_moe.measure.workloads import DEEPSEEK_V3, LayerWeights, Workload, make_inputs, random_weights
+from hybrid_moe.hf_config import padded_width
+from hybrid_moe.inputs import FP8
+from hybrid_moe.measure.bench import record_fields, versions
+from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, RecordCorrectness, append_record
+from hybrid_moe.measure.timing import summarize
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, ROUTING_LOADS, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Correctness, Tolerance, check
-from hybrid_moe.reference import has_local_work
+from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token
+from hybrid_moe.shards import expert_parallel_shard, tensor_parallel_shard
 
 SMALL = MoEProblem(
-    num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
+    num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=512
 )
 # The parts are the same on one device and on many; the sum of them is in bfloat16, rounded once for each rank.
 SUM_TOLERANCE = Tolerance(max_relative_l2=0.01)
 
-Reduce = Literal["all", "scatter"]
+# torch 2.13 has new names for these two.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Split = Literal["ep", "tp"]
+NAMES: dict[Split, str] = {"ep": "expert_parallel", "tp": "tensor_parallel"}
 
 
-class ExpertParallelStep:
-    """One step of this rank: its own experts' part of the output, then the sum over the ranks.
+def part_of(tokens: MoEInputs, whole: MoEProblem, split: Split, rank: int, ranks: int) -> tuple[MoEInputs, MoEProblem]:
+    """The whole layer's inputs with the weights of one rank alone, and the problem that it computes."""
+    weights = tokens[MoEInputs._fields.index("gemm1_weights") :][:4]
+    if split == "ep":
+        shard = expert_parallel_shard(*weights, rank=rank, ep=ranks)
+        problem = replace(whole, num_local_experts=whole.num_local_experts // ranks)
+        return tokens._replace(**shard._asdict(), local_expert_offset=rank * problem.num_local_experts), problem
+    shard = tensor_parallel_shard(*weights, rank=rank, tp=ranks)
+    return tokens._replace(**shard._asdict()), replace(
+        whole, intermediate_size=padded_width(whole.intermediate_size, ranks)
+    )
 
-    The buffer stays where it is, so that a CUDA graph can hold the step; each call overwrites the result before.
+
+class Step:
+    """One step of this rank. Its buffers stay where they are, so that a CUDA graph can hold it.
 
     Parameters
     ----------
     layer
-        This rank's.
-    inputs
-        The tokens, the same on every rank.
-    reduce
-        ``"all"``: every rank gets all tokens. ``"scatter"``: rank r gets the r-th share of them, ``ceil(T / ranks)``
-        each, the last ones filled up with zeros.
+        This rank's part.
+    own
+        This rank's tokens, as many as on every other rank.
     """
 
-    def __init__(self, layer: HybridMoE, inputs: MoEInputs, reduce: Reduce) -> None:
-        self._layer, self._inputs, self._reduce = layer, inputs, reduce
-        tokens, ranks = inputs.num_tokens, dist.get_world_size()
-        share = -(-tokens // ranks)
-        rows = share * ranks if reduce == "scatter" else tokens
-        self._buffer = inputs.hidden_states.new_zeros((rows, layer.problem.hidden_size), dtype=torch.bfloat16)
-        self._partial = self._buffer[:tokens]
-        self._share = torch.empty_like(self._buffer[:share])
-        first = min(dist.get_rank() * share, tokens)
-        #: Which tokens the result is of.
-        self.tokens = slice(first, min(first + share, tokens)) if reduce == "scatter" else slice(0, tokens)
-        #: The layer's output for ``tokens``, bfloat16.
-        self.result = self._share[: self.tokens.stop - first] if reduce == "scatter" else self._partial
+    def __init__(self, layer: HybridMoE, own: MoEInputs) -> None:
+        self._layer = layer
+        tokens, everyone = own.num_tokens, own.num_tokens * dist.get_world_size()
+        # Two collectives: rows in FP8, and scales with logits, which are both float32.
+        self._hidden = own.hidden_states.view(torch.uint8)
+        self._rest = torch.cat([own.hidden_states_scale.t(), own.routing_logits], dim=1)
+        self._all_hidden = self._hidden.new_empty((everyone, self._hidden.shape[1]))
+        self._all_rest = self._rest.new_empty((everyone, self._rest.shape[1]))
+        blocks = own.hidden_states_scale.shape[0]
+        self._scale = self._rest.new_empty((blocks, everyone))
+        self._logits = self._rest.new_empty((everyone, own.routing_logits.shape[1]))
+        self._blocks = blocks
+        self._partial = self._rest.new_empty((everyone, layer.problem.hidden_size), dtype=torch.bfloat16)
+        #: The whole layer's output for this rank's tokens, ``[T, H]`` bfloat16.
+        self.result = self._partial.new_empty((tokens, layer.problem.hidden_size))
 
-    def partial(self) -> None:
-        """The part of this rank's experts alone."""
-        inputs = self._inputs
-        self._layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=self._partial)
+    def gather(self) -> None:
+        """The tokens of all ranks."""
+        all_gather(self._all_hidden, self._hidden)
+        all_gather(self._all_rest, self._rest)
+        self._scale.copy_(self._all_rest[:, : self._blocks].t())
+        self._logits.copy_(self._all_rest[:, self._blocks :])
+
+    def layer(self) -> None:
+        """The part of the output that is this rank's, for all tokens."""
+        self._layer(self._logits, self._all_hidden.view(FP8), self._scale, output=self._partial)
+
+    def reduce(self) -> None:
+        """The sum of the parts, for this rank's tokens."""
+        reduce_scatter(self.result, self._partial)
+
+    def communication(self) -> None:
+        """A step without its layer."""
+        self.gather()
+        self.reduce()
 
     def __call__(self) -> None:
-        """Compute ``result``."""
-        self.partial()
-        if self._reduce == "scatter":
-            dist.reduce_scatter_tensor(self._share, self._buffer)
-        else:
-            dist.all_reduce(self._partial)
+        """Compute `result`."""
+        self.gather()
+        self.layer()
+        self.reduce()
 
 
-def part_of(whole: LayerWeights, rank: int, problem: MoEProblem) -> LayerWeights:
-    """A rank's experts out of those of all ranks; a view."""
-    experts = slice(rank * problem.num_local_experts, (rank + 1) * problem.num_local_experts)
-    return LayerWeights(
-        whole.gemm1_weights[experts],
-        whole.gemm1_weights_scale[experts],
-        whole.gemm2_weights[experts],
-        whole.gemm2_weights_scale[experts],
-    )
-
-
-def weights_of_all(problem: MoEProblem, ranks: int, device: torch.device) -> LayerWeights:
-    """The experts of all ranks, one after the other: each rank makes its own of its number as the seed."""
-    parts = [random_weights(problem, device, seed=rank) for rank in range(ranks)]
-    return LayerWeights(
-        torch.cat([part.gemm1_weights for part in parts]),
-        torch.cat([part.gemm1_weights_scale for part in parts]),
-        torch.cat([part.gemm2_weights for part in parts]),
-        torch.cat([part.gemm2_weights_scale for part in parts]),
-    )
-
-
-def with_weights(inputs: MoEInputs, weights: LayerWeights, offset: int) -> MoEInputs:
-    """The same tokens with other experts."""
-    return inputs._replace(
-        gemm1_weights=weights.gemm1_weights,
-        gemm1_weights_scale=weights.gemm1_weights_scale,
-        gemm2_weights=weights.gemm2_weights,
-        gemm2_weights_scale=weights.gemm2_weights_scale,
-        local_expert_offset=offset,
-    )
-
-
-def sum_of_parts(
-    inputs: MoEInputs, whole: LayerWeights, problem: MoEProblem, ranks: int, backend: str | None
-) -> torch.Tensor:
-    """What the ranks' layers give on this one device, added up in float32: ``[T, H]``."""
-    total = torch.zeros((inputs.num_tokens, problem.hidden_size), dtype=torch.float32, device=inputs[0].device)
+def sum_of_parts(tokens: MoEInputs, whole: MoEProblem, split: Split, ranks: int, backend: str | None) -> torch.Tensor:
+    """What all ranks' layers give on this one device, added up in float32: ``[T * ranks, H]``."""
+    total = torch.zeros(tokens.hidden_states.shape, dtype=torch.float32, device=tokens.hidden_states.device)
     for rank in range(ranks):
-        part = with_weights(inputs, part_of(whole, rank, problem), rank * problem.num_local_experts)
+        part, problem = part_of(tokens, whole, split, rank, ranks)
         layer = HybridMoE.from_inputs(part, problem, backend=backend)
         total += layer(part.routing_logits, part.hidden_states, part.hidden_states_scale)
     return total
 
 
-def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """The step as a CUDA graph, its collective with it; replaying it is the step."""
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of the call, its collectives with it; replaying it is the call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # communicators and kernels are set up outside of the capture
+        call()  # communicators and kernels are set up outside of the capture
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # NCCL's watchdog asks for events in its own thread meanwhile, which a capture of the whole process would forbid.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        step()
+        call()
     return graph.replay
 
 
-def microseconds(call: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Time of one call out of ``steps`` in a row, the median of five such rows, on the slowest rank."""
-    rows = []
-    for _ in range(6):
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one call in each of several rows of calls, on the slowest and on the fastest rank of each row."""
+
+    slowest: list[float]
+    fastest: list[float]
+
+
+def time_rows(call: Callable[[], object], device: torch.device, steps: int, rows: int = 10) -> Times:
+    """Time ``rows`` rows of ``steps`` calls, begun on all ranks at once; one row before them doesn't count."""
+    times = []
+    for _ in range(rows + 1):
+        wait_for(device)
         dist.barrier()
         wait_for(device)
         begin = time.perf_counter()
         for _ in range(steps):
             call()
         wait_for(device)
-        rows.append((time.perf_counter() - begin) / steps * 1e6)
-    slowest = torch.tensor(statistics.median(rows[1:]), device=device)
+        times.append((time.perf_counter() - begin) / steps * 1e6)
+    slowest = torch.tensor(times[1:], device=device)
+    fastest = slowest.clone()
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.item()
+    dist.all_reduce(fastest, op=dist.ReduceOp.MIN)
+    return Times(slowest.tolist(), fastest.tolist())
 
 
 def wait_for(device: torch.device) -> None:
@@ -173,88 +183,148 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_words(result: Correctness, rank: int, tokens: slice) -> str:
-    """One line for a rank's result."""
-    verdict = "right" if result.passed else f"WRONG: {'; '.join(result.failures)}"
+def worst_of_all(own: Correctness) -> Correctness:
+    """The worst of all ranks' results."""
+    found: list[Correctness] = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return max(found, key=lambda result: (not result.passed, result.relative_l2))
+
+
+def measure(
+    tokens: MoEInputs,
+    whole: MoEProblem,
+    split: Split,
+    workload: Workload,
+    environment: Mapping[str, EnvironmentValue],
+    options: argparse.Namespace,
+) -> bool:
+    """Check and time the layer at one T; whether it is right."""
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), tokens.hidden_states.device
+    part, problem = part_of(tokens, whole, split, rank, ranks)
+    layer = HybridMoE.from_inputs(part, problem, backend=options.backend)
+    layer.warm_up([tokens.num_tokens])
+    mine = slice(rank * workload.num_tokens, (rank + 1) * workload.num_tokens)
+    step = Step(
+        layer,
+        part._replace(
+            hidden_states=part.hidden_states[mine].contiguous(),
+            hidden_states_scale=part.hidden_states_scale[:, mine].contiguous(),
+            routing_logits=part.routing_logits[mine].contiguous(),
+        ),
+    )
+    wanted = sum_of_parts(tokens, whole, split, ranks, options.backend)[mine]
+    work = has_local_work(tokens, whole)[mine]
+    rows = local_rows_per_expert_and_token(tokens, whole).sum(dim=0)
+    rows_of_ranks = rows.view(ranks, -1).sum(dim=1).tolist() if split == "ep" else [int(rows.sum())] * ranks
+    right = True
+    for how in options.how:
+        ways: list[Callable[[], object]] = [step, step.layer, step.communication]
+        step()  # what the layer alone reads
+        if how == "cuda_graph":
+            ways = [captured(way) for way in ways]
+        step.result.fill_(torch.nan)
+        ways[0]()
+        found = worst_of_all(check(step.result, wanted, work, SUM_TOLERANCE))
+        right = right and found.passed
+        if not found.passed:
+            if rank == 0:
+                print(f"T = {workload.num_tokens}, {split}, {how}: WRONG: {'; '.join(found.failures)}")
+            continue
+        whole_step, alone, communication = (time_rows(way, device, options.steps) for way in ways)
+        latency = summarize(whole_step.slowest)
+        record = BenchRecord(
+            **record_fields(
+                DeviceKey.of(device).name,
+                whole,
+                workload,
+                Candidate(NAMES[split], {"ranks": ranks}),
+                environment,
+            ),
+            timing=how,
+            status="passed",
+            latency_us=latency,
+            correctness=RecordCorrectness.model_validate(found.to_dict()),
+            layer_us=summarize(alone.slowest).median,  # type: ignore[call-arg]  # fields of this record alone
+            fastest_layer_us=summarize(alone.fastest).median,
+            communication_us=summarize(communication.slowest).median,
+            tokens_per_s=round(tokens.num_tokens / latency.median * 1e6),
+            rows_of_ranks=rows_of_ranks,
+            runs_by=str(layer.choice(tokens.num_tokens)),
+        )
+        if rank == 0:
+            print(in_words(record), flush=True)
+            if options.records is not None:
+                append_record(options.records, record)
+    return right
+
+
+def in_words(record: BenchRecord) -> str:
+    """One line for a record."""
+    extra, latency, correctness = record.model_extra, record.latency_us, record.correctness
+    assert extra is not None and latency is not None and correctness is not None
     return (
-        f"rank {rank}: tokens {tokens.start}-{tokens.stop - 1} {verdict}, relative L2 {result.relative_l2:.5f}, "
-        f"largest error {result.max_abs_error:.4f}"
+        f"T = {record.num_tokens:5} a rank, {record.choice} {record.timing:10} step {latency.median:8.1f} us, "
+        f"layer {extra['layer_us']:8.1f} (fastest rank {extra['fastest_layer_us']:8.1f}), "
+        f"communication {extra['communication_us']:7.1f}, {extra['tokens_per_s']:9} tokens/s, "
+        f"rows {extra['rows_of_ranks']}, {extra['runs_by']}, right: relative L2 {correctness.relative_l2:.5f}"
     )
 
 
 def run(options: argparse.Namespace, device: torch.device) -> bool:
-    """Make the layer, time the step and check it; whether it is right."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    on_gpu = device.type == "cuda"
-    problem = DEEPSEEK_V3 if on_gpu else SMALL
-    last = problem.num_experts // problem.num_local_experts
-    if ranks > last:
-        raise ValueError(f"--nproc-per-node is {ranks}; at most {last} is wanted, which hold all the experts")
-    if options.tokens < 1:
-        raise ValueError(f"--tokens is {options.tokens}; 1 or more is wanted")
-    backend = options.backend or (None if on_gpu else "torch_reference")
-    offset = rank * problem.num_local_experts
-
-    # One workload on all ranks: the same seed makes the same tokens. The weights are each rank's own.
-    own = random_weights(problem, device, seed=rank)
-    tokens = make_inputs(Workload(options.tokens), problem, own)
-    inputs = with_weights(tokens, own, offset)
-    layer = HybridMoE.from_inputs(inputs, problem, backend=backend)
-    layer.warm_up([options.tokens])
-    step = ExpertParallelStep(layer, inputs, options.reduce)
-    call, partial = (captured(step), captured(step.partial)) if options.graph else (step, step.partial)
-    step.result.fill_(float("nan"))
-    call()
-    result = step.result.clone()
-    step_us = microseconds(call, device, options.steps)
-    partial_us = microseconds(partial, device, options.steps)
-
-    # What a deployment doesn't do: everyone's weights on this device, to compare with.
-    whole = weights_of_all(problem, ranks, device)
-    all_here = replace(problem, num_local_experts=ranks * problem.num_local_experts)
-    together = with_weights(tokens, whole, 0)
-    one = HybridMoE.from_inputs(together, all_here, backend=backend)
-    one.warm_up([options.tokens])
-    output = torch.empty((options.tokens, problem.hidden_size), dtype=torch.bfloat16, device=device)
-
-    def on_one_device() -> None:
-        one(together.routing_logits, together.hidden_states, together.hidden_states_scale, output=output)
-
-    one_us = microseconds(captured(on_one_device) if options.graph else on_one_device, device, options.steps)
-    if rank == 0:
-        how = "one CUDA graph" if options.graph else "eager"
+    """Make the layer and measure it at each T; whether all is right."""
+    ranks, on_gpu = dist.get_world_size(), device.type == "cuda"
+    model = DEEPSEEK_V3 if on_gpu else SMALL
+    experts = options.experts or min(ranks * model.num_local_experts, model.num_experts)
+    if experts % ranks or not 0 < experts <= model.num_experts:
+        raise ValueError(f"--experts: expected a multiple of {ranks} ranks up to {model.num_experts}, got {experts}")
+    if min(options.tokens) < 1:
+        raise ValueError(f"--tokens: expected 1 or more, got {min(options.tokens)}")
+    whole = replace(model, num_local_experts=experts)
+    # The same on all ranks, as the seeds are. A deployment loads its own part alone; here all parts are compared with.
+    weights = random_weights(whole, device)
+    if dist.get_rank() == 0:
         print(
-            f"{ranks} x {DeviceKey.of(device).name}, {all_here.num_local_experts} of {problem.num_experts} experts, "
-            f"T = {options.tokens}, reduce {options.reduce}, {how}: {layer.choice(options.tokens)}\n"
-            f"step          {step_us:9.1f} us\n"
-            f"its layer     {partial_us:9.1f} us, on {problem.num_local_experts} experts\n"
-            f"one device    {one_us:9.1f} us, on {all_here.num_local_experts} experts by {one.choice(options.tokens)}"
+            f"{ranks} x {DeviceKey.of(device).name}, {experts} of {model.num_experts} experts, {whole.hidden_size} x "
+            f"{whole.intermediate_size}, routing {options.routing}, {options.steps} steps in a row, median of 10 rows"
         )
+    right, environment = True, versions() if on_gpu else {}
+    for count in options.tokens:
+        # Drawn for the tokens of all ranks; the record's T is that of one.
+        drawn = Workload(count * ranks, routing=options.routing, seed=options.seed)
+        tokens = make_inputs(drawn, whole, weights)
+        for split in options.split:
+            right &= measure(tokens, whole, split, replace(drawn, num_tokens=count), environment, options)
+    return right
 
-    wanted = sum_of_parts(tokens, whole, problem, ranks, backend)[step.tokens]
-    work = has_local_work(together, all_here)[step.tokens]
-    correctness = check(result, wanted, work, SUM_TOLERANCE)
-    results: list[tuple[bool, str]] = [(False, "")] * ranks
-    dist.all_gather_object(results, (correctness.passed, in_words(correctness, rank, step.tokens)))
-    if rank == 0:
-        print("\n".join(line for _, line in results))
-    return all(passed for passed, _ in results)
+
+def options_of(arguments: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="T: tokens of each rank")
+    parser.add_argument("--split", choices=("ep", "tp"), nargs="+", default=["ep", "tp"])
+    parser.add_argument("--how", choices=("cuda_graph", "eager"), nargs="+", help="[default: both; eager on the CPU]")
+    parser.add_argument("--experts", type=int, help="on all ranks together [default: 32 a rank]")
+    parser.add_argument("--routing", choices=ROUTING_LOADS, default="uniform", help="how busy which experts are")
+    parser.add_argument("--seed", type=int, default=0, help="of tokens and routing")
+    parser.add_argument("--steps", type=int, default=30, help="in a row, for one time")
+    parser.add_argument("--records", type=Path, help="JSON Lines to add a record of each measurement to")
+    parser.add_argument("--backend", help="instead of the policy's choice; the CPU takes the reference by default")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.how is None:
+        options.how = ["cuda_graph", "eager"] if options.device == "cuda" else ["eager"]
+    if options.backend is None and options.device == "cpu":
+        options.backend = "torch_reference"
+    return parser, options
 
 
 def main() -> None:
     """Join the other ranks, run, and leave together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64, help="T, the same tokens on every rank")
-    parser.add_argument("--reduce", choices=("all", "scatter"), default="all")
-    parser.add_argument("--steps", type=int, default=50, help="in a row, for one time")
-    parser.add_argument("--graph", action="store_true", help="the step as one CUDA graph, NCCL's part with it")
-    parser.add_argument("--backend", help="instead of the policy's choice; the CPU takes the reference by default")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser, options = options_of()
     if "LOCAL_RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 examples/expert_parallel.py")
-    if options.graph and options.device != "cuda":
-        parser.error("--graph wants --device cuda")
+    if "cuda_graph" in options.how and options.device != "cuda":
+        parser.error("--how cuda_graph: expected --device cuda")
 
     device = torch.device(options.device)
     if device.type == "cuda":

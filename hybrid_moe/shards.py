@@ -1,4 +1,4 @@
-"""One rank's shard of experts that are cut by tensor parallelism, padded to whole blocks."""
+"""One rank's part of a layer: some of its experts, or a shard of each, padded to whole blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .hf_config import BLOCK, padded_width
 
-__all__ = ["ExpertShard", "tensor_parallel_shard"]
+__all__ = ["ExpertShard", "expert_parallel_shard", "tensor_parallel_shard"]
 
 
 class ExpertShard(NamedTuple):
@@ -18,6 +18,31 @@ class ExpertShard(NamedTuple):
     gemm1_weights_scale: torch.Tensor
     gemm2_weights: torch.Tensor
     gemm2_weights_scale: torch.Tensor
+
+
+def expert_parallel_shard(
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    *,
+    rank: int,
+    ep: int,
+) -> ExpertShard:
+    """A rank's experts, whose offset is ``rank * E // ep``: views of the tensors that `tensor_parallel_shard` cuts.
+
+    Raises
+    ------
+    ValueError
+        ``ep`` doesn't divide the experts, or there is no such rank.
+    """
+    experts = gemm1_weights.shape[0]
+    if ep < 1 or experts % ep:
+        raise ValueError(f"ep: expected a divisor of the {experts} experts, got {ep}")
+    if not 0 <= rank < ep:
+        raise ValueError(f"rank: expected 0 to {ep - 1}, got {rank}")
+    own = slice(rank * experts // ep, (rank + 1) * experts // ep)
+    return ExpertShard(gemm1_weights[own], gemm1_weights_scale[own], gemm2_weights[own], gemm2_weights_scale[own])
 
 
 def tensor_parallel_shard(

@@ -1,0 +1,249 @@
+"""By experts (EP) or across each expert (TP): what DeepSeek-V3's layer takes over a node's ranks, and which to take.
+
+    torchrun --nproc-per-node 2 examples/expert_parallel.py --tokens 1 16 256 4096 --records steps.jsonl
+    python benchmarks/ranks.py table steps.jsonl
+    python benchmarks/ranks.py layers layers.jsonl --ranks 8 --tokens 1 16 256 4096     # one GPU
+    python benchmarks/ranks.py layers layers.jsonl --ranks 16 32 64 --tokens 128 --dispatched
+
+``layers`` times the layers of all ranks, or of some of them, one after the other on one GPU, each checked against the
+reference first: what many GPUs would take without their communication. Every rank gets the tokens of all, as after an
+all-gather, or those that chose one of its experts (``--dispatched``), as from DeepEP.
+
+``table`` prints what was measured at each T and which split the records say to take: the learner's own rule, with EP
+and TP as the candidates. As a layer is laid out once, it also says which to take for all T together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hybrid_moe import Candidate, HybridMoE, MoEInputs, MoEProblem, Policy
+from hybrid_moe.device import DeviceKey
+from hybrid_moe.inputs import FP8
+from hybrid_moe.learn.learner import learn
+from hybrid_moe.measure.bench import record_fields, versions
+from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.records import (
+    BenchRecord,
+    EnvironmentValue,
+    RecordCorrectness,
+    append_record,
+    problem_of_record,
+)
+from hybrid_moe.measure.timing import time_graph
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, ROUTING_LOADS, Workload, make_inputs, random_weights
+from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
+from hybrid_moe.policy.schema import LearnerOptions
+from hybrid_moe.policy.select import choose
+from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference
+from hybrid_moe.shards import expert_parallel_shard, tensor_parallel_shard
+
+EP, TP = "expert_parallel", "tensor_parallel"
+WHOLE = replace(DEEPSEEK_V3, num_local_experts=DEEPSEEK_V3.num_experts)
+CHECKED = 16  # tokens of a call that are compared with the reference
+
+
+def of_tokens(inputs: MoEInputs, tokens: torch.Tensor) -> MoEInputs:
+    """Some of the tokens."""
+    return inputs._replace(
+        routing_logits=inputs.routing_logits[tokens],
+        hidden_states=inputs.hidden_states.view(torch.uint8)[tokens].view(FP8),
+        hidden_states_scale=inputs.hidden_states_scale[:, tokens].contiguous(),
+    )
+
+
+def parts(everything: MoEInputs, split: str, ranks: int, dispatched: bool) -> Iterator[tuple[MoEInputs, MoEProblem]]:
+    """Inputs and problem of each rank; of TP those of one, as all do the same."""
+    weights = everything[MoEInputs._fields.index("gemm1_weights") :][:4]
+    if split == TP:
+        shard = tensor_parallel_shard(*weights, rank=0, tp=ranks)
+        yield everything._replace(**shard._asdict()), replace(WHOLE, intermediate_size=shard.gemm2_weights.shape[2])
+        return
+    problem = replace(WHOLE, num_local_experts=WHOLE.num_experts // ranks)
+    # Of more than 8 ranks, 8 that are spread evenly.
+    for rank in range(0, ranks, max(1, ranks // 8)):
+        shard = expert_parallel_shard(*weights, rank=rank, ep=ranks)
+        own = everything._replace(**shard._asdict(), local_expert_offset=rank * problem.num_local_experts)
+        yield (of_tokens(own, has_local_work(own, problem).nonzero().flatten()) if dispatched else own), problem
+
+
+def layers(
+    everything: MoEInputs,
+    workload: Workload,
+    split: str,
+    ranks: int,
+    dispatched: bool,
+    environment: Mapping[str, EnvironmentValue],
+) -> BenchRecord:
+    """The layers of the ranks, one after the other."""
+    config: dict[str, str | int | bool] = {"dispatched": dispatched, "layers_only": True, "ranks": ranks}
+    common = record_fields(
+        DeviceKey.of(everything.hidden_states.device).name, WHOLE, workload, Candidate(split, config), environment
+    ) | {"timing": "cuda_graph"}
+    times, rows, found, runs_by = [], [], [], set()
+    for inputs, problem in parts(everything, split, ranks, dispatched):
+        rows.append(int(local_rows_per_expert_and_token(inputs, problem).sum()))
+        if not inputs.num_tokens:
+            continue  # nobody sent it a token
+        layer = HybridMoE.from_inputs(inputs, problem)
+        shape = (inputs.num_tokens, problem.hidden_size)
+        output = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=inputs.hidden_states.device)
+
+        def call(layer: HybridMoE = layer, inputs: MoEInputs = inputs, output: torch.Tensor = output) -> None:
+            layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
+
+        call()
+        some = torch.linspace(0, inputs.num_tokens - 1, min(CHECKED, inputs.num_tokens), device=output.device).long()
+        checked = of_tokens(inputs, some)
+        found.append(
+            check(
+                output[some],
+                moe_reference(checked, problem),
+                has_local_work(checked, problem),
+                OWN_KERNELS_TOLERANCE,
+                width=problem.intermediate_size,
+            )
+        )
+        if found[-1].failures:
+            return BenchRecord(**common, status="failed", reason="; ".join(found[-1].failures))
+        runs_by.add(str(layer.choice(inputs.num_tokens)))
+        times.append(time_graph([call] * 10, runs=10))
+    worst = max(found, key=lambda each: each.relative_l2)
+    return BenchRecord(
+        **common,
+        status="passed",
+        latency_us=max(times, key=lambda time: time.median),
+        correctness=RecordCorrectness.model_validate(worst.to_dict()),
+        fastest_layer_us=min(time.median for time in times) if len(times) == len(rows) else 0.0,  # type: ignore[call-arg]
+        rows_of_ranks=rows,
+        runs_by=", ".join(sorted(runs_by)),
+    )
+
+
+def measure_layers(options: argparse.Namespace) -> bool:
+    """Measure and add the records; whether all were right."""
+    environment = versions()
+    weights = random_weights(WHOLE, "cuda")
+    right = True
+    for ranks in options.ranks:
+        for tokens in options.tokens:
+            drawn = Workload(tokens * ranks, routing=options.routing)
+            everything = make_inputs(drawn, WHOLE, weights)
+            for split in (EP,) if options.dispatched else (EP, TP):
+                workload = replace(drawn, num_tokens=tokens)
+                record = layers(everything, workload, split, ranks, options.dispatched, environment)
+                append_record(options.records, record)
+                right &= record.status == "passed"
+                extra, latency = record.model_extra or {}, record.latency_us
+                said = record.reason if latency is None else f"{latency.median:.1f} us, {extra}"
+                print(f"T = {tokens} a rank, {record.choice}: {said}", flush=True)
+    return right
+
+
+def learned(records: Sequence[BenchRecord], regimes: str = "auto") -> Policy:
+    """A policy whose candidates are the splits; T is that of a rank."""
+    options = LearnerOptions(regimes=regimes, max_gap=2.5)
+    return learn(records, options, problem=problem_of_record(records[0]), inputs=())
+
+
+def table(records: Sequence[BenchRecord]) -> str:
+    """Markdown: one row a T, for records of one way of timing, one number of ranks and one routing."""
+    at: dict[int, dict[str, BenchRecord]] = defaultdict(dict)
+    for record in records:
+        at[record.num_tokens][record.backend] = record
+    first = records[0]
+    policy, ranks = learned(records), first.config["ranks"]
+    whole = learned(records, f"1-{max(at)}")
+    layers_only = bool(first.config.get("layers_only"))
+    lines = [
+        f"{ranks} ranks, {first.problem}, {first.device}, {first.timing}, routing {first.routing}"
+        + (", layers alone on one GPU" if layers_only else "")
+        + ", microseconds",
+        "",
+        "| T a rank | EP step | EP layer, slowest rank (fastest) | TP step | TP layer | communication | "
+        "EP tokens/s | TP tokens/s | TP / EP | the records say |",
+        "|" + "---:|" * 9 + "---|",
+    ]
+    for tokens, found in sorted(at.items()):
+        ep, tp = found[EP], found[TP]
+        chosen = choose(policy, policy.problem, DeviceKey(policy.device), tokens)
+        regime = policy.regime_of(tokens)
+        verdict = f"{chosen.choice.backend}" + (f" ({regime.verdict})" if regime is not None else "")
+        cells: list[object] = [tokens]
+        if layers_only:
+            cells += ["", _layer(ep, "latency"), "", _layer(tp, "latency"), "", "", ""]
+        else:
+            cells += [_step(ep), _layer(ep), _step(tp), _layer(tp), _communication(ep, tp), _rate(ep), _rate(tp)]
+        cells += [f"{tp.relative_time / ep.relative_time:.2f}", verdict]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    regime = whole.regimes[0]
+    lines += ["", f"For all T together: {regime.choice.backend} ({regime.verdict}), {regime.reason}"]
+    lines += [f"Regret by T: {policy.training_regret}; leaving one T out: {policy.leave_one_out_regret}"]
+    return "\n".join(lines)
+
+
+def _extra(record: BenchRecord, name: str) -> float:
+    return float((record.model_extra or {})[name])
+
+
+def _step(record: BenchRecord) -> str:
+    return f"{record.relative_time:.1f}"
+
+
+def _layer(record: BenchRecord, slowest: str = "layer_us") -> str:
+    time = record.relative_time if slowest == "latency" else _extra(record, slowest)
+    return f"{time:.1f} ({_extra(record, 'fastest_layer_us'):.1f})"
+
+
+def _communication(*records: BenchRecord) -> str:
+    return f"{min(_extra(record, 'communication_us') for record in records):.1f}"
+
+
+def _rate(record: BenchRecord) -> str:
+    return f"{_extra(record, 'tokens_per_s'):,.0f}"
+
+
+def tables(paths: Sequence[Path]) -> Iterator[str]:
+    """One for each way of timing, number of ranks, layer and routing."""
+    groups: dict[tuple[object, ...], list[BenchRecord]] = defaultdict(list)
+    for path in paths:
+        for record in read_records(path):
+            if not record.config.get("dispatched"):
+                key = (record.problem, record.config["ranks"], record.routing, record.timing)
+                groups[(*key, bool(record.config.get("layers_only")))].append(record)
+    for records in groups.values():
+        if {record.backend for record in records} == {EP, TP}:
+            yield table(records)
+
+
+def main() -> None:
+    """Measure, or print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    of_records = commands.add_parser("table", help="print what records say")
+    of_records.add_argument("records", type=Path, nargs="+")
+    of_layers = commands.add_parser("layers", help="time the layers of many ranks on one GPU")
+    of_layers.add_argument("records", type=Path)
+    of_layers.add_argument("--ranks", type=int, nargs="+", default=[8])
+    of_layers.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024, 4096], help="of each rank")
+    of_layers.add_argument("--routing", choices=ROUTING_LOADS, default="uniform")
+    of_layers.add_argument("--dispatched", action="store_true", help="a rank gets only tokens that chose its experts")
+    options = parser.parse_args()
+    if options.command == "table":
+        print("\n\n".join(tables(options.records)))
+        return
+    if not torch.cuda.is_available():
+        parser.error("an NVIDIA GPU is wanted; torch finds none")
+    with torch.inference_mode():
+        if not measure_layers(options):
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

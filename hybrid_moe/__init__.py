@@ -15,6 +15,7 @@ from .policy.store import load_policy, save_policy
 from .policy.versions import PolicyMismatchWarning
 from .problem import MoEProblem
 from .serving import metrics
+from .serving.agreement import RanksDifferError
 from .serving.out_of_memory import CallOutOfMemoryError
 from .serving.quarantine import Quarantined, quarantined, release_quarantine
 from .serving.shadow import Breach, ShadowCheck, ShadowStatus
@@ -37,6 +38,7 @@ __all__ = [
     "PolicyError",
     "PolicyMismatchWarning",
     "Quarantined",
+    "RanksDifferError",
     "RoutedInputs",
     "ShadowCheck",
     "ShadowStatus",

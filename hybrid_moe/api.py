@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_compiling
@@ -31,9 +31,10 @@ from .inputs import (
 )
 from .policy.resolve import as_candidate
 from .policy.schema import Policy
-from .policy.select import Decision, check_num_tokens
+from .policy.select import Decision, Refusals, check_num_tokens
 from .problem import MoEProblem, RoutingMethod
 from .serving import custom_ops, quantize_input, warmup
+from .serving.agreement import agree, together
 from .serving.call import Call, launch, new_dispatch, new_output, out_of_memory
 from .serving.dispatch import Dispatch
 from .serving.metrics import Counters, Sample
@@ -42,6 +43,9 @@ from .serving.shadow import Shadow, ShadowCheck, ShadowStatus
 from .serving.warmup import WarmedUp
 from .serving.weight_check import refuse_not_finite
 from .serving.workspace import Workspaces
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["HybridMoE", "fused_moe"]
 
@@ -181,6 +185,10 @@ class HybridMoE:
     check_weights
         Read all weights and scales once, here, and raise ValueError with the names of the tensors and the numbers of
         the experts if one is NaN or infinite. Otherwise such an expert shows as NaN in the rows that use it.
+    group
+        Ranks that run the same layer in parts, each with a layer of its own made with its group: they compare policies
+        and what they can run, and all choose the same. `warm_up`, `reload_policy` and `agree` are then collectives, as
+        making the layer is; calls aren't. A copy belongs to no group.
 
     Attributes
     ----------
@@ -190,7 +198,10 @@ class HybridMoE:
 
     Raises
     ------
-    As `fused_moe`.
+    RanksDifferError
+        The ranks of ``group`` can't choose alike, or another one of them raised.
+    Others
+        As `fused_moe`.
     """
 
     def __init__(
@@ -215,6 +226,7 @@ class HybridMoE:
         max_num_tokens: int | None = None,
         shadow_check: ShadowCheck | None = None,
         check_weights: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         if max_num_tokens is not None:
             warmup.check_count("max_num_tokens", max_num_tokens)
@@ -266,17 +278,47 @@ class HybridMoE:
             self._shadow = Shadow(shadow_check, self.problem, self.device, self._device)
         self._dispatch: Dispatch
         self._policy = policy
+        self._group = group
+        self._elsewhere: Refusals = {}  # what other ranks refuse
         QUARANTINE.join(self)
         self._take(None if backend is None else as_candidate(backend), policy)
         self._handle = custom_ops.register(self)
 
     def _take(self, backend: Candidate | None, policy: Policy | str | Path | None) -> None:
+        if self._group is not None:
+            self._elsewhere = agree(
+                self._group,
+                functools.partial(self._dispatch_of, backend, policy),
+                {
+                    "device": self.device.name,
+                    "problem": self.problem,
+                    "backend": backend,
+                    "experts chosen before the call": self._routing_bias is None,
+                },
+            )
         # What is put in quarantine meanwhile is passed over as well.
         epoch = None
         while epoch != QUARANTINE.epoch:
             epoch = QUARANTINE.epoch
-            dispatch = self._dispatch_of(backend, policy)
+            dispatch = self._dispatch_of(backend, policy, self._elsewhere)
             self._policy, self._dispatch = policy, dispatch
+
+    def agree(self) -> None:
+        """Compare again with the other ranks of the layer's group, so that all of them choose the same; a collective.
+
+        For after a candidate was put in quarantine or released on one of them: until then that rank chooses on its own.
+        Captured graphs keep what they were captured with.
+
+        Raises
+        ------
+        ValueError
+            The layer has no group.
+        RanksDifferError
+            As when a layer is made; the layer goes on as it was.
+        """
+        if self._group is None:
+            raise ValueError("agree: expected a layer with group=, got one without")
+        self._take(self._dispatch.backend, self._policy)
 
     def choose_again(self) -> None:
         """Resolve the layer's policy anew, as after a change of the quarantine; not for an explicit backend."""
@@ -285,11 +327,15 @@ class HybridMoE:
         policy = dispatch  # nobody's
         while policy is not self._policy:  # another thread may give the layer another one
             policy = self._policy
-            self._dispatch = self._dispatch_of(None, policy)
+            self._dispatch = self._dispatch_of(None, policy, self._elsewhere)
 
-    def _dispatch_of(self, backend: Candidate | None, policy: Policy | str | Path | None) -> Dispatch:
+    def _dispatch_of(
+        self, backend: Candidate | None, policy: Policy | str | Path | None, elsewhere: Refusals
+    ) -> Dispatch:
         routed = self._routing_bias is None
-        dispatch = new_dispatch(self.problem, self.device, backend, policy, routed, self._counters, stacklevel=6)
+        dispatch = new_dispatch(
+            self.problem, self.device, backend, policy, routed, self._counters, stacklevel=6, elsewhere=elsewhere
+        )
         if self._workspaces is not None:
             self._workspaces.grow(self._planned_bytes(dispatch))
         return dispatch
@@ -326,6 +372,7 @@ class HybridMoE:
         max_num_tokens: int | None = None,
         shadow_check: ShadowCheck | None = None,
         check_weights: bool = False,
+        group: ProcessGroup | None = None,
     ) -> HybridMoE:
         """The layer whose weights, bias, offset and factor are those of ``inputs``, as one call would give them all.
 
@@ -345,6 +392,7 @@ class HybridMoE:
             max_num_tokens=max_num_tokens,
             shadow_check=shadow_check,
             check_weights=check_weights,
+            group=group,
         )
 
     def __call__(
@@ -551,6 +599,23 @@ class HybridMoE:
             counts = warmup.token_counts(dispatch.starts, max_num_tokens)
         else:
             counts = warmup.checked(token_counts)
+        if self._group is None:
+            return self._warm_up_all(counts, progress)
+        # A candidate that fails on one rank is to run on none: the others warm up what it takes instead.
+        warm = functools.partial(self._warm_up_all, counts, progress)
+        done = together(self._group, warm)
+        while self._agreeing_changes(self._group, counts):
+            done = together(self._group, warm)
+        return done[self._group.rank()]
+
+    def _agreeing_changes(self, group: ProcessGroup, counts: Iterable[int]) -> bool:
+        """Whether `agree` makes a rank choose otherwise than before at one of these T."""
+        before = [self.choice(count) for count in counts]
+        self.agree()
+        changed = before != [self.choice(count) for count in counts]
+        return any(together(group, lambda: changed))
+
+    def _warm_up_all(self, counts: Iterable[int], progress: Callable[[WarmedUp], None] | None) -> tuple[WarmedUp, ...]:
         done = []
         for inputs in warmup.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
             done.append(self._warm_up(inputs))

@@ -67,7 +67,7 @@ def decision_table(
     if refused:
         refusals = {c: (*reasons, *refused.get(backends.complete(c), ())) for c, reasons in refusals.items()}
     while True:
-        table = resolve(found, problem, device, refusals=refusals, fallback_order=order, note=note)
+        table = resolve(found, problem, device, refusals=refusals, fallback_order=order, note=note, where=where)
         # Some refuse only when they are prepared, as a library that is installed but doesn't load.
         late = {
             choice: reasons for choice in table.choices if (reasons := _refusal_to_prepare(problem, device, choice))

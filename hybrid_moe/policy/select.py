@@ -93,11 +93,26 @@ class DecisionTable:
     """The decisions for every T, as `resolve` makes them: ``decisions[i]`` from ``starts[i]`` on.
 
     Decided once for each interval in which no regime begins or ends; asking only bisects, so that a call can afford it.
+
+    Attributes
+    ----------
+    policy, where
+        What the decisions are of, if there is one, and where it comes from, for people.
+    refusals
+        Why candidates were passed over, or would have been.
     """
 
-    __slots__ = ("_starts", "_decisions")
+    __slots__ = ("policy", "where", "refusals", "_starts", "_decisions")
 
-    def __init__(self, starts: Sequence[int], decisions: Sequence[Decision]) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        decisions: Sequence[Decision],
+        policy: Policy | None = None,
+        where: str = "",
+        refusals: Refusals | None = None,
+    ) -> None:
+        self.policy, self.where, self.refusals = policy, where, refusals or {}
         self._starts, self._decisions = tuple(starts), tuple(decisions)
 
     def choice(self, num_tokens: int) -> Candidate:
@@ -141,8 +156,9 @@ def resolve(
     refusals: Refusals | None = None,
     fallback_order: Sequence[Candidate] = (),
     note: str | None = None,
+    where: str = "",
 ) -> DecisionTable:
-    """Decide once for every T. Arguments and errors are those of `choose`."""
+    """Decide once for every T. Arguments and errors are those of `choose`; ``where`` is the table's."""
     # The decision changes only where a regime starts or has ended.
     starts = {0}
     for regime in policy.regimes if policy is not None else ():
@@ -158,7 +174,7 @@ def resolve(
         else:
             outside = outside or at(start)
             decisions.append(replace(outside, num_tokens=start))
-    return DecisionTable(sorted(starts), decisions)
+    return DecisionTable(sorted(starts), decisions, policy, where, refusals)
 
 
 def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = None) -> Decision:

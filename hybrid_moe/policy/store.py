@@ -33,6 +33,11 @@ def dumps_policy(policy: Policy) -> str:
     return json.dumps(policy.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def digest_of(policy: Policy) -> str:
+    """SHA-256 of the policy's text: of its file, if `save_policy` wrote that."""
+    return hashlib.sha256(dumps_policy(policy).encode()).hexdigest()
+
+
 def load_policy(path: str | Path) -> Policy:
     """Read a policy file.
 

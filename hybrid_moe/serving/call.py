@@ -24,6 +24,7 @@ from ..inputs import (
 )
 from ..policy.resolve import as_candidate, decision_table
 from ..policy.schema import Policy
+from ..policy.select import Refusals
 from ..problem import MoEProblem
 from . import custom_ops, quantize_input
 from .dispatch import Dispatch
@@ -60,17 +61,20 @@ def new_dispatch(
     counters: Counters,
     *,
     stacklevel: int,
+    elsewhere: Refusals | None = None,
 ) -> Dispatch:
-    """By the backend that is named, else by the policy; what is in quarantine is refused.
+    """By the backend that is named, else by the policy; what is in quarantine, or refused elsewhere, is refused.
 
     A backend that fails to be prepared is put there, and the next one of the order taken; one that is named raises.
     """
+    elsewhere = elsewhere or {}
     if backend is not None:
-        if reasons := QUARANTINE.reasons(device, problem).get(backend):
+        if reasons := (*QUARANTINE.reasons(device, problem).get(backend, ()), *elsewhere.get(backend, ())):
             raise BackendUnsupportedError(backend, reasons)
         return Dispatch(problem, device, backend, counters, policy, routed)
     while True:
-        refused = QUARANTINE.reasons(device, problem)
+        here = QUARANTINE.reasons(device, problem)
+        refused = {c: (*here.get(c, ()), *elsewhere.get(c, ())) for c in here.keys() | elsewhere.keys()}
         try:
             table = decision_table(problem, device, policy, routed=routed, refused=refused, stacklevel=stacklevel)
             return Dispatch(problem, device, table, counters, policy, routed)

@@ -25,7 +25,7 @@ logger = logging.getLogger("hybrid_moe")
 
 
 class Dispatch:
-    """The runner for every T, with the decision behind it.
+    """The runner for every T, with the decision behind it, in ``table``.
 
     Unchanging but for its counts: a layer takes another policy by changing its one reference to this.
 
@@ -48,7 +48,7 @@ class Dispatch:
         A choice can't run here.
     """
 
-    __slots__ = ("backend", "policy", "starts", "_table", "_labels", "_runners", "_counters", "_owner")
+    __slots__ = ("backend", "policy", "starts", "table", "_labels", "_runners", "_counters", "_owner")
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Dispatch:
         self.policy = policy
         if isinstance(decider, Candidate):
             decider = DecisionTable([0], [explicit(decider, 0)])
-        self._table = decider
+        self.table = decider
         self.starts = decider.starts  # the decision changes at these T alone
         if routed:
             for choice in decider.choices:
@@ -83,7 +83,7 @@ class Dispatch:
         # All that is done here is added to every call.
         at = bisect_right(self.starts, num_tokens) - 1
         if self._counters[at].add(num_tokens):
-            _announce(self._labels[at], self._table.decision(num_tokens))
+            _announce(self._labels[at], self.table.decision(num_tokens))
         return self._runners[at]
 
     def runner(self, num_tokens: int) -> Runner:
@@ -104,11 +104,11 @@ class Dispatch:
 
     def choice(self, num_tokens: int) -> Candidate:
         """What runs at ``num_tokens``; ValueError if that is no integer of at least 0."""
-        return self._table.choice(num_tokens)
+        return self.table.choice(num_tokens)
 
     def decision(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, and why; ValueError as `choice`."""
-        return self._table.decision(num_tokens)
+        return self.table.decision(num_tokens)
 
 
 @functools.lru_cache(maxsize=256)  # layers are alike

@@ -61,7 +61,6 @@ from .common import (
     gemm2_constants,
     load_rows,
     load_tile,
-    make_scheduler,
 )
 
 BLOCK_M = gl.constexpr(32)
@@ -78,26 +77,24 @@ class Unit:
 
     rows: gl.tensor  # of the expert, from the unit's first on
     first_row: gl.tensor
-    weight_row: gl.tensor
-    column: gl.tensor
+    n: gl.tensor  # the unit's place among those of the same rows
 
 
 @aggregate
 class Channel:
     """How the producer tells the consumers its units. Nobody frees a slot: `Rows` holds the producer back before."""
 
-    numbers: gl.shared_memory_descriptor  # [SLOTS * 4, 1] int32
+    numbers: gl.shared_memory_descriptor  # [SLOTS * 3, 1] int32
     told: gl.shared_memory_descriptor
 
     @gluon.jit
-    def tell(self, turn, rows, first_row, weight_row, column):
+    def tell(self, turn, rows, first_row, n):
         """Where unit number ``turn`` is."""
         slot = turn % SLOTS
         zero = gl.full([1], 0, gl.int32, layout=LINE)
-        self.numbers.index(slot * 4).store(zero + rows)
-        self.numbers.index(slot * 4 + 1).store(zero + first_row)
-        self.numbers.index(slot * 4 + 2).store(zero + weight_row)
-        self.numbers.index(slot * 4 + 3).store(zero + column)
+        self.numbers.index(slot * 3).store(zero + rows)
+        self.numbers.index(slot * 3 + 1).store(zero + first_row)
+        self.numbers.index(slot * 3 + 2).store(zero + n)
         mbarrier.arrive(self.told.index(slot), count=1)
 
     @gluon.jit
@@ -106,10 +103,9 @@ class Channel:
         slot = turn % SLOTS
         mbarrier.wait(self.told.index(slot), (turn // SLOTS) & 1)
         return Unit(
-            rows=gl.sum(self.numbers.index(slot * 4).load(LINE), axis=0),
-            first_row=gl.sum(self.numbers.index(slot * 4 + 1).load(LINE), axis=0),
-            weight_row=gl.sum(self.numbers.index(slot * 4 + 2).load(LINE), axis=0),
-            column=gl.sum(self.numbers.index(slot * 4 + 3).load(LINE), axis=0),
+            rows=gl.sum(self.numbers.index(slot * 3).load(LINE), axis=0),
+            first_row=gl.sum(self.numbers.index(slot * 3 + 1).load(LINE), axis=0),
+            n=gl.sum(self.numbers.index(slot * 3 + 2).load(LINE), axis=0),
         )
 
 
@@ -216,7 +212,7 @@ def producer(p):
         first_row = tile.rows_before + tile.m * BLOCK_M
         rows = tile.rows - tile.m * BLOCK_M
         weight_row = tile.expert * p.HIDDEN + p.first_column + tile.n * p.UNIT_N
-        p.channel.tell(turn, rows, first_row, weight_row, tile.n * p.UNIT_N)
+        p.channel.tell(turn, rows, first_row, tile.n)
         ready = 0
         if not through:
             for pair in range(AHEAD):
@@ -234,7 +230,7 @@ def producer(p):
             through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
             let_async_copies_see(p.PDL)
         tile = p.scheduler.locate(number, expert, tokens)
-    p.channel.tell(turn, 0, 0, 0, 0)
+    p.channel.tell(turn, 0, 0, 0)
 
 
 @gluon.jit
@@ -247,7 +243,9 @@ def add_block(p, total, product, pair, block, step, buffer, ROWS: gl.constexpr, 
     place = buffer * p.K_BLOCKS + block
     x = p.rows.x.index(place).slice(0, ROWS, dim=0).permute((1, 0))
     mbarrier.wait(weights.full.index(stage), (at // weights.STAGES) & 1)
-    product = warpgroup_mma(weights.tiles.index(stage), x, product, use_acc=False, is_async=True)
+    # False, but unknown to the compiler: it can't take other registers while these are promoted.
+    use_acc = p.max_rows < 0
+    product = warpgroup_mma(weights.tiles.index(stage), x, product, use_acc=use_acc, is_async=True)
     row_scale = p.rows.x_scale.index(place).slice(0, ROWS).load(gl.SliceLayout(0, SUM))
     # Both consumers' tiles are of the same 128 columns.
     scale = gl.sum(p.rows.weight_scale.index(buffer * SCALES + pair * p.K_BLOCKS + block).load(LINE), axis=0)
@@ -270,7 +268,7 @@ def compute_tile(p, unit, pair, step, buffer, ROWS: gl.constexpr, WG: gl.constex
             total, product = add_block(p, total, product, pair, block, step, buffer, ROWS, SUM, WG)
     value = gl.convert_layout(total.to(gl.bfloat16), COLUMNS)
     slot = gl.arange(0, ROWS, layout=gl.SliceLayout(0, COLUMNS))
-    column = unit.column + (pair * 2 + WG) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COLUMNS))
+    column = unit.n * p.UNIT_N + (pair * 2 + WG) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COLUMNS))
     row_at = p.out_ptr + (unit.first_row + slot).to(gl.int64) * p.COLUMNS
     gl.store(row_at[None, :] + column[:, None], value, mask=(slot < unit.rows)[None, :] & (column >= 0)[:, None])
 
@@ -346,7 +344,7 @@ def hopper_narrow_gemm2_kernel(
     weight_scale = gl.allocate_shared_memory(gl.float32, [2 * (UNIT_N // 128) * K_BLOCKS, 1], PLAIN)
     unit_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unit_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * 4, 1], PLAIN)
+    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * 3, 1], PLAIN)
     told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(2 * STAGES):
         mbarrier.init(tile_full.index(stage), count=1)
@@ -356,9 +354,18 @@ def hopper_narrow_gemm2_kernel(
         mbarrier.init(unit_empty.index(buffer), count=2)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(told.index(slot), count=1)
-    # Its channel stays unused: the consumers are told more than a number.
-    scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, BLOCK_M, COLUMNS // UNIT_N, E, E_POW2, 1
+    # It draws alone: its own channel would be unused, and what is unused shares its memory with what comes later, an
+    # initialised barrier with a converted layout.
+    scheduler = TileScheduler(
+        tokens_per_expert_ptr=tokens_per_expert_ptr,
+        tile_counter_ptr=tile_counter_ptr + first_column // COLUMNS,
+        numbers=numbers,
+        published=told,
+        BLOCK_M=BLOCK_M,
+        TILES_N=COLUMNS // UNIT_N,
+        E=E,
+        E_POW2=E_POW2,
+        SLOTS=SLOTS,
     )
     let_next_kernel_start(PDL)
     p = Gemm2(

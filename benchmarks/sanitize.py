@@ -1,58 +1,155 @@
-"""Run the Triton pipeline under NVIDIA's compute-sanitizer: memcheck and racecheck, at few and at many tokens.
+"""Run every kernel of this package under NVIDIA's compute-sanitizer: memcheck, racecheck and initcheck.
 
-python benchmarks/sanitize.py                    # both tools; T = 15, 200 and 901: every form of both GEMMs
-python benchmarks/sanitize.py --tool memcheck --tokens 15
+python benchmarks/sanitize.py                             # all tools and cases, several processes at a time
+python benchmarks/sanitize.py --tool racecheck --case 15 narrow
 
-Only this package's kernels are watched, one launch of each, on a layer of a seventh of DeepSeek-V3's width (the same
-tiles and the same code): racecheck slows a kernel down a thousandfold. ``--full-size`` takes the whole layer. A tool
-that watches nothing finds nothing: first memcheck has to find a planted error, in a kernel of the same list, and
-racecheck a planted race between two warp groups. The exit code is 1 if a tool finds something, or doesn't find what was
-planted for it.
+A case is one call on a layer of a seventh of DeepSeek-V3's width (the same tiles and the same code): racecheck slows a
+kernel down a thousandfold. ``--full-size`` takes the whole layer. First every case runs without a tool: its result has
+to be finite, and the cases together have to launch every kernel. A tool that watches nothing finds nothing, so each has
+to find what is planted for it: memcheck a write past the end, racecheck a race between two warp groups, initcheck a
+read of what nothing wrote. The exit code is 1 if a tool finds something, or doesn't find what was planted.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+import hybrid_moe.kernels
+from hybrid_moe import MoEProblem, fused_moe
+from hybrid_moe.inputs import RoutedInputs
+from hybrid_moe.kernels.activations import quantize_rows
+from hybrid_moe.kernels.external import External, external_inputs
+from hybrid_moe.kernels.few_tokens import few_tokens
+from hybrid_moe.kernels.grouped_gemm import libraries
+from hybrid_moe.kernels.grouped_gemm.base import GroupedGemm
+from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sm90.common import LINE, PLAIN
+from hybrid_moe.kernels.launcher import Constants, limits_of
+from hybrid_moe.kernels.pipeline import Pipeline
+from hybrid_moe.kernels.routing import CLEAR
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, MoEInputs, Workload, make_inputs, random_weights
+from hybrid_moe.reference import chosen_experts
 
-# Of `triton_fused[gemm=triton]`, from routing to combine: parts of their names.
-KERNELS = (
-    "clear_kernel",
-    "route_kernel",
-    "gemm1_swiglu_kernel",
-    "hopper_few_gemm1_kernel",
-    "hopper_gemm1_kernel",
-    "gemm2_kernel",
-    "combine_kernel",
-    "planted_race_kernel",
-)
-LAUNCHES = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOOLS = ("racecheck", "memcheck", "initcheck")
+# `measure.timing` reads memory by it; no call launches it.
+NOT_OF_A_CALL = {"read_kernel"}
 
 
-def call(tokens: int, full_size: bool) -> None:
-    """One call at a T, whose result is looked at: a kernel that isn't launched has no errors."""
+def kernels() -> Iterator[str]:
+    """Names of this package's kernels."""
+    for module in pkgutil.walk_packages(hybrid_moe.kernels.__path__, "hybrid_moe.kernels."):
+        for name in vars(importlib.import_module(module.name)):
+            if name.endswith("_kernel") and name not in ("wait_for_previous_kernel", "let_next_kernel_start"):
+                yield name
 
-    from hybrid_moe import fused_moe
-    from hybrid_moe.measure.workloads import DEEPSEEK_V3, Workload, make_inputs, random_weights
 
-    problem = DEEPSEEK_V3 if full_size else dataclasses.replace(DEEPSEEK_V3, hidden_size=1024, intermediate_size=1024)
-    inputs = make_inputs(Workload(tokens, 96), problem, random_weights(problem, "cuda"))
-    output = fused_moe(*inputs, backend="triton_fused[gemm=triton]")
-    if not bool(output.isfinite().all()) or not bool(output.any()):
-        sys.exit(f"T = {tokens}: the result isn't finite, or all zeros")
+def inputs_of(problem: MoEProblem, tokens: int) -> MoEInputs:
+    """Of a rank in the middle."""
+    return make_inputs(Workload(tokens, 96), problem, random_weights(problem, DEVICE))
+
+
+def routed(inputs: MoEInputs, problem: MoEProblem) -> RoutedInputs:
+    """The same call with its experts chosen before."""
+    ids, weights = chosen_experts(inputs, problem)
+    return RoutedInputs(ids.int(), weights.contiguous(), *inputs[2:])
+
+
+def pipeline(problem: MoEProblem, tokens: int, intermediate_size: int | None = None) -> torch.Tensor:
+    """The whole layer by our own GEMMs."""
+    if intermediate_size is not None:
+        problem = dataclasses.replace(problem, intermediate_size=intermediate_size)
+    return fused_moe(*inputs_of(problem, tokens), problem=problem, backend="triton_fused[gemm=triton]")
+
+
+def routed_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The same from experts that were chosen before, and hidden states in bfloat16."""
+    inputs = routed(inputs_of(problem, tokens), problem)
+    return fused_moe(
+        None,
+        None,
+        inputs.hidden_states.bfloat16(),
+        None,
+        *inputs[4:],
+        topk_ids=inputs.topk_ids,
+        topk_weights=inputs.topk_weights,
+        problem=problem,
+        backend="triton_fused[gemm=triton]",
+    )
+
+
+def around(gemm: GroupedGemm, problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The kernels around a library's GEMMs, in whose place every row gets the same numbers."""
+
+    def of_sgl(output: torch.Tensor, *_: Any) -> None:
+        output.fill_(0.5)
+
+    def of_deep_gemm(_: Any, weights: Any, output: torch.Tensor, *rest: Any, **options: Any) -> None:
+        output.fill_(0.5)
+
+    library = SimpleNamespace(
+        **{libraries.DEEP_GEMM_FUNCTION: of_deep_gemm}, get_mk_alignment_for_contiguous_layout=lambda: ALIGN
+    )
+    inputs = inputs_of(problem, tokens)
+    output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=DEVICE)
+    with (
+        mock.patch.object(libraries, "sgl_grouped_mm", lambda: of_sgl),
+        mock.patch.object(libraries, "deep_gemm", lambda: library),
+    ):
+        Pipeline(problem, gemm).run(inputs, output)
+    return output
+
+
+def whole_library(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """What goes before a library's whole layer, by logits and by chosen experts."""
+
+    def result(external: External) -> torch.Tensor:
+        return torch.cat([part.flatten().float() for part in external])
+
+    inputs = inputs_of(problem, tokens)
+    limits = limits_of(inputs.hidden_states.device)
+    return torch.cat([result(external_inputs(x, problem, limits)) for x in (inputs, routed(inputs, problem))])
+
+
+def dot_products(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The layer by the kernels that check others."""
+    inputs = inputs_of(problem, tokens)
+    return few_tokens(inputs, *routed(inputs, problem)[:2], problem)
+
+
+CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
+    "901": functools.partial(pipeline, tokens=901),
+    "200": functools.partial(pipeline, tokens=200),
+    "15": functools.partial(pipeline, tokens=15),
+    "narrow": functools.partial(pipeline, tokens=16, intermediate_size=256),
+    "routed": functools.partial(routed_pipeline, tokens=15),
+    "around_sgl": functools.partial(around, SglGroupedGemm(), tokens=40),
+    "around_deep_gemm": functools.partial(around, DeepGemmGroupedGemm(), tokens=40),
+    "whole_library": functools.partial(whole_library, tokens=40),
+    "dot_products": functools.partial(dot_products, tokens=2),
+}
 
 
 @gluon.jit
@@ -72,85 +169,135 @@ def planted_race_kernel(out_ptr):
 
 def planted_race() -> None:
     """Launch it."""
-    planted_race_kernel[(1,)](torch.empty(2, dtype=torch.int32, device="cuda"), num_warps=4)
-    torch.cuda.synchronize()
+    planted_race_kernel[(1,)](torch.empty(2, dtype=torch.int32, device=DEVICE), num_warps=4)
 
 
-def planted_error() -> None:
+def planted_write() -> None:
     """Clear more counters than there are."""
-    from hybrid_moe.kernels.launcher import Constants
-    from hybrid_moe.kernels.pipeline import CLEAR
-
-    counters = torch.empty(1024, dtype=torch.int32, device="cuda")
+    counters = torch.empty(1024, dtype=torch.int32, device=DEVICE)
     constants = Constants({"BLOCK": 1024, "PDL": False}, {"num_warps": 4})
     CLEAR.launch((1,), (counters, 2**24), constants, counters.device, True)
-    torch.cuda.synchronize()
 
 
-# What a tool has to find: how it is brought about, the tool, and what its summary starts with then.
-PLANTED = {
-    "planted error": (planted_error, "memcheck", "ERROR SUMMARY: [1-9]"),
-    "planted race": (planted_race, "racecheck", "RACECHECK SUMMARY: [1-9]"),
+def planted_read() -> None:
+    """Quantise what nothing wrote."""
+    quantize_rows(torch.empty((1, 128), dtype=torch.bfloat16, device=DEVICE))
+
+
+# What each tool has to find, and what its summary starts with then.
+PLANTED: Mapping[str, tuple[Callable[[], None], str]] = {
+    "racecheck": (planted_race, r"RACECHECK SUMMARY: [1-9]"),
+    "memcheck": (planted_write, r"ERROR SUMMARY: [1-9]"),
+    "initcheck": (planted_read, r"ERROR SUMMARY: [1-9]"),
 }
 
 
-def watch(sanitizer: str, tool: str, what: str, *arguments: str, seconds: float) -> tuple[int, str]:
-    """Run a tool on a process of this script with ``--call``: its exit code, and the line in which it sums up."""
-    command = [sanitizer, f"--tool={tool}", *(f"--kernel-name=kns={name}" for name in KERNELS)]
-    command += [
-        f"--launch-count={LAUNCHES}",
-        "--error-exitcode=1",
-        sys.executable,
-        __file__,
-        f"--call={what}",
-        *arguments,
-    ]
-    # An allocation for each tensor: in the allocator's large blocks, what is past a tensor is no error.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def run_case(name: str, full_size: bool) -> None:
+    """Run a case, look at its result, and print the kernels that it launched."""
+    launched: set[str] = set()
+    triton.knobs.runtime.launch_enter_hook.add(lambda metadata: launched.add(metadata.get()["name"]))
+    sizes = {} if full_size else {"hidden_size": 1024, "intermediate_size": 1024}
+    output = CASES[name](dataclasses.replace(DEEPSEEK_V3, **sizes))
+    if not bool(output.isfinite().all()) or not bool(output.any()):
+        sys.exit(f"case {name}: the result isn't finite, or all zeros")
+    print("launched", *sorted(launched))
+
+
+def run(what: list[str], *prefix: str, seconds: float, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a process of this script."""
+    command = [*prefix, sys.executable, __file__, *what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            env=os.environ | environment,
+        )
     except subprocess.TimeoutExpired:
         return 1, f"not finished within {seconds:.0f} s"
-    lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-    return done.returncode, lines[-1].strip("= ") if lines else (done.stderr or done.stdout)[-500:]
+    return done.returncode, done.stdout
+
+
+def watch(sanitizer: str, tool: str, what: list[str], seconds: float) -> tuple[int, str]:
+    """Run a tool on a process of this script: its exit code and output."""
+    prefix = [sanitizer, f"--tool={tool}", "--error-exitcode=1"]
+    # What no watched kernel wrote counts as unwritten: initcheck watches torch's as well.
+    if tool != "initcheck":
+        prefix += [f"--kernel-name=kns={name}" for name in ("planted_race_kernel", *sorted(set(kernels())))]
+    # An allocation for each tensor: in the allocator's large blocks, what is past a tensor is no error.
+    return run(what, *prefix, seconds=seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def summary(output: str) -> str:
+    """The line in which a tool sums up; without one, the end of what it said."""
+    lines = [line for line in output.splitlines() if "SUMMARY" in line]
+    return lines[-1].strip("= ") if lines else output[-500:]
 
 
 def main() -> None:
-    """Start the tool on a process of this script that makes one call."""
+    """Run all cases without a tool, then each tool on its planted fault and on all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tool", action="append", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[15, 200, 901])
-    parser.add_argument("--time-limit", type=float, default=600, help="seconds for one tool at one T")
+    parser.add_argument("--tool", nargs="+", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds for one tool on one case")
     parser.add_argument("--full-size", action="store_true", help="DeepSeek-V3's own width")
-    parser.add_argument("--call", help=argparse.SUPPRESS)
+    parser.add_argument("--run-case", help=argparse.SUPPRESS)
+    parser.add_argument("--plant", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.call in PLANTED:
-        PLANTED[options.call][0]()
+    if options.plant:
+        PLANTED[options.plant][0]()
+        torch.cuda.synchronize()
         return
-    if options.call:
-        call(int(options.call), options.full_size)
+    if options.run_case:
+        run_case(options.run_case, options.full_size)
         return
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
-        parser.error("compute-sanitizer is wanted, a part of the CUDA toolkit; it isn't on PATH")
+        parser.error("expected compute-sanitizer, a part of the CUDA toolkit, on PATH; got none")
+    begun = time.monotonic()
     said = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout
     version = said.partition("Version ")[2].strip()
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, compute-sanitizer {version}")
-    bad = False
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, compute-sanitizer {version}", flush=True)
     size = ["--full-size"] if options.full_size else []
-    tools = options.tool or ("memcheck", "racecheck")
-    for what, (_, tool, found) in PLANTED.items():
-        if tool in tools:
-            _, verdict = watch(sanitizer, tool, what, seconds=options.time_limit)
-            if not re.match(found, verdict):
-                sys.exit(f"{tool} didn't find the {what}, so it watches nothing: {verdict}")
-            print(f"{tool} found the {what}: {verdict}", flush=True)
-    for tool in tools:
-        for tokens in options.tokens:
-            code, verdict = watch(sanitizer, tool, str(tokens), *size, seconds=options.time_limit)
-            bad |= code != 0
-            print(f"{tool} at T = {tokens}: {verdict}", flush=True)
+    cases = {name: [f"--run-case={name}", *size] for name in options.case}
+    bad = False
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # They also fill Triton's cache: what comes after compiles nothing.
+        plain = {name: pool.submit(run, what, seconds=options.time_limit) for name, what in cases.items()}
+        launched: set[str] = set()
+        for name, future in plain.items():
+            code, output = future.result()
+            if code:
+                sys.exit(f"{name} fails without a tool: {output[-2000:]}")
+            launched |= set(re.findall(r"\w+_kernel\b", output.splitlines()[-1]))
+        missing = set(kernels()) - launched - NOT_OF_A_CALL
+        if missing and options.case == list(CASES):
+            sys.exit(f"no case launches {', '.join(sorted(missing))}")
+        print(f"{len(launched)} kernels launched; {time.monotonic() - begun:.0f} s", flush=True)
+        watched = {}
+        for tool in options.tool:
+            watched[tool, "what is planted"] = pool.submit(
+                watch, sanitizer, tool, [f"--plant={tool}"], options.time_limit
+            )
+            for name, what in cases.items():
+                watched[tool, name] = pool.submit(watch, sanitizer, tool, what, options.time_limit)
+        for (tool, name), future in watched.items():
+            code, output = future.result()
+            verdict = summary(output)
+            if name == "what is planted":
+                wrong = not re.match(PLANTED[tool][1], verdict)
+                verdict = f"{'NOT FOUND' if wrong else 'found'}: {verdict}"
+            else:
+                wrong = code != 0
+            bad |= wrong
+            print(f"{tool}, {name}: {verdict}", flush=True)
+            if wrong:
+                print(output[:3000], flush=True)
+    print(f"{time.monotonic() - begun:.0f} s")
     sys.exit(bad)
 
 

@@ -88,7 +88,7 @@ def refused_or_read(kind, path, read, errors=(ValueError, OSError)):
     else:
         outcome, wrong = "read", ""
     spent = time.process_time() - begun
-    RESULTS.note(kind, outcome, wrong or (f"took {spent:.1f} s" if spent > LIMIT_S else ""))
+    RESULTS.note(kind, outcome, wrong or (f"took {spent:.1f} s: {path.name}" if spent > LIMIT_S else ""))
     return outcome
 
 

@@ -20,9 +20,10 @@ from hybrid_moe.cli import app, demo
 from hybrid_moe.cli.common import print_json, this_device
 from hybrid_moe.cli.demo import SMALL
 from hybrid_moe.device import DeviceKey
+from hybrid_moe.learn import verify as verifying
 from hybrid_moe.measure.records import BenchRecord, append_record
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, KIMI_K2, QWEN3_235B
-from hybrid_moe.policy import resolve
+from hybrid_moe.policy import resolve, store
 from hybrid_moe.policy.select import Decision
 from hybrid_moe.policy.store import load_policy, save_policy, user_policy_dir
 from hybrid_moe.problem import MoEProblem
@@ -354,6 +355,22 @@ def test_verify_of_what_cannot_run_here_is_unverified():
     assert [f["status"] for f in found["findings"]] == ["verified"] + ["unverified"] * 6
     assert all("this machine's device is" in f["reason"] for f in found["findings"][1:])
     assert "unverified" in cli("verify", SHIPPED).stdout
+
+
+def test_verify_fails_where_a_file_reads_back_differently(tmp_path, monkeypatch):
+    policy = load_policy(cpu_policy(tmp_path, "torch_reference"))
+    other = policy.model_copy(update={"default_reason": "another"})
+    monkeypatch.setattr(verifying, "load_policy", lambda path: other)
+    finding = verifying.verify_policy(policy)[0]
+    assert finding.status == "failed" and "default_reason" in finding.reason
+
+
+def test_a_policy_file_is_read_once(tmp_path, monkeypatch):
+    path, read = cpu_policy(tmp_path, "torch_reference"), []
+    monkeypatch.setattr(store, "read_whole", lambda path: read.append(path) or path.read_bytes())
+    assert str(path) in cli("explain", "--policy", path).stdout.replace("\n", "")
+    assert cli("solution", "--policy", path, "-o", tmp_path / "solution.json")
+    assert read == [path, path]
 
 
 def test_verify_runs_what_can_run_here(tmp_path):

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,12 +99,29 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def policy_in(path: Path | None) -> Policy | None:
-    """The policy if ``path`` is a file; ``None`` for a folder or nothing."""
-    return None if path is None or path.is_dir() else load_policy(path)
+@dataclass(frozen=True, slots=True)
+class GivenPolicy:
+    """What ``--policy`` names: the policy of a file, which is read once; a folder; or nothing."""
+
+    source: Policy | Path | None
+    what: str
+
+    @classmethod
+    def at(cls, path: Path | None) -> GivenPolicy:
+        """Of the option's value."""
+        return cls(path if path is None or path.is_dir() else load_policy(path), f"policy file {path}")
+
+    @property
+    def policy(self) -> Policy | None:
+        """That of a file."""
+        return self.source if isinstance(self.source, Policy) else None
+
+    def problem(self, otherwise: MoEProblem) -> MoEProblem:
+        """The policy's, if a file is named."""
+        return otherwise if self.policy is None else self.policy.problem
 
 
-def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str]:
+def wanted_policy(device: str | None, problem: MoEProblem, given: GivenPolicy) -> tuple[Policy, str]:
     """The policy that a command is to speak of, and where it came from.
 
     Raises
@@ -113,17 +131,17 @@ def wanted_policy(device: str | None, problem: MoEProblem, path: Path | None) ->
     PolicyError
         As `find_policy`.
     """
-    device = _wanted_device(device, path)
-    policy, where = find_policy(problem, device, path)
+    device = _wanted_device(device, given.policy)
+    policy, where = find_policy(problem, device, given.source, what=given.what)
     if policy is None:
         raise _no_policy(device, problem)
     return policy, where
 
 
-def policy_or_nearest(device: str | None, problem: MoEProblem, path: Path | None) -> tuple[Policy, str, str | None]:
+def policy_or_nearest(device: str | None, problem: MoEProblem, given: GivenPolicy) -> tuple[Policy, str, str | None]:
     """As `wanted_policy`, but a problem without a policy has the one that serving takes, and a note that says so."""
-    device = _wanted_device(device, path)
-    policy, where, note = resolve.policy_or_nearest(problem, device, path)
+    device = _wanted_device(device, given.policy)
+    policy, where, note = resolve.policy_or_nearest(problem, device, given.source, what=given.what)
     if policy is None:
         raise _no_policy(device, problem)
     return policy, where, note
@@ -145,8 +163,7 @@ def _no_policy(device: str, problem: MoEProblem) -> ValueError:
     )
 
 
-def _wanted_device(device: str | None, path: Path | None) -> str:
-    loaded = policy_in(path)
+def _wanted_device(device: str | None, loaded: Policy | None) -> str:
     if device is not None:
         return device_named(device, known_devices() if loaded is None else [loaded.device])
     if loaded is not None:

@@ -20,7 +20,7 @@ from ..policy.select import Decision, DecisionTable, Refusals, resolve
 from ..policy.versions import installed_versions, mismatch
 from ..problem import MoEProblem
 from . import view
-from .common import Json, PolicyPath, out, policy_in, policy_or_nearest, print_json, this_device
+from .common import GivenPolicy, Json, PolicyPath, out, policy_or_nearest, print_json, this_device
 from .problem import ProblemOptions, takes_problem
 
 SUMMARY = "What a policy runs, and why"
@@ -46,9 +46,9 @@ def explain(
 
     Speaks of the policy, whatever is installed here; --here applies what this machine can and can't run.
     """
-    loaded = policy_in(policy)
-    problem = sizes.problem(DEEPSEEK_V3 if loaded is None else loaded.problem)
-    found, where, note = policy_or_nearest(device, problem, policy)
+    given = GivenPolicy.at(policy)
+    problem = sizes.problem(given.problem(DEEPSEEK_V3))
+    found, where, note = policy_or_nearest(device, problem, given)
     this = DeviceKey.of(this_device())
     refusals = _refusals(found, problem, this) if here or found.device == this.name else {}
     differs = mismatch(found, this.name, refusals, installed_versions()) if refusals else None

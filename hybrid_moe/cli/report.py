@@ -20,7 +20,7 @@ from ..measure.workloads import DEEPSEEK_V3
 from ..policy.schema import InputDigest, Policy
 from ..policy.store import find_policy
 from ..problem import MoEProblem
-from .common import Json, device_named, out, policy_in, print_json, wanted_policy
+from .common import GivenPolicy, Json, device_named, out, print_json, wanted_policy
 
 SUMMARY = "Draw a policy and records as a web page"
 EXAMPLES = (
@@ -66,8 +66,8 @@ def report(
         read: Read = [read_with_digest(path) for path in records]
         found, where = _policy_for([r for rs, _ in read for r in rs], policy, device)
     else:
-        loaded = policy_in(policy)
-        found, where = wanted_policy(device, DEEPSEEK_V3 if loaded is None else loaded.problem, policy)
+        given = GivenPolicy.at(policy)
+        found, where = wanted_policy(device, given.problem(DEEPSEEK_V3), given)
         read = _learned_from(found, policy)
     about = [r for rs, _ in read for r in rs if r.device == found.device and is_about(r, found.problem)]
     result = data.report(about, found, [digest for _, digest in read])
@@ -109,9 +109,9 @@ def _policy_for(records: Sequence[BenchRecord], path: Path | None, device: str |
     device = device_named(device or devices[0], devices)
     if device not in devices:
         raise ValueError(f"--device: expected one of the records' {_list(devices)}, got {device}")
-    loaded = policy_in(path)
-    problem = _problem_of([r for r in records if r.device == device]) if loaded is None else loaded.problem
-    found, where = find_policy(problem, device, path)
+    given = GivenPolicy.at(path)
+    problem = _problem_of([r for r in records if r.device == device]) if given.policy is None else given.policy.problem
+    found, where = find_policy(problem, device, given.source, what=given.what)
     if found is None:
         raise ValueError(
             f"{where}: for these `hybrid-moe learn RECORDS -o policy.json`, then `hybrid-moe report RECORDS --policy "

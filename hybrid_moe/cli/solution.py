@@ -14,7 +14,7 @@ from ..files import DEFINITION, SOLUTION, check_outputs, check_target, write_who
 from ..flashinfer_bench.definition import definition_of
 from ..flashinfer_bench.solution import AUTHOR, candidate_solution, dumps_solution, policy_solution
 from ..measure.workloads import DEEPSEEK_V3
-from .common import Json, PolicyPath, out, policy_in, print_json, wanted_policy
+from .common import GivenPolicy, Json, PolicyPath, out, print_json, wanted_policy
 from .problem import ProblemOptions, takes_problem
 
 SUMMARY = "A Solution for flashinfer-bench"
@@ -48,14 +48,14 @@ def solution(
     It stands alone: the policy is code in it, and the kernels that it runs are there as sources. The same policy gives
     the same bytes.
     """
-    given = None if candidate is not None else policy_in(policy)
-    problem = sizes.problem(DEEPSEEK_V3 if given is None else given.problem)
+    given = GivenPolicy.at(None if candidate is not None else policy)
+    problem = sizes.problem(given.problem(DEEPSEEK_V3))
     if candidate is not None:
         if device is not None or policy is not None:
             raise ValueError(f"--candidate {candidate} runs on any device and has no policy: leave out the others")
         made = candidate_solution(Candidate.parse(candidate), problem, name=name, author=author)
     else:
-        found, _ = wanted_policy(device, problem, policy)
+        found, _ = wanted_policy(device, problem, given)
         made = policy_solution(found, name=name, author=author)
     path = Path(f"{made['name']}.json") if output is None else output
     check_outputs({"--output": path, "--definition": definition}, [policy])

@@ -96,6 +96,8 @@ def policy_or_nearest(
     problem: MoEProblem,
     device: str,
     policy: Policy | str | Path | None = None,
+    *,
+    what: str = "the policy given",
 ) -> tuple[Policy | None, str, str | None]:
     """As `find_policy`; a problem that has none gets that of the nearest one on this device, scaled to it.
 
@@ -106,7 +108,7 @@ def policy_or_nearest(
     note
         For people: whose regimes they are; ``None`` where the policy is the problem's own or there is none.
     """
-    found, where = find_policy(problem, device, policy)
+    found, where = find_policy(problem, device, policy, what=what)
     if found is not None:
         return found, where, None
     known = [(path, policy) for path, policy in known_policies() if policy.device == device]

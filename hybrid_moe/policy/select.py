@@ -121,7 +121,8 @@ class DecisionTable:
 
     def decision(self, num_tokens: int) -> Decision:
         """What runs at ``num_tokens``, with its trace; ValueError as `choice`."""
-        return replace(self._at(num_tokens), num_tokens=num_tokens)
+        at = self._at(num_tokens)
+        return at if at.num_tokens == num_tokens else replace(at, num_tokens=num_tokens)
 
     def _at(self, num_tokens: int) -> Decision:
         check_num_tokens(num_tokens)
@@ -159,22 +160,22 @@ def resolve(
     where: str = "",
 ) -> DecisionTable:
     """Decide once for every T. Arguments and errors are those of `choose`; ``where`` is the table's."""
-    # The decision changes only where a regime starts or has ended.
-    starts = {0}
+    # The decision changes only where a regime starts or has ended: each such T, and whether a regime holds it.
+    starts = {0: policy is None}
     for regime in policy.regimes if policy is not None else ():
-        starts.add(regime.min_tokens)
+        starts[regime.min_tokens] = True
         if regime.max_tokens is not None:
-            starts.add(regime.max_tokens + 1)
+            starts[regime.max_tokens + 1] = False
     at = functools.partial(choose, policy, problem, device, refusals=refusals, fallback_order=fallback_order, note=note)
     decisions: list[Decision] = []
     outside: Decision | None = None  # the same wherever no regime holds T: its regret is over all that is in none
-    for start in sorted(starts):
-        if policy is None or policy.regime_of(start) is not None:
+    for start, inside in starts.items():
+        if inside:
             decisions.append(at(start))
         else:
             outside = outside or at(start)
             decisions.append(replace(outside, num_tokens=start))
-    return DecisionTable(sorted(starts), decisions, policy, where, refusals)
+    return DecisionTable(list(starts), decisions, policy, where, refusals)
 
 
 def explicit(choice: Candidate, num_tokens: int, refusals: Refusals | None = None) -> Decision:

@@ -218,7 +218,7 @@ def _check_digest(path: Path, content: bytes, root: Path, digests: Mapping[str, 
 
 
 def find_policy(
-    problem: MoEProblem, device: str, policy: Policy | str | Path | None = None
+    problem: MoEProblem, device: str, policy: Policy | str | Path | None = None, *, what: str = "the policy given"
 ) -> tuple[Policy | None, str]:
     """The policy for a problem on a device.
 
@@ -233,6 +233,8 @@ def find_policy(
         Slug of the device's product name.
     policy
         A policy, a policy file, or a folder of them (``*.json`` or ``<device>/*.json``).
+    what
+        What to call a `Policy` that is given: the file that it was read from.
 
     Returns
     -------
@@ -250,12 +252,11 @@ def find_policy(
         warning.
     """
     if isinstance(policy, Policy):
-        return _matching(policy, problem, device, "the policy given"), "the policy given"
+        return _matching(policy, problem, device, what), what
     if policy is not None:
         path = Path(policy)
         if not path.is_dir():
-            what = f"policy file {path}"
-            return _matching(load_policy(path), problem, device, what), what
+            return find_policy(problem, device, load_policy(path), what=f"policy file {path}")
         found = _find_in(path, problem, device)
         if found is None:
             there = scan(path)

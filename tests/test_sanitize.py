@@ -35,6 +35,31 @@ def test_a_tool_without_a_summary_found_nothing_and_is_quoted():
     assert not re.match(sanitize.PLANTED["initcheck"][1], said)
 
 
+def racecheck_says(tmp_path, monkeypatch, *lines):
+    """What is made of a report of races between each first line and those that follow it."""
+    (tmp_path / "kernel.py").write_text("\n".join(line for line, _ in lines))
+    monkeypatch.setattr(sanitize.hybrid_moe.kernels, "__path__", [str(tmp_path)])
+    sanitize._line.cache_clear()
+    report = [
+        f"{'and' if number else 'Race reported between'} {kind} access at k+0x10 in kernel.py:{number + 1}"
+        for number, (_, kind) in enumerate(lines)
+    ]
+    return sanitize.races("\n".join(report))
+
+
+def test_handovers_between_warp_groups_are_no_races(tmp_path, monkeypatch):
+    write, read = ("sums.store(total)", "Write"), ("sums.store(total + sums.load(SUM))", "Read")
+    assert racecheck_says(tmp_path, monkeypatch, write, read, read) == (2, [])
+    assert racecheck_says(tmp_path, monkeypatch, read, write) == (1, [])
+
+
+def test_what_is_no_handover_is_a_race(tmp_path, monkeypatch):
+    write, read = ("sums.store(total)", "Write"), ("sums.load(SUM)", "Read")
+    handed_over, others = racecheck_says(tmp_path, monkeypatch, write, write, read)
+    assert handed_over == 1 and len(others) == 1 and "kernel.py" in others[0]
+    assert racecheck_says(tmp_path, monkeypatch, write, ("x.load(ROWS)", "Read"))[0] == 0
+
+
 def test_every_kernel_of_the_package_is_watched():
     source = "\n".join(path.read_text() for path in (ROOT / "hybrid_moe" / "kernels").rglob("*.py"))
     defined = set(re.findall(r"jit.*\)?\ndef (\w+_kernel)\(", source))

@@ -1,13 +1,15 @@
-"""SGLang's engine with hybrid_moe as its MoE runner, beside SGLang's own runners: the same logits, and how fast.
+"""SGLang's server with hybrid_moe as its MoE runner, beside SGLang's own runners: the same logits, and how fast.
 
     python benchmarks/sglang_server.py --model deepseek-v3 --output results.json
 
 A checkpoint of random weights with the model's real layer widths (and as many layers as asked for) is written to a
-folder in memory, so that every runner loads the same numbers. Then one engine after another answers the same prompts,
-greedily, under CUDA graphs: decode at several batch sizes, prefill of 2k and 8k tokens, each three times.
+folder in memory, so that every runner loads the same numbers. Each runner has a server of its own (`launch_server`),
+started cold once (no compiled kernel is kept) with ``--cold``, and warm. All are asked the same over HTTP, greedily,
+one server after another: decode at several batch sizes, prefill of 2k and 8k tokens, each three times. Times are the
+client's.
 
 How logits are judged: two FP8 kernels that are both right differ by their rounding. ``hybrid_moe``'s log probabilities
-of the prompt's tokens may differ from those of SGLang's Triton runner no more than twice as much as those of SGLang's
+of the prompts' tokens may differ from those of SGLang's Triton runner no more than twice as much as those of SGLang's
 DeepGEMM runner do (mean absolute difference), and the text is compared for as long as it agrees.
 
 Wants SGLang 0.5.16 or newer, and hybrid_moe installed (its entry point is how SGLang finds it).
@@ -16,13 +18,19 @@ Wants SGLang 0.5.16 or newer, and hybrid_moe installed (its entry point is how S
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
+import random
+import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -149,60 +157,137 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def engine_options(folder: Path, runner: str, args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "model_path": str(folder), "moe_runner_backend": runner, "attention_backend": "triton",
-        "sampling_backend": "pytorch", "grammar_backend": "none", "fp8_gemm_runner_backend": "triton",
-        "disable_radix_cache": True, "mem_fraction_static": 0.6, "cuda_graph_max_bs_decode": max(args.batches),
-        "disable_prefill_cuda_graph": True, "tp_size": args.tp, "ep_size": args.ep, "random_seed": 0,
-        "log_level": "info", "chunked_prefill_size": 8192, "max_running_requests": max(args.batches),
-    }  # fmt: skip
+class Server:
+    """A server of one runner in processes of its own; ``log`` is what it says.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint.
+    runner
+        Of ``--moe-runner-backend``.
+    kernels
+        Where compiled kernels are kept.
+    """
+
+    def __init__(self, folder: Path, runner: str, port: int, kernels: Path, args: argparse.Namespace) -> None:
+        self.runner, self.port, self.log = runner, port, args.logs / f"{runner}-{port}.log"
+        options = {
+            "model-path": folder, "port": port, "moe-runner-backend": runner, "attention-backend": "triton",
+            "sampling-backend": "pytorch", "grammar-backend": "none", "fp8-gemm-backend": "triton",
+            "mem-fraction-static": 0.9, "max-total-tokens": args.kv_tokens,
+            "cuda-graph-max-bs-decode": max(args.batches), "max-running-requests": max(args.batches),
+            "chunked-prefill-size": max([2048, *args.prefill]), "tp-size": args.tp, "ep-size": args.ep,
+            "random-seed": 0,
+        }  # fmt: skip
+        flags = ["--disable-radix-cache", "--enable-metrics"]
+        if args.prefill_graphs:
+            flags += ["--cuda-graph-bs-prefill", *map(str, args.prefill)]
+        else:
+            flags.append("--disable-prefill-cuda-graph")
+        command = [sys.executable, "-m", "sglang.launch_server", *flags, *args.server_args]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        environment = os.environ | {
+            "TRITON_CACHE_DIR": str(kernels / "triton"),
+            "DG_JIT_CACHE_DIR": str(kernels / "deep_gemm"),
+            "SGLANG_DG_CACHE_DIR": str(kernels / "deep_gemm"),
+            "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+        }
+        self.started = time.perf_counter()
+        self.ready_s = 0.0
+        with open(self.log, "w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def is_ready(self) -> bool:
+        """Whether it answers now; RuntimeError with the end of its log if it has stopped."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server of {self.runner} stopped:\n" + self.log.read_text(errors="replace")[-6000:])
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+        except (OSError, urllib.error.URLError):
+            return False
+        self.ready_s = time.perf_counter() - self.started
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Until it is ready."""
+        while not self.is_ready():
+            if time.perf_counter() - self.started > seconds:
+                raise RuntimeError(f"the server of {self.runner} isn't ready after {seconds} s; see {self.log}")
+            time.sleep(0.1)
+
+    def generate(self, new: int, **request: Any) -> Any:
+        """Greedily, ``new`` tokens of each prompt."""
+        sampling = {"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True}
+        body = json.dumps(request | {"sampling_params": sampling}).encode()
+        url = f"http://127.0.0.1:{self.port}/generate"
+        asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        return json.loads(urllib.request.urlopen(asked, timeout=300).read())
+
+    def metrics(self) -> list[str]:
+        """Our lines of ``/metrics``."""
+        text = urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30).read().decode()
+        return [line for line in text.splitlines() if line.startswith("hybrid_moe_")]
+
+    def said(self) -> dict[str, Any]:
+        """What the log has about the runner, and the seconds that it names."""
+        text = self.log.read_text(errors="replace")
+        lines = [line for line in text.splitlines() if "by hybrid_moe" in line or "warm-up of" in line]
+        seconds = {
+            "warm_up_s": re.findall(r"warm-up of .*: ([0-9.]+) s", text),
+            "graphs_s": re.findall(
+                r"[Cc]apture .*cuda ?graph.* end\..*?elapsed=?:? ?([0-9.]+) ?s", text, re.IGNORECASE
+            ),
+            "load_s": re.findall(r"Load weight end\. elapsed=([0-9.]+)", text),
+        }
+        return {"lines": lines, **{name: [float(one) for one in found] for name, found in seconds.items()}}
+
+    def stop(self) -> None:
+        """End it and what it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, 15)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, 9)
+                self.process.wait(20)
 
 
 def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:
-    import random
-
     source = random.Random(seed)
     return [[source.randrange(300, VOCAB) for _ in range(length)] for _ in range(count)]
 
 
-def timed(engine: Any, prompts: list[list[int]], new: int) -> float:
+def timed(server: Server, prompts: list[list[int]], new: int) -> float:
     start = time.perf_counter()
-    engine.generate(input_ids=prompts, sampling_params={"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True})
+    server.generate(new, input_ids=prompts)
     return time.perf_counter() - start
 
 
-def run_engine(folder: Path, runner: str, args: argparse.Namespace) -> dict[str, Any]:
-    import sglang
-
-    start = time.perf_counter()
-    engine = sglang.Engine(**engine_options(folder, runner, args))
-    found: dict[str, Any] = {"runner": runner, "ready_s": time.perf_counter() - start, "decode": {}, "prefill": {}}
-    # The same prompts for every runner: their tokens' log probabilities, and the text.
-    judged = engine.generate(
-        input_ids=prompts_of(8, 128, 7),
-        sampling_params={"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True},
-        return_logprob=True,
-        logprob_start_len=0,
-    )
+def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """What the judge reads, and all times."""
+    found: dict[str, Any] = {"runner": server.runner, "ready_s": server.ready_s, "decode": {}, "prefill": {}}
+    found["text"] = server.generate(16, text="Mixture of experts")["text"]
+    judged = server.generate(64, input_ids=prompts_of(8, 128, 7), return_logprob=True, logprob_start_len=0)
     found["logprobs"] = [[p[0] for p in j["meta_info"]["input_token_logprobs"][1:]] for j in judged]
     found["tokens"] = [[p[1] for p in j["meta_info"]["output_token_logprobs"]] for j in judged]
     for batch in args.batches:
         rows = []
-        timed(engine, prompts_of(batch, 32, 1), 8)
+        timed(server, prompts_of(batch, 32, 1), 8)
         for repeat in range(args.repeats):
             prompts = prompts_of(batch, 32, 100 + repeat)
-            first, whole = timed(engine, prompts, 1), timed(engine, prompts, args.new)
+            first, whole = timed(server, prompts, 1), timed(server, prompts, args.new)
             step = (whole - first) / (args.new - 1)
             rows.append({"ttft_ms": 1e3 * first, "itl_ms": 1e3 * step, "tokens_per_s": batch / step})
         found["decode"][batch] = rows
     for length in args.prefill:
-        timed(engine, prompts_of(1, length, 2), 1)
-        times = [timed(engine, prompts_of(1, length, 200 + r), 1) for r in range(args.repeats)]
+        timed(server, prompts_of(1, length, 2), 1)
+        times = [timed(server, prompts_of(1, length, 200 + r), 1) for r in range(args.repeats)]
         found["prefill"][length] = [{"ttft_ms": 1e3 * t, "tokens_per_s": length / t} for t in times]
-    engine.shutdown()
-    gc.collect()
-    return found
+    return found | {"metrics": server.metrics(), "said": server.said()}
 
 
 def difference(a: list[list[float]], b: list[list[float]]) -> float:
@@ -218,71 +303,62 @@ def agreeing(a: list[list[int]], b: list[list[int]]) -> list[int]:
     ]
 
 
-def over_http(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One request to `launch_server`; what SGLang logs of the runner."""
-    port, log = 30017, folder / "server.log"
-    options = engine_options(folder, "hybrid_moe", args)
-    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port)]
-    for key, value in options.items():
-        if value is True:
-            command.append(f"--{key.replace('_', '-')}")
-        elif value is not False:
-            command += [f"--{key.replace('_', '-')}", str(value)]
-    with open(log, "w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        body = json.dumps({"text": "Mixture of experts", "sampling_params": {"max_new_tokens": 16, "temperature": 0}})
-        for _ in range(240):
-            if server.poll() is not None:
-                break
-            try:
-                request = urllib.request.Request(
-                    f"http://127.0.0.1:{port}/generate", body.encode(), {"Content-Type": "application/json"}
-                )
-                answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            answer = None
-    finally:
-        server.terminate()
-        server.wait(30)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "hybrid_moe" in line]
-    return {"answer": answer if server.returncode is not None else None, "log": lines[:12]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="deepseek-v3")
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--runners", nargs="+", default=["triton", "hybrid_moe", "deep_gemm"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prefill", nargs="+", type=int, default=[2048, 8192])
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prefill-graphs", action="store_true", help="capture graphs of these prefills too")
+    parser.add_argument("--new", type=int, default=128, help="tokens generated by each decode run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kv-tokens", type=int, default=32768, help="size of the key-value cache")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="start hybrid_moe once before, with nothing compiled")
+    parser.add_argument(
+        "--together", action="store_true", help="start all servers at once; they share the GPU's memory"
+    )
+    parser.add_argument("--port", type=int, default=30017)
+    parser.add_argument("--limit", type=float, default=240, help="seconds that a server may take to be ready")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/hybrid_moe_checkpoint"))
-    parser.add_argument("--http", action="store_true")
+    parser.add_argument("--server-args", nargs="*", default=[], help="more of launch_server's, after a last --")
+    parser.add_argument("--logs", type=Path, default=Path("/tmp"), help="folder of the servers' logs")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that the servers are stopped too
+    args.logs.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    # In a process of its own: CUDA must not be in use when the engine forks.
-    here = Path(__file__).resolve().parent
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(here)!r}); import sglang_server as s; "
-         f"s.write_checkpoint(s.Path({str(args.folder)!r}), {args.model!r}, {args.layers})"],
-        check=True,
-    )  # fmt: skip
+    if not (args.folder / "model.safetensors.index.json").exists():
+        # In a process of its own, so that the GPU's memory is the servers'.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_checkpoint, args=(args.folder, args.model, args.layers)
+        )
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            sys.exit("the checkpoint couldn't be written")
     print(f"checkpoint of {args.layers} layers in {time.perf_counter() - start:.0f} s", flush=True)
-    results: dict[str, Any] = {"model": args.model, "layers": args.layers, "tp": args.tp, "ep": args.ep, "engines": []}
-    for runner in args.runners:
-        results["engines"].append(run_engine(args.folder, runner, args))
-        print_engine(results["engines"][-1])
-        if args.output:
-            args.output.write_text(json.dumps(results))
+    results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "engines": []}
+    kernels = Path(tempfile.mkdtemp(prefix="kernels-"))
+    servers: list[Server] = []
+    try:
+        if args.cold:
+            servers.append(Server(args.folder, "hybrid_moe", args.port, kernels, args))
+            servers[0].wait(args.limit)
+            results["cold"] = {"ready_s": servers[0].ready_s, "said": servers[0].said()}
+            print("cold:", json.dumps(results["cold"]), flush=True)
+            servers.pop().stop()
+        for number, runner in enumerate(args.runners, start=1):
+            servers.append(Server(args.folder, runner, args.port + 100 * number, kernels, args))
+            if not args.together:
+                answer(servers, args, results)
+        answer(servers, args, results)
+    finally:
+        for server in servers:
+            server.stop()
+        shutil.rmtree(kernels)
     by = {engine["runner"]: engine for engine in results["engines"]}
     if "triton" in by:
         for runner, engine in by.items():
@@ -290,18 +366,32 @@ def main() -> None:
             same = agreeing(engine["tokens"], by["triton"]["tokens"])
             results.setdefault("judged", {})[runner] = {"mean_abs_logprob_difference": gap, "agreeing_tokens": same}
             print(f"{runner}: mean |log probability - triton's| {gap:.5f}; text agrees for {same} of 64 tokens")
-    if args.http:
-        results["http"] = over_http(args.folder, args)
-        print(json.dumps(results["http"])[:3000])
     if args.output:
         args.output.write_text(json.dumps(results))
+
+
+def answer(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Have each server that was started answer all questions, and stop it; one that fails says so."""
+    for server in servers:
+        try:
+            server.wait(args.limit)
+        except RuntimeError as error:
+            results.setdefault("failed", {})[server.runner] = str(error)
+            print(error, flush=True)
+            server.stop()
+    for server in servers:
+        if server.process.poll() is None:
+            results["engines"].append(measure(server, args))
+            print_engine(results["engines"][-1])
+            server.stop()
+    servers.clear()
 
 
 def print_engine(engine: dict[str, Any]) -> None:
     def middle(rows: list[dict[str, float]], key: str) -> float:
         return statistics.median(row[key] for row in rows)
 
-    print(f"{engine['runner']}: ready in {engine['ready_s']:.1f} s")
+    print(f"{engine['runner']}: ready in {engine['ready_s']:.1f} s; {json.dumps(engine['said'])}")
     for batch, rows in engine["decode"].items():
         print(
             f"  decode batch {batch}: {middle(rows, 'tokens_per_s'):.0f} tokens/s, between tokens "
@@ -310,9 +400,9 @@ def print_engine(engine: dict[str, Any]) -> None:
     for length, rows in engine["prefill"].items():
         print(
             f"  prefill {length}: first token after {middle(rows, 'ttft_ms'):.1f} ms, "
-            f"{middle(rows, 'tokens_per_s'):.0f} tokens/s",
-            flush=True,
+            f"{middle(rows, 'tokens_per_s'):.0f} tokens/s"
         )
+    print("\n".join(engine["metrics"][:12]), flush=True)
 
 
 if __name__ == "__main__":

@@ -491,6 +491,14 @@ class HybridMoE:
         if tokens := inputs.num_tokens:
             self._shadow.after_replay(self.choice(tokens) if choice is None else choice, tokens, inputs, output)
 
+    def count_replay(self, num_tokens: int) -> None:
+        """Count a call of this layer that a CUDA graph has replayed, which runs no Python.
+
+        ValueError for what is no integer of at least 1.
+        """
+        warmup.check_count("num_tokens", num_tokens)
+        self._dispatch.counted(num_tokens)
+
     @property
     def shadow(self) -> ShadowStatus | None:
         """What the layer's shadow checks have found so far; ``None`` without ``shadow_check``."""
@@ -568,11 +576,11 @@ class HybridMoE:
     ) -> tuple[WarmedUp, ...]:
         """Compile and set up all that serving will run: one call at each T, before the first request.
 
-        The calls have made-up activations, whose quantisation is warmed up with them, and count in no statistics. They
-        wait for the device, so make them before graphs are captured. A candidate that raises in one is put in
-        quarantine, and the next one of the order of choice warmed up instead; an explicit backend raises. Libraries
-        that tune inside of a context of theirs do so here if this is called in it (``with flashinfer.autotune():
-        layer.warm_up()``).
+        This package's kernels are compiled first, side by side on the CPU cores that the process may use. The calls
+        have made-up activations, whose quantisation is warmed up with them, and count in no statistics. They wait for
+        the device, so make them before graphs are captured. A candidate that raises in one is put in quarantine, and
+        the next one of the order of choice warmed up instead; an explicit backend raises. Libraries that tune inside of
+        a context of theirs do so here if this is called in it (``with flashinfer.autotune(): layer.warm_up()``).
 
         Parameters
         ----------
@@ -616,8 +624,10 @@ class HybridMoE:
         return any(together(group, lambda: changed))
 
     def _warm_up_all(self, counts: Iterable[int], progress: Callable[[WarmedUp], None] | None) -> tuple[WarmedUp, ...]:
+        made = functools.partial(warmup.synthetic, self.problem, self._device, self._routing_bias, self._held)
+        warmup.compile_all(self._dispatch.runner, made(counts), self._device)
         done = []
-        for inputs in warmup.synthetic(self.problem, self._device, self._routing_bias, self._held, counts):
+        for inputs in made(counts):
             done.append(self._warm_up(inputs))
             if progress is not None:
                 progress(done[-1])

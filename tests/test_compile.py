@@ -191,3 +191,17 @@ def test_the_oldest_release_of_triton():
     for row in rows:
         assert row["spill_bytes"] <= (0 if row["kernel"] in SPECIALIZED else SPILL_BYTES[90]), describe(row)
         assert row["wgmma"] == ("gemm" in row["kernel"]) and not row["older_mma"], describe(row)
+
+
+def test_what_warming_up_compiles_ahead_is_all_that_calls_launch_and_no_more():
+    """One binary serves many T: few are compiled, side by side where there are cores."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), environment.get("PYTHONPATH")]))
+    command = [sys.executable, str(TESTS / "compile_ahead.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["after"] == []
+    assert {*SPECIALIZED, "route_kernel", "scatter_kernel"} <= set(found["ahead"])
+    assert len(found["ahead"]) <= 16, found["ahead"]
+    assert found["at_once"] > 1 or len(os.sched_getaffinity(0)) == 1

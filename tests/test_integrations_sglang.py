@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
 from typing import Any, NamedTuple
 
 import dropin_standins as standins
+import prometheus_client
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.numerics import check
 from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import dequantize_blocks
+from hybrid_moe.serving import prometheus
 
 E, TOP_K, HIDDEN, INNER, FACTOR = 16, 4, 256, 128, 2.5
 WEIGHTS = random_weights(
@@ -180,3 +183,41 @@ def test_only_the_option_changes_anything(plugin, monkeypatch):
         assert args.moe_runner_backend == ("triton" if asked == "hybrid_moe" else "auto")
         after_load(None, types.SimpleNamespace(server_args=args, model=asked))
     assert seen == ["hybrid_moe"]
+
+
+AFTER = {
+    "load": "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+    "replay": "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute",
+    "log_stats": "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+}
+
+
+def test_a_served_model_is_warmed_up_and_its_replays_are_counted_and_exported(plugin, monkeypatch, caplog):
+    on_cpu = functools.partial(plugin.module.replace_runners, backend="torch_reference")
+    monkeypatch.setattr(plugin.module, "replace_runners", on_cpu)
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus, "Mirror", functools.partial(prometheus.Mirror, registry))
+
+    def calls() -> float:
+        text = prometheus_client.generate_latest(registry).decode()
+        ours = [
+            line for line in text.splitlines() if line.startswith("hybrid_moe_calls_total{") and f"h{HIDDEN}" in line
+        ]
+        return sum(float(line.split()[-1]) for line in ours)
+
+    args = types.SimpleNamespace(moe_runner_backend="hybrid_moe", chunked_prefill_size=16)
+    plugin.hooks["sglang.srt.server_args.ServerArgs.__post_init__"](args)
+    model = torch.nn.ModuleDict({name: Block(FusedMoE(Fp8MoEMethod())) for name in ("first", "second")})
+    runner = types.SimpleNamespace(server_args=args, model=model)
+    with caplog.at_level("INFO", "hybrid_moe"):
+        plugin.hooks[AFTER["load"]](None, runner)
+    assert "2 MoE layers of ModuleDict by hybrid_moe" in caplog.text and "5 token counts to T = 16" in caplog.text
+    graphs = types.SimpleNamespace(model_runner=runner, bs=8, captured_req_width=1)
+    plugin.hooks[AFTER["log_stats"]](None, None)
+    before = calls()
+    plugin.hooks[AFTER["replay"]](None, graphs)
+    plugin.hooks[AFTER["log_stats"]](None, None)
+    assert calls() == before + 2  # one of each layer
+    plugin.hooks[AFTER["replay"]](None, types.SimpleNamespace(model_runner=types.SimpleNamespace(), bs=8))
+    plugin.hooks[AFTER["log_stats"]](None, None)
+    assert calls() == before + 2

@@ -58,6 +58,20 @@ def test_every_regime_is_warmed_up_at_its_bounds(weights, spies):  # noqa: F811
         assert [inputs.num_tokens for inputs in spy.runs] == counts
 
 
+def test_replays_are_counted_beside_calls(weights, spies):  # noqa: F811
+    layer = layer_of(inputs_of(weights, 3), policy=make_policy())
+    call(layer, inputs_of(weights, 3))
+    layer.count_replay(3)
+    layer.count_replay(7)
+    assert [(s.label.choice, s.calls, s.tokens) for s in layer.stats()] == [
+        (Candidate("one"), 2, 6),
+        (Candidate("two"), 1, 7),
+    ]
+    assert [len(spy.runs) for spy in spies] == [1, 0]
+    with pytest.raises(ValueError, match="num_tokens is 0"):
+        layer.count_replay(0)
+
+
 def test_warming_up_at_given_t(weights, spies):  # noqa: F811
     layer = layer_of(inputs_of(weights, 1), policy=make_policy())
     assert [(w.num_tokens, str(w.choice)) for w in layer.warm_up([7, 3, 7])] == [(3, "one"), (7, "two")]

@@ -120,6 +120,9 @@ class _TritonRunner(Runner):
     def run_in(self, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor) -> None:
         self._pipeline.run(inputs, output, memory)
 
+    def compile(self, inputs: Inputs) -> None:
+        self._pipeline.compile(inputs)
+
     def workspace_bytes(self, num_tokens: int) -> int:
         return self._pipeline.arena(num_tokens).bytes
 

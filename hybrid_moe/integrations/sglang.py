@@ -21,12 +21,16 @@ Needs of SGLang (``sglang/srt/``):
   (``topk_weights`` float32, ``topk_ids`` counted from the rank's first expert, -1 for others'); `StandardCombineInput`.
 - ``layers/moe/fused_moe_triton/layer.py``: `FusedMoE` and its ``moe_runner_config``.
 - ``plugins/hook_registry.py``: `HookRegistry`.
+- For the metrics alone: ``model_executor/runner/decode_cuda_graph_runner.py``: `DecodeCudaGraphRunner.execute`, its
+  ``bs`` and ``captured_req_width``; ``observability/metrics_collector.py``: `SchedulerMetricsCollector.log_stats`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +40,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from ..api import HybridMoE
 from ..problem import MoEProblem
+from ..serving.metrics import snapshot
+from ..serving.warmup import WarmedUp
 
 __all__ = ["NAME", "problem_of", "register", "replace_runners"]
 
@@ -44,6 +50,10 @@ NAME = "hybrid_moe"
 RUN_WITH = ("0.5.16", "0.5.23")
 # An attribute of ServerArgs, which SGLang sends to every rank's process.
 _MARK = "hybrid_moe_runner"
+# An attribute of ModelRunner: its layers.
+_LAYERS = "hybrid_moe_layers"
+# Of a prefill, where SGLang is told no chunk size.
+_MAX_NUM_TOKENS = 8192
 
 _log = logging.getLogger("hybrid_moe")
 
@@ -52,7 +62,13 @@ def register() -> None:
     """Add ``hybrid_moe`` to SGLang's choices of ``--moe-runner-backend``. Called by SGLang in each of its processes."""
     sglang_server_args.add_moe_runner_backend_choices([NAME])
     HookRegistry.register("sglang.srt.server_args.ServerArgs.__post_init__", _request, HookType.BEFORE)
-    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", _after_load, HookType.AFTER)
+    after = {
+        "model_executor.model_runner.ModelRunner.load_model": _after_load,
+        "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": _after_replay,
+        "observability.metrics_collector.SchedulerMetricsCollector.log_stats": _after_log_stats,
+    }
+    for target, hook in after.items():
+        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AFTER)
 
 
 def _request(server_args: Any, *_: Any, **__: Any) -> None:
@@ -74,6 +90,42 @@ def _after_load(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
         same = [layer for layer in layers.values() if layer.problem == problem]
         choices = ", ".join(f"T = {tokens}: {same[0].choice(tokens)}" for tokens in (1, 64, 1024, 8192))
         _log.info("%d MoE layers of %s by hybrid_moe, %s; %s", len(same), name, problem.definition, choices)
+        _warm_up(same[0], getattr(model_runner.server_args, "chunked_prefill_size", None))
+    setattr(model_runner, _LAYERS, tuple(layers.values()))
+
+
+def _warm_up(layer: HybridMoE, chunked_prefill_size: int | None) -> None:
+    """Compile what layers of its problem will run: before SGLang measures memory and captures its graphs."""
+    most = chunked_prefill_size if chunked_prefill_size and chunked_prefill_size > 0 else _MAX_NUM_TOKENS
+
+    def progress(done: WarmedUp) -> None:
+        if done.seconds > 1:  # as a library that compiles at its first call
+            _log.info("T = %d took %.1f s: %s", done.num_tokens, done.seconds, done.choice)
+
+    _log.info("compiling and setting up what layers of %s run to T = %d", layer.problem.definition, most)
+    start = time.perf_counter()
+    warmed = layer.warm_up(max_num_tokens=most, progress=progress)
+    _log.info("warm-up of %d token counts to T = %d: %.1f s", len(warmed), most, time.perf_counter() - start)
+
+
+def _after_replay(result: Any, graphs: Any, *_: Any, **__: Any) -> None:
+    """Graphs run no Python: the calls that they hold are counted here."""
+    for layer in getattr(graphs.model_runner, _LAYERS, ()):
+        layer.count_replay(graphs.bs * graphs.captured_req_width)
+
+
+def _after_log_stats(result: Any, collector: Any, *_: Any, **__: Any) -> None:
+    """SGLang writes its own metrics: ours go where they go, to the files that ``/metrics`` is collected from."""
+    if snapshot():
+        _mirror().update()
+
+
+@functools.cache
+def _mirror() -> Any:
+    # SGLang imports prometheus_client no sooner either: it reads where its files are to be.
+    from ..serving.prometheus import Mirror
+
+    return Mirror()
 
 
 def replace_runners(model: torch.nn.Module, **options: Any) -> dict[str, HybridMoE]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from triton import JITFunction
+from triton import AsyncCompileMode, JITFunction
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -45,6 +48,17 @@ def limits_of(device: torch.device) -> DeviceLimits:
     return DeviceLimits(torch.cuda.get_device_properties(device).multi_processor_count, pdl=True)
 
 
+@contextmanager
+def compiling_in_parallel() -> Iterator[None]:
+    """What is compiled within, without a launch, is compiled side by side, and is there at the end.
+
+    Threads do: most of a compilation is outside of Python, or in a process of its own. What fails to compile says so
+    when it is launched.
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor, AsyncCompileMode(executor, ignore_errors=True):
+        yield
+
+
 class Constants:
     """A kernel's compile-time arguments, in the order of its signature, and its launch options.
 
@@ -76,6 +90,11 @@ class Kernel:
     def compiled(self, constants: Constants, device: torch.device) -> CompiledKernel | None:
         """The binary for tensors that start at multiples of 16 bytes; None before their first launch on ``device``."""
         return self._compiled.get((constants, device.index))
+
+    def compile(self, arguments: tuple[Argument, ...], constants: Constants) -> None:
+        """Compile what `launch` would, without a launch; see `compiling_in_parallel`."""
+        if isinstance(self.function, JITFunction):  # not in the interpreter
+            self.function.warmup(*arguments, grid=(1,), **constants.arguments, **constants.options)
 
     def launch(
         self,

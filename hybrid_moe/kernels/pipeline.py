@@ -81,6 +81,12 @@ class Pipeline:
         else:
             self._run(inputs, output, device, memory)
 
+    def compile(self, inputs: Inputs) -> None:
+        """Compile this package's kernels of a call whose output is aligned, and launch none."""
+        key = LaunchKey.of(inputs, addresses_of(inputs), inputs.hidden_states, self._gemm.row_alignment())
+        with torch.cuda.device_of(inputs.hidden_states):
+            self._plan(key._replace(output_aligned=True), inputs.hidden_states.device).compile(inputs)
+
     def _run(self, inputs: Inputs, output: torch.Tensor, device: torch.device, memory: torch.Tensor | None) -> None:
         addresses = addresses_of(inputs)
         key = LaunchKey.of(inputs, addresses, output, self._gemm.row_alignment())

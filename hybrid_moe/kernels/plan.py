@@ -13,7 +13,7 @@ from triton.runtime import driver
 from ..inputs import Inputs, MoEInputs, RoutedInputs
 from . import direct
 from .arena import Arena
-from .steps import AnyStep, LibraryStep, Tiles
+from .steps import AnyStep, LibraryStep, Step, Tiles
 
 
 def addresses_of(inputs: Inputs) -> list[int]:
@@ -137,6 +137,15 @@ class Plan:
             step.run(call, self.device, self._aligned)
         if addressed is None:
             self.addressed = self._find_addressed()  # now that all kernels are compiled
+
+    def compile(self, inputs: Inputs) -> None:
+        """Compile this package's kernels of such a call, without a launch; reserves no memory."""
+        memory = torch.empty(self.arena.bytes, dtype=torch.uint8, device="meta")  # aligned, as what a call gets is
+        output = torch.empty_like(inputs.hidden_states, dtype=torch.bfloat16, device="meta")
+        call = by_name(inputs, output, self.arena, memory)
+        for step in self.steps:
+            if isinstance(step, Step):
+                step.compile(call)
 
     def _find_addressed(self) -> Addressed | None:
         """The same launches by addresses; None where a kernel isn't compiled yet or can't be launched so."""

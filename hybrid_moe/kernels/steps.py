@@ -70,7 +70,14 @@ class Step:
 
     def run(self, call: Mapping[str, Any], device: torch.device, aligned: bool = False) -> None:
         """Launch with the tensors and numbers of a call, by name; ``aligned`` as `Kernel.launch` has it."""
-        arguments = tuple(
+        self.kernel.launch(self.grid, self._arguments(call), self.constants, device, aligned)
+
+    def compile(self, call: Mapping[str, Any]) -> None:
+        """Compile the kernel for such a call."""
+        self.kernel.compile(self._arguments(call), self.constants)
+
+    def _arguments(self, call: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(
             call[operand]
             if isinstance(operand, str)
             else operand.descriptor(call[operand.name])
@@ -78,7 +85,6 @@ class Step:
             else operand
             for operand in self.operands
         )
-        self.kernel.launch(self.grid, arguments, self.constants, device, aligned)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,7 @@
 """How often each backend ran, and for how many tokens: counters for a metrics exporter to read.
 
 Counted in Python, when a call is made: the replay of a CUDA graph runs no Python and isn't counted, only its capture
-is. Count replays where they are launched.
+is. Count replays where they are launched, by `HybridMoE.count_replay`.
 """
 
 from __future__ import annotations

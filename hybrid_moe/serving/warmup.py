@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..backends.base import Runner
 from ..candidate import Candidate
 from ..inputs import Inputs, MoEInputs, RoutedInputs
 from ..problem import MoEProblem
@@ -80,6 +82,18 @@ def synthetic(
             yield quantize(RoutedInputs(ids.int(), weights, hidden, None, *held))  # type: ignore[arg-type]
         else:
             yield quantize(MoEInputs(logits, bias, hidden, None, *held))  # type: ignore[arg-type]
+
+
+def compile_all(runner_of: Callable[[int], Runner], calls: Iterable[Inputs], device: torch.device) -> None:
+    """Compile the kernels of all calls at once; what a call has to compile by itself, or fails to, is left to it."""
+    if device.type == "cuda":
+        # Imported where used: `import hybrid_moe` imports no kernel library.
+        from ..kernels.launcher import compiling_in_parallel
+
+        with compiling_in_parallel():
+            for inputs in calls:
+                with contextlib.suppress(Exception):  # its call raises it again, where it is dealt with
+                    runner_of(inputs.num_tokens).compile(inputs)
 
 
 def synchronize(device: torch.device) -> None:

@@ -18,6 +18,7 @@ Wants SGLang 0.5.16 or newer, and hybrid_moe installed (its entry point is how S
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -193,6 +194,7 @@ class Server:
             "DG_JIT_CACHE_DIR": str(kernels / "deep_gemm"),
             "SGLANG_DG_CACHE_DIR": str(kernels / "deep_gemm"),
             "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # it would take a second
         }
         self.started = time.perf_counter()
         self.ready_s = 0.0
@@ -201,8 +203,10 @@ class Server:
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
-    def is_ready(self) -> bool:
-        """Whether it answers now; RuntimeError with the end of its log if it has stopped."""
+    def is_ready(self, limit: float) -> bool:
+        """Whether it answers now; RuntimeError if it has stopped, or takes longer than ``limit`` seconds."""
+        if time.perf_counter() - self.started > limit:
+            raise RuntimeError(f"the server of {self.runner} isn't ready after {limit} s; see {self.log}")
         if self.process.poll() is not None:
             raise RuntimeError(f"the server of {self.runner} stopped:\n" + self.log.read_text(errors="replace")[-6000:])
         try:
@@ -211,13 +215,6 @@ class Server:
             return False
         self.ready_s = time.perf_counter() - self.started
         return True
-
-    def wait(self, seconds: float) -> None:
-        """Until it is ready."""
-        while not self.is_ready():
-            if time.perf_counter() - self.started > seconds:
-                raise RuntimeError(f"the server of {self.runner} isn't ready after {seconds} s; see {self.log}")
-            time.sleep(0.1)
 
     def generate(self, new: int, **request: Any) -> Any:
         """Greedily, ``new`` tokens of each prompt."""
@@ -340,13 +337,15 @@ def main() -> None:
         if writer.exitcode:
             sys.exit("the checkpoint couldn't be written")
     print(f"checkpoint of {args.layers} layers in {time.perf_counter() - start:.0f} s", flush=True)
-    results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "engines": []}
+    said = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    results: dict[str, Any] = {**machine(), "arguments": said, "engines": []}
     kernels = Path(tempfile.mkdtemp(prefix="kernels-"))
     servers: list[Server] = []
     try:
         if args.cold:
             servers.append(Server(args.folder, "hybrid_moe", args.port, kernels, args))
-            servers[0].wait(args.limit)
+            while not servers[0].is_ready(args.limit):
+                time.sleep(0.1)
             results["cold"] = {"ready_s": servers[0].ready_s, "said": servers[0].said()}
             print("cold:", json.dumps(results["cold"]), flush=True)
             servers.pop().stop()
@@ -370,15 +369,28 @@ def main() -> None:
         args.output.write_text(json.dumps(results))
 
 
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    packages = ("sglang", "torch", "triton", "sglang-kernel", "sgl-deep-gemm", "hybrid-moe")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"devices": subprocess.check_output(query, text=True).split("\n")[:-1], "versions": versions}
+
+
 def answer(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Have each server that was started answer all questions, and stop it; one that fails says so."""
-    for server in servers:
-        try:
-            server.wait(args.limit)
-        except RuntimeError as error:
-            results.setdefault("failed", {})[server.runner] = str(error)
-            print(error, flush=True)
-            server.stop()
+    waiting = list(servers)
+    while waiting:
+        for server in list(waiting):
+            try:
+                if server.is_ready(args.limit):
+                    waiting.remove(server)
+            except RuntimeError as error:
+                results.setdefault("failed", {})[server.runner] = str(error)
+                print(error, flush=True)
+                server.stop()
+                waiting.remove(server)
+        time.sleep(0.1)
     for server in servers:
         if server.process.poll() is None:
             results["engines"].append(measure(server, args))

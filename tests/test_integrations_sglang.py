@@ -185,6 +185,17 @@ def test_only_the_option_changes_anything(plugin, monkeypatch):
     assert seen == ["hybrid_moe"]
 
 
+def test_ranks_choose_alike(plugin, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plugin.module, "replace_runners", lambda model, **options: seen.append(options) or {})
+    args = types.SimpleNamespace(moe_runner_backend="hybrid_moe")
+    plugin.hooks["sglang.srt.server_args.ServerArgs.__post_init__"](args)
+    for size in (1, 2):
+        ranks = types.SimpleNamespace(world_size=size, cpu_group="gloo")
+        plugin.hooks[AFTER["load"]](None, types.SimpleNamespace(server_args=args, model="", tp_group=ranks))
+    assert seen == [{}, {"group": "gloo"}]
+
+
 AFTER = {
     "load": "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
     "replay": "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute",

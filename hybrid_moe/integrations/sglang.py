@@ -81,12 +81,14 @@ def _after_load(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     """SGLang logs what a plugin raises and goes on, but not what a hook does: no server starts with another runner."""
     if not getattr(model_runner.server_args, _MARK, False):
         return
-    layers = replace_runners(model_runner.model)
+    ranks = getattr(model_runner, "tp_group", None)
+    options = {} if ranks is None or ranks.world_size == 1 else {"group": ranks.cpu_group}  # all of them choose alike
+    layers = replace_runners(model_runner.model, **options)
     name = type(model_runner.model).__name__
     if not layers:
         _log.warning("%s has no FP8 block-scale MoE layer: --moe-runner-backend %s changes nothing", name, NAME)
         return
-    for problem in {layer.problem for layer in layers.values()}:
+    for problem in dict.fromkeys(layer.problem for layer in layers.values()):  # in the same order on all ranks
         same = [layer for layer in layers.values() if layer.problem == problem]
         choices = ", ".join(f"T = {tokens}: {same[0].choice(tokens)}" for tokens in (1, 64, 1024, 8192))
         _log.info("%d MoE layers of %s by hybrid_moe, %s; %s", len(same), name, problem.definition, choices)
@@ -136,7 +138,7 @@ def replace_runners(model: torch.nn.Module, **options: Any) -> dict[str, HybridM
     model
         With its weights loaded and processed, before CUDA graphs are captured.
     options
-        Of `HybridMoE`: ``backend``, ``policy``, ``max_num_tokens`` and others.
+        Of `HybridMoE`: ``backend``, ``policy``, ``max_num_tokens``, ``group`` and others.
 
     Returns
     -------

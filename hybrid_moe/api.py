@@ -76,6 +76,7 @@ def fused_moe(
     output: torch.Tensor | None = None,
     backend: str | Candidate | None = None,
     policy: Policy | str | Path | None = None,
+    max_workspace_bytes: int | None = None,
 ) -> torch.Tensor:
     """Run the FP8 block-scale MoE layer on the backend that was measured fastest for this GPU and token count.
 
@@ -114,6 +115,9 @@ def fused_moe(
     policy
         A `Policy`, a policy file or a directory of them; by default the user's own, then the shipped one. Files are
         read once in a process.
+    max_workspace_bytes
+        Most device memory that a call takes next to its inputs and its output: with more tokens than that is enough
+        for, the same candidate runs on one chunk of them after the other, and reads the weights again for each.
 
     Returns
     -------
@@ -124,7 +128,8 @@ def fused_moe(
     Raises
     ------
     TypeError, ValueError
-        An input has the wrong type, dtype, shape, device or range; the message names it.
+        An input has the wrong type, dtype, shape, device or range; the message names it. ``max_workspace_bytes`` is
+        less than one token takes; the message says how much that is.
     PolicyError
         The given policy can't be read, or is for another problem or device.
     BackendUnsupportedError
@@ -152,8 +157,9 @@ def fused_moe(
     if is_compiling():
         from .serving.traced import handle_of  # loads the compiler, which is there by now
 
-        return custom_ops.call_fused_moe(inputs, output, handle_of(backend, policy, problem), *options)
-    return Call(backend, policy, problem).run(inputs, output, *options)
+        handle = handle_of(backend, policy, problem, max_workspace_bytes)
+        return custom_ops.call_fused_moe(inputs, output, handle, *options)
+    return Call(backend, policy, problem, max_workspace_bytes).run(inputs, output, *options)
 
 
 class HybridMoE:
@@ -170,7 +176,7 @@ class HybridMoE:
     ----------
     gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, routing_bias
         See `fused_moe`. Held, never copied.
-    local_expert_offset, routed_scaling_factor, problem, backend, policy
+    local_expert_offset, routed_scaling_factor, problem, backend, policy, max_workspace_bytes
         See `fused_moe`.
     num_experts, top_k, n_group, topk_group, gate_first, routing_method
         In place of ``problem``, see `fused_moe`; the bias says ``num_experts`` by its length.
@@ -194,7 +200,7 @@ class HybridMoE:
     ----------
     problem : MoEProblem
     device : DeviceKey
-    max_num_tokens : int or None
+    max_num_tokens, max_workspace_bytes : int or None
 
     Raises
     ------
@@ -224,12 +230,15 @@ class HybridMoE:
         backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
+        max_workspace_bytes: int | None = None,
         shadow_check: ShadowCheck | None = None,
         check_weights: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
         if max_num_tokens is not None:
             warmup.check_count("max_num_tokens", max_num_tokens)
+        if max_workspace_bytes is not None:
+            warmup.check_count("max_workspace_bytes", max_workspace_bytes)
         tensors = {
             "gemm1_weights": gemm1_weights,
             "gemm1_weights_scale": gemm1_weights_scale,
@@ -271,6 +280,7 @@ class HybridMoE:
         self._routing_bias = routing_bias
         self._held: tuple[Any, ...] = empty[MoEInputs._fields.index("gemm1_weights") :]
         self.max_num_tokens = max_num_tokens
+        self.max_workspace_bytes = max_workspace_bytes
         self._workspaces = None if max_num_tokens is None else Workspaces.of(self._device)
         self._counters = Counters()
         self._shadow: Shadow | None = None
@@ -334,7 +344,15 @@ class HybridMoE:
     ) -> Dispatch:
         routed = self._routing_bias is None
         dispatch = new_dispatch(
-            self.problem, self.device, backend, policy, routed, self._counters, stacklevel=6, elsewhere=elsewhere
+            self.problem,
+            self.device,
+            backend,
+            policy,
+            routed,
+            self._counters,
+            stacklevel=6,
+            elsewhere=elsewhere,
+            max_workspace_bytes=self.max_workspace_bytes,
         )
         if self._workspaces is not None:
             self._workspaces.grow(self._planned_bytes(dispatch))
@@ -344,7 +362,9 @@ class HybridMoE:
         if self.max_num_tokens is None:
             return 0
         # Behind what a runner takes, hidden states that come in bfloat16 are quantised.
-        return dispatch.reserved_bytes(self.max_num_tokens) + quantize_input.bytes_of(self.problem, self.max_num_tokens)
+        planned = dispatch.reserved_bytes(self.max_num_tokens)
+        planned += quantize_input.bytes_of(self.problem, self.max_num_tokens)
+        return planned if self.max_workspace_bytes is None else min(planned, self.max_workspace_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the layer was: it resolves its policy where it comes to be, and counts its own calls."""
@@ -357,6 +377,7 @@ class HybridMoE:
             backend=dispatch.backend,
             policy=dispatch.policy,
             max_num_tokens=self.max_num_tokens,
+            max_workspace_bytes=self.max_workspace_bytes,
             shadow_check=None if self._shadow is None else self._shadow.options,
         )
         return _make, (type(self), (w13, s13, w2, s2, self._routing_bias), options)
@@ -370,6 +391,7 @@ class HybridMoE:
         backend: str | Candidate | None = None,
         policy: Policy | str | Path | None = None,
         max_num_tokens: int | None = None,
+        max_workspace_bytes: int | None = None,
         shadow_check: ShadowCheck | None = None,
         check_weights: bool = False,
         group: ProcessGroup | None = None,
@@ -390,6 +412,7 @@ class HybridMoE:
             backend=backend,
             policy=policy,
             max_num_tokens=max_num_tokens,
+            max_workspace_bytes=max_workspace_bytes,
             shadow_check=shadow_check,
             check_weights=check_weights,
             group=group,

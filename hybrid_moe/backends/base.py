@@ -19,7 +19,14 @@ class Runner(ABC):
     """A backend prepared for one problem, device and configuration.
 
     Safe to keep and to call any number of times; holds no weights.
+
+    Attributes
+    ----------
+    most_tokens : int or None
+        T of the largest call that it may be given, if a bound on memory says so: see `serving.chunks`.
     """
+
+    most_tokens: int | None = None
 
     @abstractmethod
     def run(self, inputs: Inputs, output: torch.Tensor) -> None:

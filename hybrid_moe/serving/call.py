@@ -26,11 +26,12 @@ from ..policy.resolve import as_candidate, decision_table
 from ..policy.schema import Policy
 from ..policy.select import Refusals
 from ..problem import MoEProblem
-from . import custom_ops, quantize_input
+from . import chunks, custom_ops, quantize_input
 from .dispatch import Dispatch
 from .metrics import Counters
 from .out_of_memory import CallOutOfMemoryError
 from .quarantine import QUARANTINE
+from .warmup import check_count
 
 logger = logging.getLogger("hybrid_moe")
 
@@ -62,6 +63,7 @@ def new_dispatch(
     *,
     stacklevel: int,
     elsewhere: Refusals | None = None,
+    max_workspace_bytes: int | None = None,
 ) -> Dispatch:
     """By the backend that is named, else by the policy; what is in quarantine, or refused elsewhere, is refused.
 
@@ -71,13 +73,13 @@ def new_dispatch(
     if backend is not None:
         if reasons := (*QUARANTINE.reasons(device, problem).get(backend, ()), *elsewhere.get(backend, ())):
             raise BackendUnsupportedError(backend, reasons)
-        return Dispatch(problem, device, backend, counters, policy, routed)
+        return Dispatch(problem, device, backend, counters, policy, routed, max_workspace_bytes)
     while True:
         here = QUARANTINE.reasons(device, problem)
         refused = {c: (*here.get(c, ()), *elsewhere.get(c, ())) for c in here.keys() | elsewhere.keys()}
         try:
             table = decision_table(problem, device, policy, routed=routed, refused=refused, stacklevel=stacklevel)
-            return Dispatch(problem, device, table, counters, policy, routed)
+            return Dispatch(problem, device, table, counters, policy, routed, max_workspace_bytes)
         except BackendFailedError as error:
             logger.error("%s", error, exc_info=error)
             QUARANTINE.put(device, problem, error.choice, "prepare", str(error.__cause__))
@@ -85,10 +87,25 @@ def new_dispatch(
 
 @functools.lru_cache(maxsize=256)
 def _cached_dispatch(
-    problem: MoEProblem, device: DeviceKey, backend: Candidate | None, policy: _Identity, routed: bool, epoch: int
+    problem: MoEProblem,
+    device: DeviceKey,
+    backend: Candidate | None,
+    policy: _Identity,
+    routed: bool,
+    max_workspace_bytes: int | None,
+    epoch: int,
 ) -> Dispatch:
     # By the quarantine's epoch, so that what it changes is decided anew.
-    return new_dispatch(problem, device, backend, policy.value, routed, _function_counters(), stacklevel=6)
+    return new_dispatch(
+        problem,
+        device,
+        backend,
+        policy.value,
+        routed,
+        _function_counters(),
+        stacklevel=6,
+        max_workspace_bytes=max_workspace_bytes,
+    )
 
 
 @functools.cache
@@ -98,14 +115,21 @@ def _function_counters() -> Counters:
 
 
 class Call:
-    """`fused_moe` with its backend, policy and problem given."""
+    """`fused_moe` with its backend, policy, problem and bound on memory given."""
 
-    __slots__ = ("_backend", "_policy", "_problem", "__weakref__")
+    __slots__ = ("_backend", "_policy", "_problem", "_max_workspace_bytes", "__weakref__")
 
     def __init__(
-        self, backend: str | Candidate | None, policy: Policy | str | Path | None, problem: MoEProblem | None
+        self,
+        backend: str | Candidate | None,
+        policy: Policy | str | Path | None,
+        problem: MoEProblem | None,
+        max_workspace_bytes: int | None,
     ) -> None:
+        if max_workspace_bytes is not None:
+            check_count("max_workspace_bytes", max_workspace_bytes)
         self._backend, self._policy, self._problem = backend, policy, problem
+        self._max_workspace_bytes = max_workspace_bytes
 
     def run(self, inputs: Inputs, output: torch.Tensor | None, *options: Any) -> torch.Tensor:
         """Check the inputs, choose and run; the options are the fields of `Stated`. See `Routine`."""
@@ -119,7 +143,8 @@ class Call:
         # A backend that is named never looks at the policy.
         backend, policy = (None, self._policy) if self._backend is None else (as_candidate(self._backend), None)
         routed, epoch = isinstance(inputs, RoutedInputs), QUARANTINE.epoch
-        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), routed, epoch)
+        bound = self._max_workspace_bytes
+        dispatch = _cached_dispatch(problem, device, backend, _Identity(policy), routed, bound, epoch)
         given, tokens = output is not None, inputs.num_tokens
         try:
             if output is None:
@@ -131,16 +156,24 @@ class Call:
         return output
 
 
-def handle_of(backend: str | Candidate | None, policy: Policy | str | Path | None, problem: MoEProblem | None) -> int:
+def handle_of(
+    backend: str | Candidate | None,
+    policy: Policy | str | Path | None,
+    problem: MoEProblem | None,
+    max_workspace_bytes: int | None,
+) -> int:
     """What stands for `fused_moe` with these in a compiled graph."""
-    handle, _ = _registered(None if backend is None else as_candidate(backend), _Identity(policy), problem)
+    named = None if backend is None else as_candidate(backend)
+    handle, _ = _registered(named, _Identity(policy), problem, max_workspace_bytes)
     return handle
 
 
 @functools.cache
-def _registered(backend: Candidate | None, policy: _Identity, problem: MoEProblem | None) -> tuple[int, Call]:
+def _registered(
+    backend: Candidate | None, policy: _Identity, problem: MoEProblem | None, max_workspace_bytes: int | None
+) -> tuple[int, Call]:
     # For good, as compiled graphs are, and few: one for each that is named where `fused_moe` is called.
-    call = Call(backend, policy.value, problem)
+    call = Call(backend, policy.value, problem, max_workspace_bytes)
     return custom_ops.register(call), call
 
 
@@ -151,10 +184,14 @@ def new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
 
 
 def launch(runner: Runner, inputs: Inputs, output: torch.Tensor, memory: torch.Tensor | None = None) -> None:
-    """Quantise hidden states that come in bfloat16, and run; the inputs were checked before.
+    """Quantise hidden states that come in bfloat16, and run, in chunks if need be; the inputs were checked before.
 
     ``memory`` is for both: see `Runner.run_in`.
     """
+    if (most := runner.most_tokens) is not None and inputs[2].shape[0] > most:
+        for part, rows in chunks.slices(inputs, output, most):
+            launch(runner, part, rows, memory)
+        return
     if inputs[3] is None:  # hidden_states_scale
         inputs = quantize_input.quantize(inputs, memory)
     if memory is None:

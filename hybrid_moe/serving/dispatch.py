@@ -19,6 +19,7 @@ from ..device import DeviceKey
 from ..policy.schema import Policy
 from ..policy.select import Decision, DecisionTable, explicit
 from ..problem import MoEProblem
+from .chunks import bounded
 from .metrics import Counter, Counters, Label
 
 logger = logging.getLogger("hybrid_moe")
@@ -41,11 +42,15 @@ class Dispatch:
         What the decisions were asked of, as the caller gave it.
     routed
         The experts are chosen before the call.
+    max_workspace_bytes
+        Most that a call takes next to inputs and output: calls that would take more run in chunks of tokens.
 
     Raises
     ------
     BackendUnsupportedError
         A choice can't run here.
+    ValueError
+        One token takes more than the bound.
     """
 
     __slots__ = ("backend", "policy", "starts", "table", "_labels", "_runners", "_counters", "_owner")
@@ -58,6 +63,7 @@ class Dispatch:
         counters: Counters,
         policy: Policy | str | Path | None = None,
         routed: bool = False,
+        max_workspace_bytes: int | None = None,
     ) -> None:
         self.backend = decider if isinstance(decider, Candidate) else None
         self.policy = policy
@@ -72,6 +78,8 @@ class Dispatch:
                     raise BackendUnsupportedError(choice, [*others, *reasons])
         self._labels = [Label(device.name, problem, d.choice, d.regime, d.source) for d in decider.decisions]
         self._runners = [backends.prepare(problem, device, decision.choice) for decision in decider.decisions]
+        if max_workspace_bytes is not None:
+            self._runners = [bounded(runner, problem, max_workspace_bytes) for runner in self._runners]
         self._counters: list[Counter] = [counters.of(label) for label in self._labels]
         self._owner = counters  # whose counts are kept as gone when nobody can call any more
 

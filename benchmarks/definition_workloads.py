@@ -3,8 +3,9 @@
 python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/definition.jsonl --all --between
 python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/kimi-k2.jsonl --all --model kimi-k2
 
-Each is checked on poisoned outputs against the float32 reference before it is timed and again on what the timed calls
-wrote, on every weight copy and with every seed; all of them at one workload in one process and in rotating order.
+From T = 901 on a rank is measured at its mean share of the rows, at 1.5 times that and at half of it; the table says
+which. Each is checked on poisoned outputs against the float32 reference before it is timed and again on what the timed
+calls wrote, on every weight copy and with every seed; all of them at one workload in one process and in rotating order.
 Writes one BenchRecord a line and prints a table. Exit code 1 if a result is wrong.
 """
 
@@ -24,7 +25,7 @@ from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.measure.bench import Case, Prepare, environment_of, measure
 from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, append_record
-from hybrid_moe.measure.sweep.plan import middle_rank
+from hybrid_moe.measure.sweep.plan import SHARED_TOKENS, loads_of_ranks, middle_rank
 from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
 from hybrid_moe.measure.workloads import (
     DEEPSEEK_V3,
@@ -32,7 +33,9 @@ from hybrid_moe.measure.workloads import (
     MODELS,
     ROUTING_LOADS,
     LayerWeights,
+    RoutingLoad,
     Workload,
+    mean_rows,
     random_weights,
 )
 from hybrid_moe.problem import MoEProblem
@@ -104,7 +107,11 @@ def main() -> None:
     known = {w.num_tokens for w in workloads}
     offset = middle_rank(problem)
     workloads += [Workload(tokens, offset) for tokens in options.tokens or between if tokens not in known]
-    workloads = sorted((replace(w, routing=options.routing) for w in workloads), key=lambda w: w.num_tokens)
+    workloads = [
+        of_load
+        for w in sorted(workloads, key=lambda w: w.num_tokens)
+        for of_load in of_loads(w, options.routing, problem)
+    ]
     if options.skewed:
         offsets = {w.num_tokens: w.local_expert_offset for w in definitions}
         workloads += [Workload(t, offsets.get(t, offset), load) for load in ("zipf", "concentrated") for t in SKEWED]
@@ -125,9 +132,13 @@ def main() -> None:
         candidates += [Candidate(name) for name in peers if name.removeprefix("peer:") in gemms]
     print(environment, flush=True)
     copies = [random_weights(problem, "cuda", seed) for seed in range(options.copies)]
-    head = f"{'T':>6} {'rows':>6} {'act':>4} {'floor':>8} {'candidate':30}"
+    head = f"{'T':>6} {'rows':>6} {'share':>5} {'act':>4} {'floor':>8} {'candidate':30}"
     print(f"{head} {'rel L2':>7} {'match':>7} {'us':>9} {'/floor':>6} {'eager':>8} {'host':>7}")
     all_right = True
+
+    def is_main(workload: Workload) -> bool:
+        return workload.routing in (options.routing, *loads_of_ranks(problem, options.routing))
+
     for case, choice, records in measured(
         problem,
         workloads,
@@ -135,9 +146,9 @@ def main() -> None:
         copies,
         peak,
         environment,
-        seeds=lambda workload: options.seeds if workload.routing == options.routing else 1,
+        seeds=lambda workload: options.seeds if is_main(workload) else 1,
         sample=options.sample,
-        skip=lambda workload, choice: choice.backend in PEERS and workload.routing != options.routing,
+        skip=lambda workload, choice: choice.backend in PEERS and not is_main(workload),
     ):
         for record in records:
             append_record(options.output, record)
@@ -145,6 +156,19 @@ def main() -> None:
         all_right &= all(record.status != "failed" for record in records)
     if not all_right:
         sys.exit(1)
+
+
+def of_loads(workload: Workload, load: RoutingLoad, problem: MoEProblem) -> list[Workload]:
+    """A workload by a routing load: from SHARED_TOKENS on, in place of ``uniform``, by each share that a rank may have.
+
+    A workload of the definition's stays one by its own load alone.
+    """
+    if workload.num_tokens < SHARED_TOKENS:
+        return [replace(workload, routing=load)]
+    return [
+        replace(workload, routing=found, uuid=workload.uuid if found == load else None)
+        for found in loads_of_ranks(problem, load)
+    ]
 
 
 def measured(
@@ -180,10 +204,9 @@ def measured(
 
 def show(case: Case, choice: Candidate, graph: BenchRecord, eager: BenchRecord) -> None:
     """Print one row of the table."""
-    work = case.work
-    head = (
-        f"{case.workload.num_tokens:6} {work.local_rows:6} {work.active_experts:4} {graph.floor_us:8.1f} {choice!s:30}"
-    )
+    work, tokens = case.work, case.workload.num_tokens
+    share = work.local_rows / mean_rows(tokens, case.problem)
+    head = f"{tokens:6} {work.local_rows:6} {share:5.2f} {work.active_experts:4} {graph.floor_us:8.1f} {choice!s:30}"
     if None in (graph.latency_us, eager.latency_us, eager.host_us, graph.correctness) or not graph.floor_us:
         print(head, graph.status, graph.reason, flush=True)
         return

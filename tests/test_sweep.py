@@ -117,6 +117,20 @@ def test_the_full_plan_has_the_definitions_workloads_and_the_quick_one_fewer():
         assert full.workload(known.num_tokens, "zipf").uuid is None
 
 
+def test_from_901_tokens_on_a_rank_has_three_shares():
+    plan = Plan.make(DEEPSEEK_V3, CANDIDATES, loads=("uniform", "zipf"))
+    assert plan.loads_at(900) == ("uniform", "zipf")
+    assert plan.loads_at(901) == ("light_rank", "mean_rank", "busy_rank", "zipf")
+    assert [w.routing for w in plan.workloads(14107)] == list(plan.loads_at(14107))
+    made = planned(plan, latency_us)
+    assert {r.routing for r in made if r.num_tokens >= 901} == set(plan.loads_at(901))
+    assert len({(r.num_tokens, r.routing) for r in made}) <= plan.most_workloads
+    # One rank alone has no share.
+    whole = replace(DEEPSEEK_V3, num_local_experts=256, intermediate_size=256)
+    assert Plan.make(whole, CANDIDATES, loads=("uniform",)).loads_at(901) == ("uniform",)
+    assert Plan.make(DEEPSEEK_V3, CANDIDATES, loads=("zipf",)).loads_at(901) == ("zipf",)
+
+
 def test_the_range_is_seen_early():
     anchors = Plan.make(DEEPSEEK_V3, CANDIDATES).anchors
     assert set(anchors[:2]) == {1, 16384} and anchors[2] == 128

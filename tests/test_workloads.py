@@ -12,10 +12,12 @@ from hybrid_moe.measure.workloads import (
     GLM_4_5_AIR,
     MODELS,
     QWEN3_235B,
+    RANK_SHARES,
     ROUTING_LOADS,
     Workload,
     make_inputs,
     make_routing,
+    mean_rows,
     random_weights,
 )
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
@@ -137,8 +139,24 @@ def test_none(offset):
     assert int((local_ids(Workload(901, offset, "none")) >= 0).sum()) == 0
 
 
+@pytest.mark.parametrize(("load", "share"), RANK_SHARES.items())
+@pytest.mark.parametrize(("offset", "seed"), [(32, 0), (128, 0), (32, 1)])
+def test_shares_of_a_rank(load, share, offset, seed):
+    """Whatever the seed's bias makes of the rank: 1.5 times and half of the mean at these offsets of seed 0."""
+    local = local_ids(Workload(901, offset, load, seed))
+    assert abs(int((local >= 0).sum()) / mean_rows(901, DEEPSEEK_V3) - share) < 0.01
+    # Not by a few experts.
+    assert torch.bincount(local[local >= 0], minlength=32).count_nonzero() >= 20
+
+
+@pytest.mark.parametrize("load", ["light_rank", "busy_rank"])
+def test_one_rank_alone_has_all_rows(load):
+    with pytest.raises(ValueError, match=f"'{load}' can't be made"):
+        make_routing(Workload(30, 0, load), dataclasses.replace(SMALL, num_local_experts=SMALL.num_experts))
+
+
 def test_an_unknown_load():
-    with pytest.raises(ValueError, match="routing is 'normal'; one of uniform, zipf, concentrated, none is wanted"):
+    with pytest.raises(ValueError, match="routing is 'normal'; one of uniform, zipf, concentrated, none, .* is wanted"):
         make_routing(Workload(3, routing="normal"), SMALL)
 
 
@@ -189,7 +207,7 @@ def test_the_data_can_tell_a_wrong_kernel(weights):
 @pytest.mark.parametrize("load", ROUTING_LOADS)
 def test_every_load_can_be_made_for_every_model(model, load):
     problem = MODELS[model]
-    if load == "none" and problem.num_local_experts == problem.num_experts:
+    if load in ("none", "light_rank", "busy_rank") and problem.num_local_experts == problem.num_experts:
         pytest.skip("all experts are local")
     last = problem.num_experts - problem.num_local_experts
     for tokens, offset in ((1, 0), (40, last)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,8 +14,10 @@ from ..problem import MoEProblem, sizes_of_definition
 from ..reference import FP8_MAX, route
 from .records import WorkloadKey
 
-RoutingLoad = Literal["uniform", "zipf", "concentrated", "none"]
+RoutingLoad = Literal["uniform", "zipf", "concentrated", "none", "light_rank", "mean_rank", "busy_rank"]
 ROUTING_LOADS: tuple[RoutingLoad, ...] = get_args(RoutingLoad)
+# Rows of a rank, of those that it has where all ranks have the same.
+RANK_SHARES: Mapping[RoutingLoad, float] = {"light_rank": 0.5, "mean_rank": 1.0, "busy_rank": 1.5}
 
 DEEPSEEK_V3 = MoEProblem()
 
@@ -108,6 +111,9 @@ class Workload:
             every token chooses the same local experts, up to four of one group, and the rest elsewhere if it can.
         ``none``
             no token chooses a local expert.
+        ``light_rank``, ``mean_rank``, ``busy_rank``
+            as ``uniform``, with half of a rank's mean share of the rows, the whole of it, or 1.5 times: the logits of
+            the local experts are shifted. In ``uniform`` the bias says which of these a rank comes near.
     seed
         Of the random data.
     uuid
@@ -244,8 +250,13 @@ def make_routing(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor,
     first, count = workload.local_expert_offset, problem.num_local_experts
     if not 0 <= first <= problem.num_experts - count:
         raise ValueError(f"local_expert_offset is {first}; 0 to {problem.num_experts - count} is wanted")
-    make = {"uniform": _drawn, "zipf": _drawn, "concentrated": _concentrated, "none": _elsewhere}[workload.routing]
-    return make(workload, problem)
+    make = {"uniform": _drawn, "zipf": _drawn, "concentrated": _concentrated, "none": _elsewhere}
+    return make.get(workload.routing, _with_share)(workload, problem)
+
+
+def mean_rows(num_tokens: int, problem: MoEProblem) -> float:
+    """Rows of a rank where all ranks have the same."""
+    return num_tokens * problem.top_k * problem.num_local_experts / problem.num_experts
 
 
 def _drawn(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,6 +300,30 @@ def _concentrated(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor
     bias.zero_()
     if int(_is_local(logits, bias, workload, problem).sum()) < workload.num_tokens * len(hot):
         raise ValueError(f"routing 'concentrated' can't be made for {problem} at offset {first}: its group isn't kept")
+    return logits, bias
+
+
+def _with_share(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    local = slice(workload.local_expert_offset, workload.local_expert_offset + problem.num_local_experts)
+    logits, bias = _normal_routing(workload.num_tokens, problem, workload.seed * 10_000)
+    if workload.num_tokens == 0:
+        return logits, bias
+    wanted = max(1.0, RANK_SHARES[workload.routing] * mean_rows(workload.num_tokens, problem))
+    tried: dict[float, float] = {}  # by how far the rows are off
+    low, high = -16.0, 16.0
+    for _ in range(24):
+        shift = (low + high) / 2
+        shifted = logits.clone()
+        shifted[:, local] += shift
+        rows = int(_is_local(shifted, bias, workload, problem).sum())
+        tried[abs(rows - wanted) if rows else math.inf] = shift
+        low, high = (shift, high) if rows < wanted else (low, shift)
+        if abs(rows - wanted) < max(1.0, 0.002 * wanted) and rows:
+            break
+    off = min(tried)
+    if off > max(2.0, 0.02 * wanted):
+        raise ValueError(f"routing {workload.routing!r} can't be made for {problem} at T = {workload.num_tokens}")
+    logits[:, local] += tried[off]
     return logits, bias
 
 

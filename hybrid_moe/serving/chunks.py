@@ -24,6 +24,8 @@ _MOST_TOKENS = 2**22  # nobody calls with more
 class Chunked(Runner):
     """A runner that takes no more than ``most_tokens`` at a time; see `serving.call.launch`."""
 
+    most_tokens: int
+
     def __init__(self, runner: Runner, most_tokens: int) -> None:
         self._runner, self.most_tokens = runner, most_tokens
 

@@ -26,6 +26,8 @@ from .letters import assign_letters
 # The order in which timings and loads are shown where the policy doesn't say which is its own.
 _TIMINGS: tuple[Timing, ...] = ("cuda_graph", "cupti", "eager")
 _MAIN_LOAD = "uniform"
+# Is shown with it at T where that wasn't measured: from `sweep.plan.SHARED_TOKENS` on.
+_MEAN_LOAD = "mean_rank"
 
 Range = tuple[float, float]
 
@@ -220,10 +222,16 @@ def report(records: Sequence[BenchRecord], policy: Policy, inputs: Iterable[Inpu
     for timing in _timings(policy, {r.timing for r in passed}):
         timed = [r for r in records if r.timing == timing]
         overall.append(_view(timed, policy, timing, None))
+        main = {r.num_tokens for r in timed if r.routing == _MAIN_LOAD}
+
+        def load_of(record: BenchRecord, main: set[int] = main) -> str:
+            is_mean = record.routing == _MEAN_LOAD and main and record.num_tokens not in main
+            return _MAIN_LOAD if is_mean else record.routing
+
         routings = sorted(
-            {r.routing for r in passed if r.timing == timing}, key=lambda name: (name != _MAIN_LOAD, name)
+            {load_of(r) for r in passed if r.timing == timing}, key=lambda name: (name != _MAIN_LOAD, name)
         )
-        loads += [_view([r for r in timed if r.routing == name], policy, timing, name) for name in routings]
+        loads += [_view([r for r in timed if load_of(r) == name], policy, timing, name) for name in routings]
     dates = sorted({r.timestamp[:10] for r in passed if r.timestamp})
     learned_from = {digest.sha256 for digest in policy.inputs}
     return Report(

@@ -2,8 +2,9 @@
 
 First the anchors, coarse to fine, so that a sweep that is stopped has seen the whole range. Then, one at a time, the T
 in the middle of the gap between two measured T where a choice made from its ends could cost most. At each T every
-routing load is measured, one after the other: the learner averages over them, and T with other loads couldn't be
-compared. The order of the candidates rotates from workload to workload.
+routing load is measured, one after the other, as the learner averages over them: where arithmetic counts, so do a
+rank's share of the rows, and the uniform load is measured at half, once and 1.5 times the mean. The order of the
+candidates rotates from workload to workload.
 
 Nothing depends on the clock: a sweep that was killed and goes on measures what it would have measured.
 """
@@ -20,11 +21,13 @@ from ...candidate import Candidate
 from ...policy.schema import GraphOrEager
 from ...problem import MoEProblem
 from ..records import BenchRecord, WorkloadKey
-from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RoutingLoad, Workload
+from ..workloads import DEEPSEEK_V3, DEFINITION_WORKLOADS, RANK_SHARES, RoutingLoad, Workload
 
 TIMINGS: tuple[GraphOrEager, ...] = get_args(GraphOrEager)
 LOADS: tuple[RoutingLoad, ...] = ("uniform", "zipf", "concentrated")
 MAX_TOKENS = 16384
+# From so many tokens on, the time of a rank follows its rows: fewer of them read the weights of the same experts.
+SHARED_TOKENS = 901
 # How many T are put between the anchors.
 QUICK_REFINEMENTS, FULL_REFINEMENTS = 8, 16
 # A candidate is given up when it hung or crashed at so many workloads: each costs a time limit and a new process.
@@ -57,7 +60,7 @@ class Plan:
     candidates
         Complete choices, in the order of their rank.
     loads
-        Routing loads, each measured at every T.
+        Routing loads, each measured at every T; see `loads_at`.
     anchors
         T to measure in any case, in this order.
     refinements
@@ -96,7 +99,18 @@ class Plan:
     @property
     def most_workloads(self) -> int:
         """As many as there can be: the sweep ends earlier where closer looks wouldn't pay."""
-        return (len(self.anchors) + self.refinements) * len(self.loads)
+        each = [len(self.loads_at(tokens)) for tokens in self.anchors]
+        return sum(each) + self.refinements * max(each)
+
+    def loads_at(self, num_tokens: int) -> tuple[RoutingLoad, ...]:
+        """The routing loads at a T: from SHARED_TOKENS on a rank's shares in place of ``uniform``, if it has any."""
+        if num_tokens < SHARED_TOKENS or "uniform" not in self.loads:
+            return self.loads
+        return tuple(load for given in self.loads for load in loads_of_ranks(self.problem, given))
+
+    def workloads(self, num_tokens: int) -> list[Workload]:
+        """All of a T."""
+        return [self.workload(num_tokens, load) for load in self.loads_at(num_tokens)]
 
     def workload(self, num_tokens: int, load: RoutingLoad) -> Workload:
         """The workload of a T: the definition's own where it is one of its T, else on a rank in the middle."""
@@ -106,6 +120,11 @@ class Plan:
                     uuid = known.uuid if load == known.routing else None
                     return Workload(num_tokens, known.local_expert_offset, load, uuid=uuid)
         return Workload(num_tokens, middle_rank(self.problem), load)
+
+
+def loads_of_ranks(problem: MoEProblem, load: RoutingLoad) -> tuple[RoutingLoad, ...]:
+    """A rank's shares in place of ``uniform``; other loads, and where there is one rank, as they are."""
+    return tuple(RANK_SHARES) if load == "uniform" and problem.num_local_experts < problem.num_experts else (load,)
 
 
 def middle_rank(problem: MoEProblem) -> int:
@@ -176,7 +195,7 @@ class Results:
     def begun(self, plan: Plan) -> list[int]:
         """The plan's T that have a record, in the order in which they were begun."""
         tokens = dict.fromkeys(point.num_tokens for point in self._begun)
-        return [t for t in tokens if any(plan.workload(t, load).key in self._begun for load in plan.loads)]
+        return [t for t in tokens if any(workload.key in self._begun for workload in plan.workloads(t))]
 
     def order(self, workload: Workload) -> int:
         """How many workloads were begun before this one."""
@@ -202,8 +221,7 @@ def next_job(plan: Plan, results: Results) -> Job | None:
 
 def _first_missing(plan: Plan, results: Results, tokens: Iterable[int], in_play: Collection[Candidate]) -> Job | None:
     for num_tokens in tokens:
-        for load in plan.loads:
-            workload = plan.workload(num_tokens, load)
+        for workload in plan.workloads(num_tokens):
             shift = results.order(workload) % len(plan.candidates)
             for choice in plan.candidates[shift:] + plan.candidates[:shift]:
                 if choice in in_play and (timings := results.missing(workload, choice)):
@@ -219,7 +237,7 @@ def _latencies(
     for num_tokens in sorted(tokens):
         found[num_tokens] = {}
         for choice in candidates:
-            medians = [results.median_us(plan.workload(num_tokens, load), choice, plan.timing) for load in plan.loads]
+            medians = [results.median_us(workload, choice, plan.timing) for workload in plan.workloads(num_tokens)]
             known = [math.log(median) for median in medians if median is not None]
             if len(known) == len(medians):
                 found[num_tokens][choice] = statistics.fmean(known)

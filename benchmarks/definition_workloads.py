@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--version-of-library", default="", help="its package and version, as sglang-kernel=0.4.5")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
 
     problem = MODELS[options.model]
     if problem == DEEPSEEK_V3:

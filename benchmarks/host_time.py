@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=50, help="in a batch")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
     if reasons := backends.not_supported_reasons(PROBLEM, DeviceKey.of("cuda"), CHOICE):
         parser.error("; ".join(reasons))
 

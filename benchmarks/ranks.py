@@ -239,7 +239,7 @@ def main() -> None:
         print("\n\n".join(tables(options.records)))
         return
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
     with torch.inference_mode():
         if not measure_layers(options):
             raise SystemExit(1)

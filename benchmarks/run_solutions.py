@@ -218,13 +218,13 @@ def main() -> int:
     parser.add_argument("--load-library", type=Path, help="a library of torch operators to load first, as sgl-kernel's")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
     if options.load_library and options.through != "evaluator":
         parser.error("--load-library goes with --through evaluator: the benchmark's worker is another process")
     solutions = [load_json_file(Solution, path) for path in options.solutions]
     definitions = {solution.definition for solution in solutions}
     if len(definitions) > 1:
-        parser.error(f"Solutions of one definition are wanted; these are of {', '.join(sorted(definitions))}")
+        parser.error(f"expected Solutions of one definition, got {', '.join(sorted(definitions))}")
     (name,) = definitions
     if options.load_library:
         torch.ops.load_library(options.load_library)

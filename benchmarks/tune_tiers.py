@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=16)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
     began = time.monotonic()
     jobs = [(which, tile, 901) for which, tiles in VARIANTS.items() for tile in tiles.values()]
     bad = compile_all(jobs, options.workers)

@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
 
     jobs = [(which, tile, t) for t in options.tokens for which in ("gemm1", "gemm2") for tile in candidates(which, t)]
     bad = compile_all(jobs, options.workers)

@@ -100,7 +100,7 @@ def check_interface() -> None:
         except (ImportError, AttributeError) as error:
             raise _drift(f"{target} isn't there ({error})") from error
         if found != wanted:
-            raise _drift(f"{target} takes ({found}); ({wanted}) is wanted")
+            raise _drift(f"{target}: expected ({wanted}), got ({found})")
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
@@ -175,24 +175,24 @@ def prepare(layer: RoutedExperts, **options: Any) -> HybridMoE:
     config, bias = layer.moe_config, layer.e_score_correction_bias
     parallel = config.moe_parallel_config
     reasons = {
-        f"scoring_func is {layer.scoring_func!r}; 'sigmoid' is wanted": layer.scoring_func != "sigmoid",
+        f"scoring_func: expected 'sigmoid', got {layer.scoring_func!r}": layer.scoring_func != "sigmoid",
         "renormalize is False": not layer.renormalize,
         "use_grouped_topk is False": not layer.use_grouped_topk,
         "no e_score_correction_bias: vLLM then ranks groups by their best expert, not by their two best": (
             bias is None and layer.topk_group != layer.num_expert_group
         ),
-        f"activation is {layer.activation.value!r}; 'silu' is wanted": layer.activation.value != "silu",
+        f"activation: expected 'silu', got {layer.activation.value!r}": layer.activation.value != "silu",
         "a SwiGLU limit, alpha or beta": not (layer.swiglu_limit is layer.swiglu_alpha is layer.swiglu_beta is None),
         "apply_router_weight_on_input": layer.apply_router_weight_on_input,
         "a custom_routing_function": layer.custom_routing_function is not None,
         "routing by a hash table": layer.hash_indices_table is not None,
         "a router that has to choose the experts itself": config.require_decomposed_backend,
         "experts with biases": config.has_bias,
-        f"tokens are dispatched by {parallel.all2all_backend}; --all2all-backend allgather_reducescatter is wanted": (
+        f"--all2all-backend: expected allgather_reducescatter, got {parallel.all2all_backend}": (
             parallel.use_all2all_kernels and not parallel.use_ag_rs_all2all_kernels
         ),
-        f"in_dtype is {config.in_dtype}; torch.bfloat16 is wanted": config.in_dtype != torch.bfloat16,
-        f"weight_block_size is {layer.weight_block_size}; [128, 128] is wanted": (
+        f"in_dtype: expected torch.bfloat16, got {config.in_dtype}": config.in_dtype != torch.bfloat16,
+        f"weight_block_size: expected [128, 128], got {layer.weight_block_size}": (
             list(layer.weight_block_size or ()) != [128, 128]
         ),
         "experts moved or copied by EPLB": (
@@ -246,7 +246,7 @@ def local_expert_offset(expert_map: torch.Tensor | None, num_local_experts: int)
     held = (expert_map >= 0).nonzero().flatten().tolist()
     if expert_map[held].tolist() != list(range(num_local_experts)) or held != list(range(held[0], held[-1] + 1)):
         raise ValueError(
-            f"expert_map gives this rank the experts {held}; a range in order is wanted: "
+            f"expert_map: expected experts of this rank in a row and in order, got {held}: "
             "--expert-placement-strategy linear"
         )
     return held[0]
@@ -282,14 +282,14 @@ def replace_experts(model: torch.nn.Module, **options: Any) -> dict[str, HybridM
         layout = module.quant_method.fp8_backend.name
         if layout not in UNCHANGED:
             raise ValueError(
-                f"{name} has its weights in the layout of {layout}; that of the checkpoint is wanted: start vLLM with "
+                f"{name}: expected weights in the layout of the checkpoint, got that of {layout}: start vLLM with "
                 "--moe-backend triton, or with this as a plugin"
             )
         method = HybridMoEMethod(module.quant_method, **options)
         method.process_weights_after_loading(module)
         swaps.append((name, module, method))
     if not swaps:
-        raise ValueError("model has no RoutedExperts with Fp8MoEMethod; a DeepSeek-V3 checkpoint in FP8 is wanted")
+        raise ValueError("model: expected a DeepSeek-V3 checkpoint in FP8, got no RoutedExperts with Fp8MoEMethod")
     for _, module, method in swaps:
         module._replace_quant_method(method)
     return {name: method.experts for name, _, method in swaps}

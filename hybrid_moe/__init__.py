@@ -6,7 +6,7 @@ Importing this package imports no kernel library; backends load theirs when they
 from __future__ import annotations
 
 from .api import HybridMoE, fused_moe
-from .candidate import BackendFailedError, BackendUnsupportedError, Candidate, Choice
+from .candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from .device import DeviceKey
 from .inputs import MoEInputs, RoutedInputs
 from .policy.schema import Policy, PolicyError
@@ -27,7 +27,6 @@ __all__ = [
     "Breach",
     "CallOutOfMemoryError",
     "Candidate",
-    "Choice",
     "Decision",
     "DeviceKey",
     "HybridMoE",

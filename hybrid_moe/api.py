@@ -151,7 +151,7 @@ def fused_moe(
     else:
         for name, given in (("routing_logits", routing_logits), ("routing_bias", routing_bias)):
             if given is not None:
-                raise TypeError(f"{name} is given beside topk_ids and topk_weights; None is wanted, or not those two")
+                raise TypeError(f"{name}: expected None beside topk_ids and topk_weights, got a value")
         inputs = RoutedInputs(topk_ids, topk_weights, *rest)  # type: ignore[arg-type]
     options = (top_k, n_group, topk_group, gate_first, routing_method, num_experts)
     if is_compiling():
@@ -263,8 +263,8 @@ class HybridMoE:
             empty = MoEInputs(logits, routing_bias, *rest)
         elif problem is None and num_experts is None:
             raise TypeError(
-                "routing_bias is None, and neither problem nor num_experts is given; a tensor is wanted, zeros for no "
-                "bias, or one of the two for a layer that is called with topk_ids"
+                "routing_bias: expected a tensor, zeros for no bias, got None; a layer that is called with topk_ids "
+                "takes problem or num_experts in its place"
             )
         else:
             width = said.top_k if said.top_k is not None else 8
@@ -454,13 +454,13 @@ class HybridMoE:
     ) -> torch.Tensor:
         if self._routing_bias is not None:
             raise TypeError(
-                "topk_ids and topk_weights are given to a layer with a routing_bias, which chooses the experts itself; "
-                "one made with routing_bias=None and num_experts is wanted, or routing_logits alone"
+                "topk_ids, topk_weights: expected None and routing_logits, as the layer has a routing_bias, got "
+                "values: make a layer with routing_bias=None and num_experts"
             )
         if routing_logits is not None:
             raise TypeError(
-                "routing_logits is given to a layer without a routing_bias; topk_ids and topk_weights are wanted, or a "
-                "layer made with routing_bias, zeros for none"
+                "routing_logits: expected None, and topk_ids and topk_weights, as the layer has no routing_bias, got "
+                "logits: make a layer with one, zeros for no bias"
             )
         inputs = RoutedInputs(topk_ids, topk_weights, hidden_states, hidden_states_scale, *self._held)  # type: ignore[arg-type]
         if is_compiling():
@@ -510,7 +510,7 @@ class HybridMoE:
         check_activations(inputs, self.problem)
         check_output(output, inputs, self.problem)
         if output.data_ptr() == hidden_states.data_ptr():
-            raise ValueError("output lies where hidden_states were; expected one of its own, to compare it with them")
+            raise ValueError("output: expected memory of its own, to be compared with hidden_states, got theirs")
         if tokens := inputs.num_tokens:
             self._shadow.after_replay(self.choice(tokens) if choice is None else choice, tokens, inputs, output)
 
@@ -704,8 +704,8 @@ class HybridMoE:
         """
         if self._dispatch.backend is not None:
             raise ValueError(
-                f"policy is given to a layer with backend={self._dispatch.backend}; a layer without is wanted: "
-                "an explicit backend is never changed"
+                f"policy: expected a layer without a backend, got one with {self._dispatch.backend}: an explicit "
+                "backend is never changed"
             )
         self._take(None, policy)
 

@@ -61,12 +61,12 @@ class Candidate:
         """Read ``str(choice)`` back: ``name`` or ``name[key=value,...]``; values are strings."""
         name, bracket, rest = text.partition("[")
         if bracket and not rest.endswith("]"):
-            raise ValueError(f"candidate {text!r} lacks the closing ']'; name[key=value,...] is wanted")
+            raise ValueError(f"candidate: expected name[key=value,...], got {text!r} without the closing ']'")
         config: dict[str, ConfigValue] = {}
         for item in filter(None, rest.removesuffix("]").split(",")):
             key, equals, value = item.partition("=")
             if not equals:
-                raise ValueError(f"candidate {text!r} has {item!r}; key=value is wanted")
+                raise ValueError(f"candidate {text!r}: expected key=value, got {item!r}")
             config[key.strip()] = value.strip()
         return cls(name.strip(), config)
 
@@ -86,6 +86,3 @@ class BackendUnsupportedError(RuntimeError):
         self.choice = choice
         self.reasons = list(reasons)
         super().__init__(f"backend {choice} can't run here: " + "; ".join(self.reasons))
-
-
-Choice = Candidate  # its earlier name

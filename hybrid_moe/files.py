@@ -132,15 +132,15 @@ def check_target(path: str | Path, kind: Kind | None = None) -> os.stat_result |
         return None
     mode = there.st_mode
     if stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is a folder; expected a file name")
+        raise ValueError(f"{path}: expected a file name, got a folder")
     if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
         return there
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {kind_of(mode)}; expected a file")
+        raise ValueError(f"{path}: expected a file, got {kind_of(mode)}")
     if not mode & 0o222:
         raise PermissionError(errno.EACCES, "write-protected (its mode has no write bit)", str(path))
     if any(_is_stream(descriptor, there) for descriptor in (1, 2)):
-        raise ValueError(f"{path} is where this command's own output goes; expected another file")
+        raise ValueError(f"{path}: expected another file than this command's own output")
     if kind is not None and there.st_size:
         with open_regular(path) as file:
             head = file.read(_HEAD)
@@ -359,18 +359,18 @@ def _open_regular(path: Path, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
-            raise ValueError(f"{path} is a symbolic link; expected a file of its own there") from None
+            raise ValueError(f"{path}: expected a file of its own, got a symbolic link") from None
         if error.errno == errno.ENXIO:  # a FIFO to write to, or a socket
-            raise ValueError(f"{path} is a FIFO, pipe or socket; expected a regular file") from None
+            raise ValueError(f"{path}: expected a regular file, got a FIFO, pipe or socket") from None
         if error.errno == errno.EISDIR:
-            raise ValueError(f"{path} is a folder; expected a file") from None
+            raise ValueError(f"{path}: expected a file, got a folder") from None
         raise
     except ValueError as error:  # a NUL in the name
         raise ValueError(f"{str(path)!r} is no file name: {error}") from None
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{path} is {kind_of(mode)}; expected a regular file")
+            raise ValueError(f"{path}: expected a regular file, got {kind_of(mode)}")
     except BaseException:
         os.close(descriptor)
         raise
@@ -428,7 +428,7 @@ def read_tail(path: str | Path, most: int = 2**14) -> bytes:
 
 
 def _too_large(path: str | Path, size: int, largest: int) -> NoReturn:
-    raise ValueError(f"{path} has {size:,} bytes or more; expected at most {largest:,}")
+    raise ValueError(f"{path}: expected at most {largest:,} bytes, got {size:,} or more")
 
 
 class Lines:

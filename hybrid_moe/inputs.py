@@ -117,26 +117,26 @@ def check_ranks(arguments: Mapping[str, object]) -> None:
             continue
         tensor = arguments[name]
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+            raise TypeError(f"{name}: expected a torch.Tensor, got a {type(tensor).__name__}")
         if tensor.ndim != ndim:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are wanted")
+            raise ValueError(f"{name}: expected {ndim} dimensions, got shape {list(tensor.shape)}")
 
 
 def check_unquantized(hidden_states: torch.Tensor) -> None:
     """Check hidden states that are given without scales: bfloat16, ``[T, H]``, in whole 128 blocks."""
     check_ranks({"hidden_states": hidden_states})
     if hidden_states.dtype != torch.bfloat16:
-        wanted = "hidden_states_scale" if hidden_states.dtype == FP8 else "torch.bfloat16"
+        wanted = "hidden_states_scale with it" if hidden_states.dtype == FP8 else "torch.bfloat16"
         raise TypeError(
-            f"hidden_states has dtype {hidden_states.dtype} and hidden_states_scale is None; {wanted} is wanted: "
+            f"hidden_states: expected {wanted}, got {hidden_states.dtype} without hidden_states_scale: "
             "hidden states without scales are bfloat16, and quantised here"
         )
     if hidden_states.shape[1] % 128:
         raise ValueError(
-            f"hidden_states has shape {list(hidden_states.shape)}; a last size that is a multiple of 128 is wanted"
+            f"hidden_states: expected a last size that is a multiple of 128, got shape {list(hidden_states.shape)}"
         )
     if hidden_states.shape[0] and hidden_states.stride(1) != 1:
-        raise ValueError(f"hidden_states has strides {list(hidden_states.stride())}; contiguous rows are wanted")
+        raise ValueError(f"hidden_states: expected contiguous rows, got strides {list(hidden_states.stride())}")
 
 
 def _check(
@@ -148,17 +148,17 @@ def _check(
     contiguous: bool = False,
 ) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is wanted")
+        raise TypeError(f"{name}: expected a torch.Tensor, got a {type(tensor).__name__}")
     if tensor.dtype != dtype and not (isinstance(dtype, tuple) and tensor.dtype in dtype):
         wanted = " or ".join(map(str, dtype)) if isinstance(dtype, tuple) else dtype
-        raise TypeError(f"{name} has dtype {tensor.dtype}; {wanted} is wanted")
+        raise TypeError(f"{name}: expected dtype {wanted}, got {tensor.dtype}")
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; {list(shape)} is wanted")
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; {device} is wanted, where gemm1_weights is")
+        raise ValueError(f"{name}: expected it on {device}, where gemm1_weights is, got {tensor.device}")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(
-            f"{name} has strides {list(tensor.stride())}; a contiguous tensor is wanted: call .contiguous()"
+            f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}: call .contiguous()"
         )
 
 
@@ -181,10 +181,10 @@ def stated(problem: MoEProblem | None, options: Stated) -> MoEProblem | Stated:
     if problem is None:
         return options
     if not isinstance(problem, MoEProblem):
-        raise TypeError(f"problem is {problem!r}; expected a MoEProblem")
+        raise TypeError(f"problem: expected a MoEProblem, got {problem!r}")
     for name, value in zip(options._fields, options, strict=True):
         if value is not None:
-            raise TypeError(f"{name} is given beside problem, which says it; expected one of the two")
+            raise TypeError(f"{name}: expected None beside problem, which says it, got {value!r}")
     return problem
 
 
@@ -215,12 +215,12 @@ def _derived(inputs: Inputs, given: Stated) -> MoEProblem:
     routed = isinstance(inputs, RoutedInputs)
     if isinstance(inputs, RoutedInputs):
         if num_experts is None:
-            raise TypeError("num_experts is None; the number of the model's experts is wanted beside topk_ids")
+            raise TypeError("num_experts: expected the number of the model's experts beside topk_ids, got None")
         top_k = inputs.topk_ids.shape[1] if top_k is None else top_k
     else:
         width = inputs.routing_logits.shape[1]
         if num_experts not in (None, width):
-            raise ValueError(f"num_experts is {num_experts}; {width} is wanted, the width of routing_logits")
+            raise ValueError(f"num_experts: expected {width}, the width of routing_logits, got {num_experts}")
         num_experts = width
         if width != MoEProblem.__dataclass_fields__["num_experts"].default and given[:3] == (None, None, None):
             warnings.warn(
@@ -234,11 +234,11 @@ def _derived(inputs: Inputs, given: Stated) -> MoEProblem:
         n_group, topk_group = (1, 1) if ungrouped else (8, 4)
     for name, size in (("hidden_states", inputs.hidden_states), ("gemm2_weights", inputs.gemm2_weights)):
         if size.shape[-1] % 128:
-            raise ValueError(f"{name} has shape {list(size.shape)}; a last size that is a multiple of 128 is wanted")
+            raise ValueError(f"{name}: expected a last size that is a multiple of 128, got shape {list(size.shape)}")
     experts, hidden_size = inputs.gemm1_weights.shape[0], inputs.hidden_states.shape[1]
     if inputs.gemm2_weights.shape[:2] != (experts, hidden_size):
         wanted = [experts, hidden_size, inputs.gemm2_weights.shape[2]]
-        raise ValueError(f"gemm2_weights has shape {list(inputs.gemm2_weights.shape)}; {wanted} is wanted")
+        raise ValueError(f"gemm2_weights: expected shape {wanted}, got {list(inputs.gemm2_weights.shape)}")
     return MoEProblem(
         num_experts=num_experts,
         num_local_experts=experts,
@@ -274,17 +274,17 @@ def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
     last, offset = problem.num_experts - e, inputs.local_expert_offset
     # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
     if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
-        raise TypeError(f"local_expert_offset is {offset!r}; an int is wanted: it decides the launch")
+        raise TypeError(f"local_expert_offset: expected an int, as it decides the launch, got {offset!r}")
     offset = operator.index(offset)
     if not 0 <= offset <= last:
         raise ValueError(
-            f"local_expert_offset is {offset}; 0 to {last} is wanted: {e} of {problem.num_experts} experts are local"
+            f"local_expert_offset: expected 0 to {last}, got {offset}: {e} of {problem.num_experts} experts are local"
         )
     factor = inputs.routed_scaling_factor
     if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):
-        raise TypeError(f"routed_scaling_factor is {factor!r}; a float is wanted")
+        raise TypeError(f"routed_scaling_factor: expected a float, got {factor!r}")
     if not abs(factor) <= _LARGEST:  # NaN isn't either
-        raise ValueError(f"routed_scaling_factor is {factor}; expected a number that is finite in float32")
+        raise ValueError(f"routed_scaling_factor: expected a number that is finite in float32, got {factor}")
 
 
 def plain_num_tokens(
@@ -342,8 +342,8 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
     unquantized = inputs.hidden_states_scale is None and dtype == torch.bfloat16
     if dtype == torch.bfloat16 and not unquantized:
         raise TypeError(
-            f"hidden_states has dtype torch.bfloat16 beside hidden_states_scale; {FP8} is wanted, or no "
-            "hidden_states_scale (None): they are quantised here then"
+            f"hidden_states: expected dtype {FP8} beside hidden_states_scale, got torch.bfloat16: leave the scale out, "
+            "and they are quantised here"
         )
     wanted = torch.bfloat16 if unquantized else FP8
     _check("hidden_states", inputs.hidden_states, (tokens, problem.hidden_size), wanted, device)
@@ -354,7 +354,7 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
     else:
         if isinstance(inputs.topk_ids, torch.Tensor) and inputs.topk_ids.dtype == torch.int64:
             # Taking both would be two kernels to compile before serving, for what a caller converts or never has.
-            raise TypeError("topk_ids has dtype torch.int64; torch.int32 is wanted: call .int()")
+            raise TypeError("topk_ids: expected dtype torch.int32, got torch.int64: call .int()")
         _check("topk_ids", inputs.topk_ids, (tokens, problem.top_k), torch.int32, device)
         _check("topk_weights", inputs.topk_weights, (tokens, problem.top_k), torch.float32, device)
         rows |= {"topk_ids": inputs.topk_ids, "topk_weights": inputs.topk_weights}
@@ -363,7 +363,7 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
         _check("hidden_states_scale", inputs.hidden_states_scale, (blocks, tokens), torch.float32, device)
     for name, tensor in rows.items():
         if tokens and tensor.stride(1) != 1:
-            raise ValueError(f"{name} has strides {list(tensor.stride())}; contiguous rows are wanted")
+            raise ValueError(f"{name}: expected contiguous rows, got strides {list(tensor.stride())}")
 
 
 def check_output(output: torch.Tensor, inputs: Inputs, problem: MoEProblem) -> None:
@@ -374,10 +374,11 @@ def check_output(output: torch.Tensor, inputs: Inputs, problem: MoEProblem) -> N
     shape = (inputs.hidden_states.shape[0], problem.hidden_size)
     _check("output", output, shape, torch.bfloat16, inputs.hidden_states.device, contiguous=True)
     if output.requires_grad:
-        raise ValueError("output requires grad; expected a tensor that doesn't: give output.detach()")
+        raise ValueError("output: expected a tensor that doesn't require grad, got one that does: give output.detach()")
     if output.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            "output is an inference tensor; expected one made outside of torch.inference_mode(), or the call inside"
+            "output: expected a tensor made outside of torch.inference_mode(), or the call inside, got an "
+            "inference tensor"
         )
     start, end = _extent(output)
     for name, tensor in zip(inputs._fields, inputs[:-2], strict=False):
@@ -385,7 +386,7 @@ def check_output(output: torch.Tensor, inputs: Inputs, problem: MoEProblem) -> N
             continue
         first, last = _extent(tensor)
         if first < end and start < last:
-            raise ValueError(f"output shares memory with {name}; expected a tensor of its own, as it is written")
+            raise ValueError(f"output: expected memory of its own, as it is written, got that of {name}")
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

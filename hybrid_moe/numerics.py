@@ -197,7 +197,7 @@ def check(
         If the shapes differ, or ``width`` isn't positive.
     """
     if output.shape != reference.shape:
-        raise ValueError(f"output has shape {list(output.shape)}, expected {list(reference.shape)}, the reference's")
+        raise ValueError(f"output: expected shape {list(reference.shape)}, the reference's, got {list(output.shape)}")
     if width < 1:
         raise ValueError(f"expected a width of at least 1, got {width}")
     failures = []

@@ -82,37 +82,37 @@ class MoEProblem:
         ):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a positive integer is wanted")
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
             object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
         if self.block != 128:
             raise ValueError(f"block is {self.block}; only 128 is supported: give weights quantised in 128x128 blocks")
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % self.block:
-                raise ValueError(f"{name} is {getattr(self, name)}; a multiple of block={self.block} is wanted")
+                raise ValueError(f"{name}: expected a multiple of block={self.block}, got {getattr(self, name)}")
         if self.routing_method not in ROUTING_METHODS:
             known = ", ".join(ROUTING_METHODS)
-            raise ValueError(f"routing_method is {self.routing_method!r}; one of {known} is wanted")
+            raise ValueError(f"routing_method: expected one of {known}, got {self.routing_method!r}")
         if not isinstance(self.gate_first, bool):
-            raise ValueError(f"gate_first is {self.gate_first!r}; True or False is wanted")
+            raise ValueError(f"gate_first: expected True or False, got {self.gate_first!r}")
         if self.num_local_experts > self.num_experts:
             raise ValueError(
-                f"num_local_experts is {self.num_local_experts}; at most num_experts={self.num_experts} is wanted"
+                f"num_local_experts: expected at most num_experts={self.num_experts}, got {self.num_local_experts}"
             )
         if self.num_experts % self.n_group:
-            raise ValueError(f"n_group is {self.n_group}; a divisor of num_experts={self.num_experts} is wanted")
+            raise ValueError(f"n_group: expected a divisor of num_experts={self.num_experts}, got {self.n_group}")
         if self.softmax and self.n_group != 1:
             raise ValueError(
-                f"n_group is {self.n_group}; 1 is wanted with routing_method={self.routing_method!r}, and "
-                "topk_group=1: models with groups rank them in other ways"
+                f"n_group: expected 1 with routing_method={self.routing_method!r}, and topk_group=1, got "
+                f"{self.n_group}: models with groups rank them in other ways"
             )
         if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group is {self.topk_group}; at most n_group={self.n_group} is wanted")
+            raise ValueError(f"topk_group: expected at most n_group={self.n_group}, got {self.topk_group}")
         if self.n_group > 1 and self.group_size < 2:
-            raise ValueError(f"n_group is {self.n_group}; groups of at least two experts are wanted, to rank them")
+            raise ValueError(f"n_group: expected groups of at least two experts, to rank them, got {self.n_group}")
         if self.top_k > self.topk_group * self.group_size:
             raise ValueError(
-                f"top_k is {self.top_k}; at most the {self.topk_group * self.group_size} experts of "
-                f"topk_group={self.topk_group} groups are wanted"
+                f"top_k: expected at most the {self.topk_group * self.group_size} experts of "
+                f"topk_group={self.topk_group} groups, got {self.top_k}"
             )
 
     @property

@@ -140,15 +140,23 @@ def test_our_kernels_take_bfloat16(weights):
         (
             lambda t: t.float(),
             TypeError,
-            r"dtype torch.float32 and hidden_states_scale is None; torch.bfloat16 is want",
+            r"expected torch.bfloat16, got torch.float32 without hidden_states_scale",
         ),
-        (lambda t: quantize_rows(t)[0], TypeError, "hidden_states_scale is None; hidden_states_scale is wanted"),
-        (lambda t: t[:, :100], ValueError, r"hidden_states has shape \[7, 100\]; a last size .* multiple of 128"),
+        (lambda t: quantize_rows(t)[0], TypeError, "hidden_states: expected hidden_states_scale with it, got"),
+        (
+            lambda t: t[:, :100],
+            ValueError,
+            r"hidden_states: expected a last size .* multiple of 128, got shape \[7, 100\]",
+        ),
         (lambda t: t[:, :128], ValueError, r"\[7, 128\]|\[4, 256, 128\]"),
-        (lambda t: t[0], ValueError, r"hidden_states has shape \[256\]; 2 dimensions"),
-        (lambda t: t.t().contiguous().t(), ValueError, "hidden_states has strides"),
-        (lambda t: t[:6], ValueError, r"routing_logits has shape \[7, 16\]; \[6, 16\] is wanted"),
-        (lambda t: t.tolist(), TypeError, "hidden_states is a list; a torch.Tensor is wanted"),
+        (lambda t: t[0], ValueError, r"hidden_states: expected 2 dimensions, got shape \[256\]"),
+        (
+            lambda t: t.t().contiguous().t(),
+            ValueError,
+            "hidden_states: expected a? ?contiguous (tensor|rows), got strides",
+        ),
+        (lambda t: t[:6], ValueError, r"routing_logits: expected shape \[6, 16\], got \[7, 16\]"),
+        (lambda t: t.tolist(), TypeError, "hidden_states: expected a torch.Tensor, got a list"),
     ],
 )
 def test_what_cannot_be_quantised_is_named(weights, change, error, message):
@@ -168,7 +176,7 @@ def test_the_quantisation_looks_at_what_it_gets(weights):
     """By itself: who calls it has looked already, so that nothing is quantised before all of a call is right."""
     inputs = inputs_of(weights, 7)._replace(hidden_states_scale=None)
     for hidden, error in ((hidden_of(7).float(), TypeError), (hidden_of(7)[:, :100], ValueError)):
-        with pytest.raises(error, match="hidden_states has"):
+        with pytest.raises(error, match="hidden_states: expected"):
             quantize_input.quantize(inputs._replace(hidden_states=hidden))
 
 
@@ -180,6 +188,6 @@ def test_bfloat16_beside_scales(weights):
         lambda: fused_moe(*wrong, **ROUTING, backend=REFERENCE),
     ):
         with pytest.raises(
-            TypeError, match="hidden_states has dtype torch.bfloat16 beside hidden_states_scale; .*None"
+            TypeError, match="hidden_states: expected dtype .* beside hidden_states_scale, got torch.bfloat16"
         ):
             run()

@@ -251,7 +251,7 @@ def test_an_explicit_backend_never_falls_back(no_interpreter, weights, backend, 
     ("backend", "error", "words"),
     [
         ("triton", ValueError, ["'triton'", "flashinfer_trtllm, triton_fused, flashinfer_cutlass, torch_reference"]),
-        (Candidate("nothing"), ValueError, ["'nothing'", "wanted"]),
+        (Candidate("nothing"), ValueError, ["'nothing'", "expected one of"]),
         ("torch_reference[", ValueError, ["]"]),
         ("torch_reference[x]", ValueError, ["'x'", "key=value"]),
         ("torch_reference[x=1]", BackendUnsupportedError, ["option 'x' is unknown"]),
@@ -312,7 +312,7 @@ def test_nothing_of_the_policy_can_run(spies, inputs):
     for spy in spies:
         spy.reasons = ["asleep"]
     policy = make_policy(candidates=[Candidate("one"), Candidate("two")], default=Candidate("one"))
-    resolve._warn_once.cache_clear()
+    resolve.warn_once.cache_clear()
     with pytest.warns(PolicyMismatchWarning, match="none of its candidates can run here. torch_reference runs instead"):
         layer = layer_of(inputs, policy=policy)
     assert {layer.explain(tokens).source for tokens in (1, 7, 20)} == {"unmeasured"}
@@ -326,7 +326,7 @@ def test_a_b200_with_a_plain_install_runs_this_packages_own_kernels(monkeypatch)
         own = choice in (Candidate("triton_fused", {"gemm": "triton"}), REFERENCE)
         return asked(problem, device, choice) if own else ("not installed",)
 
-    resolve._warn_once.cache_clear()
+    resolve.warn_once.cache_clear()
     with (
         monkeypatch.context() as patch,
         pytest.warns(PolicyMismatchWarning, match=r"triton_fused\[gemm=triton\] runs instead, which nobody measured"),
@@ -338,7 +338,7 @@ def test_a_b200_with_a_plain_install_runs_this_packages_own_kernels(monkeypatch)
 
 
 def test_the_reference_says_that_it_is_slow_where_that_is_felt():
-    resolve._warn_once.cache_clear()
+    resolve.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="torch_reference runs on nvidia_l40s: .*it is slow"):
         resolve.decision_table(MoEProblem(), DeviceKey("nvidia_l40s", (8, 9)))
     with pytest.warns(UserWarning, match="torch_reference runs on cpu: .*it is slow"):
@@ -390,7 +390,10 @@ def test_a_policy_for_something_else(inputs, tmp_path, policy, words):
     [
         (lambda text: None, "doesn't exist"),
         (lambda text: text[: len(text) // 2], "isn't whole JSON"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version 2; 1 is wanted"),
+        (
+            lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
+            "expected schema_version 1, got schema_version 2",
+        ),
     ],
     ids=["missing", "cut", "version"],
 )
@@ -430,10 +433,18 @@ def test_a_given_output_is_written_and_returned(inputs, run):
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (torch.zeros(7, 256), TypeError, "output has dtype torch.float32; torch.bfloat16 is wanted"),
-        (torch.zeros(6, 256, dtype=torch.bfloat16), ValueError, r"output has shape \[6, 256\]; \[7, 256\] is wanted"),
-        (torch.zeros(7, 512, dtype=torch.bfloat16)[:, ::2], ValueError, "output has strides"),
-        (torch.zeros(7, 256, dtype=torch.bfloat16, device="meta"), ValueError, "output is on meta; cpu is wanted"),
+        (torch.zeros(7, 256), TypeError, "output: expected dtype torch.bfloat16, got torch.float32"),
+        (torch.zeros(6, 256, dtype=torch.bfloat16), ValueError, r"output: expected shape \[7, 256\], got \[6, 256\]"),
+        (
+            torch.zeros(7, 512, dtype=torch.bfloat16)[:, ::2],
+            ValueError,
+            "output: expected a? ?contiguous (tensor|rows), got strides",
+        ),
+        (
+            torch.zeros(7, 256, dtype=torch.bfloat16, device="meta"),
+            ValueError,
+            "output: expected it on cpu, where gemm1_weights is, got meta",
+        ),
         (None, None, None),
     ],
     ids=["dtype", "shape", "strides", "device", "none"],
@@ -484,13 +495,33 @@ def test_no_tokens_run_nothing(spies, weights):
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("hidden_states", lambda t: t.half(), TypeError, "hidden_states has dtype torch.float16"),
-        ("routing_logits", lambda t: t.bfloat16(), TypeError, "routing_logits has dtype torch.bfloat16"),
-        ("routing_logits", lambda t: t[:-1], ValueError, r"routing_logits has shape \[6, 16\]; \[7, 16\] is wanted"),
-        ("hidden_states_scale", lambda t: t.t(), ValueError, r"hidden_states_scale has shape \[7, 2\]; \[2, 7\]"),
-        ("hidden_states_scale", lambda t: t.to("meta"), ValueError, "hidden_states_scale is on meta; cpu is wanted"),
-        ("hidden_states", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "hidden_states has strides"),
-        ("hidden_states", lambda t: t.float().numpy(), TypeError, "hidden_states is a ndarray"),
+        ("hidden_states", lambda t: t.half(), TypeError, "hidden_states: expected dtype .*, got torch.float16"),
+        ("routing_logits", lambda t: t.bfloat16(), TypeError, "routing_logits: expected dtype .*, got torch.bfloat16"),
+        ("routing_logits", lambda t: t[:-1], ValueError, r"routing_logits: expected shape \[7, 16\], got \[6, 16\]"),
+        (
+            "hidden_states_scale",
+            lambda t: t.t(),
+            ValueError,
+            r"hidden_states_scale: expected shape \[2, 7\], got \[7, 2\]",
+        ),
+        (
+            "hidden_states_scale",
+            lambda t: t.to("meta"),
+            ValueError,
+            "hidden_states_scale: expected it on cpu, where gemm1_weights is, got meta",
+        ),
+        (
+            "hidden_states",
+            lambda t: t.repeat(1, 2)[:, ::2],
+            ValueError,
+            "hidden_states: expected a? ?contiguous (tensor|rows), got strides",
+        ),
+        (
+            "hidden_states",
+            lambda t: t.float().numpy(),
+            TypeError,
+            "hidden_states: expected a torch.Tensor",
+        ),
     ],
 )
 def test_wrong_activations(spies, inputs, name, change, error, message):
@@ -505,15 +536,27 @@ def test_wrong_activations(spies, inputs, name, change, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(local_expert_offset=13), ValueError, "local_expert_offset is 13; 0 to 12 is wanted"),
-        (dict(local_expert_offset=-1), ValueError, "local_expert_offset is -1"),
-        (dict(local_expert_offset=0.5), TypeError, "local_expert_offset is 0.5; an int is wanted"),
-        (dict(gemm1_weights=torch.zeros(4, 256, 256)), TypeError, "gemm1_weights has dtype torch.float32"),
-        (dict(gemm2_weights_scale=torch.zeros(4, 1, 2)), ValueError, r"gemm2_weights_scale has shape \[4, 1, 2\]"),
+        (dict(local_expert_offset=13), ValueError, "local_expert_offset: expected 0 to 12, got 13"),
+        (dict(local_expert_offset=-1), ValueError, "local_expert_offset: expected 0 to 12, got -1"),
+        (
+            dict(local_expert_offset=0.5),
+            TypeError,
+            "local_expert_offset: expected an int.*got 0.5",
+        ),
+        (
+            dict(gemm1_weights=torch.zeros(4, 256, 256)),
+            TypeError,
+            "gemm1_weights: expected dtype .*, got torch.float32",
+        ),
+        (
+            dict(gemm2_weights_scale=torch.zeros(4, 1, 2)),
+            ValueError,
+            r"gemm2_weights_scale: expected shape .*, got \[4, 1, 2\]",
+        ),
         (
             dict(routing_bias=torch.zeros(16).half()),
             TypeError,
-            "routing_bias has dtype torch.float16; torch.bfloat16 or torch.float32 is wanted",
+            "routing_bias: expected dtype torch.bfloat16 or torch.float32, got torch.float16",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -528,10 +571,10 @@ def test_a_wrong_layer(inputs, changes, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(top_k=9), "top_k is 9; at most the 8 experts of topk_group=2"),
-        (dict(n_group=3), "n_group is 3"),
-        (dict(topk_group=5), "topk_group is 5"),
-        (dict(top_k=2.0), "top_k is 2.0"),
+        (dict(top_k=9), "top_k: expected at most the 8 experts of topk_group=2 groups, got 9"),
+        (dict(n_group=3), "n_group: expected a divisor of num_experts=16, got 3"),
+        (dict(topk_group=5), "topk_group: expected at most n_group=4, got 5"),
+        (dict(top_k=2.0), "top_k: expected a positive integer, got 2.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -569,7 +612,7 @@ def test_a_softmax_layer(weights):
     assert torch.equal(call(copy.deepcopy(layer), inputs), wanted)
     options = dict(top_k=problem.top_k, n_group=1, topk_group=1, routing_method="softmax", backend=REFERENCE)
     assert torch.equal(fused_moe(*inputs, **options), wanted)
-    with pytest.raises(ValueError, match="n_group is 4; 1 is wanted"):
+    with pytest.raises(ValueError, match="n_group: expected 1 .*, got 4"):
         fused_moe(*inputs, **(options | {"n_group": 4}))
 
 
@@ -603,7 +646,7 @@ def test_the_layer_explains_itself(spies, inputs):
         assert layer.choice(tokens) == choice
         json.dumps(decision.to_dict())
     assert layer.workspace_bytes(7) == 70
-    with pytest.raises(ValueError, match="num_tokens is -1"):
+    with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 0, got -1"):
         layer.explain(-1)
 
 
@@ -672,7 +715,7 @@ def test_tensors_of_another_problem_are_named(weights, name):
         lambda: fused_moe(*inputs, problem=other, backend=REFERENCE),
         lambda: HybridMoE.from_inputs(inputs, other, backend=REFERENCE),
     ):
-        with pytest.raises(ValueError, match="has shape .* is wanted"):
+        with pytest.raises(ValueError, match="expected shape .*, got"):
             run()
 
 
@@ -684,9 +727,9 @@ def test_a_problem_and_a_part_of_it(weights, option):
         lambda: fused_moe(*inputs, problem=PROBLEM, **given),
         lambda: HybridMoE(*inputs[4:8], inputs.routing_bias, problem=PROBLEM, **numbers, **given),
     ):
-        with pytest.raises(TypeError, match=f"{option} is given beside problem, which says it"):
+        with pytest.raises(TypeError, match=f"{option}: expected None beside problem, which says it"):
             run()
-    with pytest.raises(TypeError, match="problem is 'deepseek-v3'; expected a MoEProblem"):
+    with pytest.raises(TypeError, match="problem: expected a MoEProblem, got 'deepseek-v3'"):
         fused_moe(*inputs, problem="deepseek-v3")
 
 
@@ -727,7 +770,7 @@ def test_groups_that_do_not_matter_need_not_be_said():
     softmax = dataclasses.replace(problem, routing_method="softmax")
     output = fused_moe(*inputs, top_k=3, routing_method="softmax", backend=REFERENCE)
     assert torch.equal(output, fused_moe(*inputs, problem=softmax, backend=REFERENCE))
-    with pytest.raises(ValueError, match="n_group is 8"):
+    with pytest.raises(ValueError, match="n_group: expected a divisor of num_experts=257, got 8"):
         fused_moe(*inputs, top_k=3, backend=REFERENCE)
 
 
@@ -754,14 +797,14 @@ def test_activations_that_are_no_matrices_are_named(weights, position, wrong):
     given[position] = wrong
     if wrong is None and position == 2:  # no scales: hidden states in bfloat16 are expected
         with pytest.raises(
-            TypeError, match="hidden_states has dtype torch.float8_e4m3fn and hidden_states_scale is None"
+            TypeError, match="hidden_states: expected hidden_states_scale with it, got torch.float8_e4m3fn"
         ):
             layer(*given)
         return
-    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]} "):
+    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]}: expected"):
         layer(*given)
     everything = inputs._replace(**{ACTIVATIONS[position]: wrong})
-    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]} "):
+    with pytest.raises((TypeError, ValueError), match=f"^{ACTIVATIONS[position]}: expected"):
         fused_moe(*everything, **ROUTING, backend=REFERENCE)
 
 

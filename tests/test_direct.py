@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 def seen(tmp_path_factory):
     """The report of `stub_launches.py`."""
     if shutil.which(os.environ.get("CC", "cc")) is None:
-        pytest.skip("a C compiler is wanted, for Triton's launcher as for the stub")
+        pytest.skip("needs a C compiler, for Triton's launcher as for the stub")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
     command = [sys.executable, HERE / "stub_launches.py", tmp_path_factory.mktemp("stub")]

@@ -124,7 +124,7 @@ def test_records_are_split_or_refused():
     assert evaluate(POLICY, [*elsewhere, record("a", 5, 0.2, timing="eager")], timing="eager").timing == "eager"
     with pytest.raises(ValueError, match=r"policy is for gpu_x .*; the records are of gpu_y with moe_fp8"):
         evaluate(POLICY, elsewhere[:1])
-    with pytest.raises(ValueError, match="timed with eager; cuda_graph is wanted: name another as timing="):
+    with pytest.raises(ValueError, match="expected some timed with cuda_graph, got eager: name another as timing="):
         evaluate(POLICY, elsewhere)
     with pytest.raises(ValueError, match="none of the 1 records passed"):
         evaluate(POLICY, [record("a", 5, 0, "failed")])

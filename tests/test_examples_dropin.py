@@ -170,7 +170,7 @@ def test_other_parameters_are_an_error(framework, monkeypatch):
     base = method.QuantizeMethodBase
     monkeypatch.setattr(base, "process_weights_after_loading", lambda self, layer, device: None)
     layer = framework.layer()
-    with pytest.raises(RuntimeError, match=r"takes \(self layer device\); \(self layer\) is wanted") as error:
+    with pytest.raises(RuntimeError, match=r"expected \(self layer\), got \(self layer device\)") as error:
         framework.replace(layer)
     assert framework.example.VERSION in str(error.value) and "99.0 is installed" in str(error.value)
 
@@ -276,7 +276,7 @@ REFUSED = {
     "both": [
         (
             lambda f, la: setattr(la.routing, "scoring_func", "softmax"),
-            "scoring_func is 'softmax'; 'sigmoid' is wanted",
+            "scoring_func: expected 'sigmoid', got 'softmax'",
         ),
         (lambda f, la: setattr(la.routing, "renormalize", False), "renormalize is False"),
         (lambda f, la: setattr(la.routing, "use_grouped_topk", False), "use_grouped_topk is False"),
@@ -286,22 +286,25 @@ REFUSED = {
         (lambda f, la: setattr(la.routing, "e_score_correction_bias", None), "no e_score_correction_bias"),
         (lambda f, la: setattr(la.routing, "swiglu_limit", 7.0), "a SwiGLU limit"),
         (lambda f, la: setattr(la.routing, "swiglu_beta", 1.0), "a SwiGLU limit, alpha or beta"),
-        (lambda f, la: setattr(la.routing, "activation", type(la.routing.activation).GELU), "activation is 'gelu'"),
+        (
+            lambda f, la: setattr(la.routing, "activation", type(la.routing.activation).GELU),
+            "activation: .* got 'gelu'",
+        ),
         (lambda f, la: setattr(la.routing, "apply_router_weight_on_input", True), "apply_router_weight_on_input"),
         (lambda f, la: setattr(la.routing, "hash_indices_table", torch.zeros(1)), "routing by a hash table"),
-        (lambda f, la: setattr(la.routing, "weight_block_size", None), "weight_block_size is None"),
-        (lambda f, la: setattr(la.routing.moe_config, "in_dtype", torch.float16), "in_dtype is torch.float16"),
+        (lambda f, la: setattr(la.routing, "weight_block_size", None), "weight_block_size: .* got None"),
+        (lambda f, la: setattr(la.routing.moe_config, "in_dtype", torch.float16), "in_dtype: .* got torch.float16"),
         (lambda f, la: setattr(la.routing.moe_config, "has_bias", True), "experts with biases"),
         (lambda f, la: setattr(la.routing.moe_config, "require_decomposed_backend", True), "choose the experts itself"),
         (lambda f, la: setattr(la.routing.moe_config, "num_logical_experts", 14), "by EPLB"),
         (lambda f, la: setattr(la.routing.moe_config.moe_parallel_config, "enable_eplb", True), "by EPLB"),
         (
             lambda f, la: setattr(la.routing.moe_config.moe_parallel_config, "use_ag_rs_all2all_kernels", False),
-            "--all2all-backend allgather_reducescatter is wanted",
+            "--all2all-backend: expected allgather_reducescatter",
         ),
         (
             lambda f, la: setattr(la.routing, "expert_map", torch.tensor([0, -1, -1, -1, 1, -1, -1, -1] * 2)),
-            r"expert_map gives this rank the experts \[0, 4, 8, 12\].*--expert-placement-strategy linear",
+            r"expert_map: expected .*, got \[0, 4, 8, 12\]: --expert-placement-strategy linear",
         ),
         (
             lambda f, la: setattr(
@@ -309,7 +312,7 @@ REFUSED = {
                 "fp8_backend",
                 f.found[f"{standins.LAYERS}.fused_moe.oracle.fp8"].Fp8MoeBackend.FLASHINFER_CUTLASS,
             ),
-            "layout of FLASHINFER_CUTLASS; .*--moe-backend triton",
+            "got that of FLASHINFER_CUTLASS: .*--moe-backend triton",
         ),
     ],
 }
@@ -353,7 +356,7 @@ def test_every_layer_by_its_name(framework):
 
 
 def test_a_model_without_such_layers(framework):
-    with pytest.raises(ValueError, match="a DeepSeek-V3 checkpoint in FP8 is wanted"):
+    with pytest.raises(ValueError, match="expected a DeepSeek-V3 checkpoint in FP8"):
         framework.replace(torch.nn.Linear(2, 2))
 
 

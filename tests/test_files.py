@@ -167,7 +167,7 @@ def test_write_protected_files_and_folders_are_refused(tmp_path):
     path.chmod(0o444)
     with pytest.raises(PermissionError, match="write-protected"):
         files.write_whole(path, NEW)
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="got a folder"):
         files.write_whole(tmp_path, NEW)
     with pytest.raises(OSError) as refused:
         files.write_whole(path / "below", NEW)
@@ -339,7 +339,7 @@ def test_only_regular_files_within_bounds_are_read_and_at_once(tmp_path, read):
 def test_a_file_that_is_longer_than_it_says():
     # Files of /proc say that they are empty.
     assert files.read_whole("/proc/self/status").startswith(b"Name:")
-    with pytest.raises(ValueError, match=r"/proc/self/status has 11 bytes or more; expected at most 10"):
+    with pytest.raises(ValueError, match=r"/proc/self/status: expected at most 10 bytes, got 11 or more"):
         files.read_whole("/proc/self/status", 10)
 
 

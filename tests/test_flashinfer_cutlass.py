@@ -194,7 +194,7 @@ def test_other_devices_are_refused_without_importing_flashinfer(fake_flashinfer,
     fake_flashinfer("raise AssertionError('imported')", before="raise AssertionError('called')")
     device = DeviceKey("some_device", capability)
     (reason,) = FlashinferCutlass().not_supported_reasons(DEEPSEEK_V3, device, {})
-    assert reason.startswith("compute capability of some_device is ") and reason.endswith("; 9.0 is wanted")
+    assert reason.startswith("compute capability of some_device: expected 9.0, got ")
     with pytest.raises(BackendUnsupportedError, match=r"flashinfer_cutlass can't run here: compute capability"):
         FlashinferCutlass().prepare(DEEPSEEK_V3, device, {})
     assert "flashinfer" not in sys.modules
@@ -207,7 +207,7 @@ def test_all_reasons_are_reported(monkeypatch, tools):
     )
     reasons = FlashinferCutlass().not_supported_reasons(MoEProblem(gate_first=True), B200, {"gemm": "triton"})
     for part in (
-        "nvidia_b200 is 10.0",
+        "nvidia_b200: expected 9.0, got 10.0",
         "pip install 'flashinfer-python>=0.6.14,<0.8'",
         "gate_first is True",
         "option 'gemm' is unknown",
@@ -219,7 +219,7 @@ def test_all_reasons_are_reported(monkeypatch, tools):
 def test_a_release_out_of_the_range_is_refused_without_importing_it(fake_flashinfer):
     fake_flashinfer("raise AssertionError('imported')", version="0.8.0", before="raise AssertionError('called')")
     (reason,) = FlashinferCutlass().not_supported_reasons(DEEPSEEK_V3, H200, {})
-    assert reason == "flashinfer-python 0.8.0 is installed; >=0.6.14,<0.8 is wanted"
+    assert reason == "flashinfer-python: expected >=0.6.14,<0.8, got 0.8.0"
     assert "flashinfer" not in sys.modules
 
 
@@ -248,7 +248,7 @@ def test_without_nvcc(fake_flashinfer, tools, monkeypatch, tmp_path):
 def test_an_old_cuda_is_refused(fake_flashinfer):
     fake_flashinfer(cuda="12.6")
     (reason,) = FlashinferCutlass().not_supported_reasons(DEEPSEEK_V3, H200, {})
-    assert reason == "CUDA is 12.6; 12.8 or newer is wanted"
+    assert reason == "CUDA: expected 12.8 or newer, got 12.6"
 
 
 def test_a_module_that_is_neither_built_nor_can_be(fake_flashinfer, tools, monkeypatch):

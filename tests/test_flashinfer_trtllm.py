@@ -95,7 +95,7 @@ def test_other_devices_are_refused_without_importing_flashinfer(fake_flashinfer,
     device = DeviceKey("some_device", capability)
     backend = FlashinferTrtllm()
     (reason,) = backend.not_supported_reasons(DEEPSEEK_V3, device, {})
-    assert "compute capability of some_device" in reason and "10.0 or 10.3 is wanted" in reason
+    assert "compute capability of some_device: expected 10.0 or 10.3" in reason
     with pytest.raises(BackendUnsupportedError, match=r"flashinfer_trtllm can't run here: compute capability"):
         backend.prepare(DEEPSEEK_V3, device, {})
     assert "flashinfer" not in sys.modules
@@ -111,12 +111,12 @@ def test_all_reasons_are_reported(no_flashinfer):
     problem = MoEProblem(num_experts=96, num_local_experts=96, top_k=10, n_group=16, topk_group=5, gate_first=True)
     reasons = FlashinferTrtllm().not_supported_reasons(problem, H100, {"gemm": "triton"})
     for part in (
-        "nvidia_h100_80gb_hbm3 is 9.0",
+        "nvidia_h100_80gb_hbm3: expected 10.0 or 10.3, got 9.0",
         "pip install 'flashinfer-python>=0.6.14,<0.8'",
         "gate_first is True",
-        "n_group is 16; at most 8",
-        "topk_group is 5; at most 4",
-        "top_k is 10; at most 8 of 96",
+        "n_group: expected at most 8, got 16",
+        "topk_group: expected at most 4, got 5",
+        "top_k: expected at most 8 of 96 experts, got 10",
         "option 'gemm' is unknown",
     ):
         assert [r for r in reasons if part in r], (part, reasons)
@@ -129,12 +129,18 @@ def test_all_reasons_are_reported(no_flashinfer):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"num_experts": 258, "n_group": 1, "topk_group": 1}, "num_experts is 258; a multiple of 4"),
-        ({"num_experts": 1024, "n_group": 1, "topk_group": 1}, "num_experts is 1024; at most 512"),
-        ({"num_experts": 256, "n_group": 4}, "groups have 64 experts; at most 32"),
-        ({"num_experts": 32, "topk_group": 2}, "top_k is 8; less than the 8 experts of the kept groups"),
-        ({"num_experts": 512, "n_group": 1, "topk_group": 1, "top_k": 23}, "top_k is 23; at most 22 of 512"),
-        ({"n_group": 1, "topk_group": 1, "routing_method": "softmax"}, "routing_method is 'softmax'; deepseek_v3 is"),
+        ({"num_experts": 258, "n_group": 1, "topk_group": 1}, "num_experts: expected a multiple of 4, got 258"),
+        ({"num_experts": 1024, "n_group": 1, "topk_group": 1}, "num_experts: expected at most 512, got 1024"),
+        ({"num_experts": 256, "n_group": 4}, "groups: expected at most 32 experts, got 64"),
+        ({"num_experts": 32, "topk_group": 2}, "top_k: expected less than the 8 experts of the kept groups, got 8"),
+        (
+            {"num_experts": 512, "n_group": 1, "topk_group": 1, "top_k": 23},
+            "top_k: expected at most 22 of 512",
+        ),
+        (
+            {"n_group": 1, "topk_group": 1, "routing_method": "softmax"},
+            "expected deepseek_v3, got 'softmax'",
+        ),
     ],
 )
 def test_limits_of_the_routing_kernel(fake_flashinfer, fields, reason):
@@ -161,7 +167,7 @@ def test_problems_within_the_limits(fake_flashinfer, fields):
 def test_versions_out_of_range_are_refused(fake_flashinfer, version):
     fake_flashinfer(version=version)
     (reason,) = FlashinferTrtllm().not_supported_reasons(DEEPSEEK_V3, B200, {})
-    assert reason == f"flashinfer-python {version} is installed; >=0.6.14,<0.8 is wanted"
+    assert reason == f"flashinfer-python: expected >=0.6.14,<0.8, got {version}"
 
 
 @pytest.mark.parametrize("version", [*VERSIONS, "0.7", "0.7.3", "0.7.2+cu130"])

@@ -142,7 +142,7 @@ def test_workspace(weights, choice):
 
 def test_tensors_on_two_devices(weights, choice):
     inputs = make_inputs(Workload(15, 32), DEEPSEEK_V3, weights)
-    with pytest.raises(ValueError, match="hidden_states is on cpu; cuda:0 is wanted"):
+    with pytest.raises(ValueError, match="hidden_states: expected it on cuda:0, where gemm1_weights is, got cpu"):
         fused_moe(*inputs._replace(hidden_states=inputs.hidden_states.cpu()), backend=choice)
-    with pytest.raises(ValueError, match="routing_bias is on cpu; cuda:0 is wanted"):
+    with pytest.raises(ValueError, match="routing_bias: expected it on cuda:0, where gemm1_weights is, got cpu"):
         fused_moe(*inputs._replace(routing_bias=inputs.routing_bias.cpu()), backend=choice)

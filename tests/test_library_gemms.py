@@ -389,12 +389,12 @@ def test_capability_comes_before_the_library(monkeypatch):
     install(monkeypatch, "deep_gemm", never)
     old, cpu = DeviceKey("gpu_z", (8, 0)), DeviceKey("cpu")
     (reason,) = SglGroupedGemm().not_supported_reasons(SMALL, old)
-    assert reason == "device gpu_z has compute capability 8.0; 9.0 or 10.0 or 10.3 is wanted"
+    assert reason == "device gpu_z: expected compute capability 9.0 or 10.0 or 10.3, got 8.0"
     (reason,) = DeepGemmGroupedGemm().not_supported_reasons(SMALL, BLACKWELL)
-    assert reason == "device gpu_y has compute capability 10.0; 9.0 is wanted"
+    assert reason == "device gpu_y: expected compute capability 9.0, got 10.0"
     for gemm in (SglGroupedGemm(), DeepGemmGroupedGemm()):
         (reason,) = gemm.not_supported_reasons(SMALL, cpu)
-        assert "compute capability none" in reason
+        assert "device cpu: expected compute capability 9.0" in reason and reason.endswith("got none")
 
 
 def test_missing_libraries(monkeypatch):
@@ -453,7 +453,7 @@ def test_an_op_that_is_there_already_needs_no_package(monkeypatch, sgl_library):
     assert SglGroupedGemm().not_supported_reasons(MoEProblem(), BLACKWELL) == []
     many = MoEProblem(num_experts=2048, num_local_experts=2048)
     (reason,) = SglGroupedGemm().not_supported_reasons(many, HOPPER)
-    assert reason == "num_local_experts is 2048; at most 1024 is wanted"
+    assert reason == "num_local_experts: expected at most 1024, got 2048"
 
 
 def test_each_gemm_is_a_candidate(monkeypatch):

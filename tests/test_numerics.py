@@ -385,7 +385,7 @@ def test_sums_do_not_lose_digits():
 def test_wrong_shape(shape):
     with pytest.raises(ValueError) as caught:
         check(torch.zeros(shape), reference(), WORK)
-    assert str(list(shape)) in str(caught.value) and f"expected [{ROWS}, {COLUMNS}]" in str(caught.value)
+    assert str(list(shape)) in str(caught.value) and f"expected shape [{ROWS}, {COLUMNS}]" in str(caught.value)
 
 
 def test_wrong_width():

@@ -99,7 +99,7 @@ def test_another_schema_version(tmp_path, version):
     # Another version has other fields too; the version is what has to be told.
     path.write_text(json.dumps({"schema_version": version, "new_field": 1}))
     with pytest.raises(
-        PolicyError, match=rf"p\.json has schema_version {version!r}; 1 is wanted.*hybrid-moe regenerate"
+        PolicyError, match=rf"p\.json: expected schema_version 1, got schema_version {version!r}.*hybrid-moe regenerate"
     ):
         load_policy(path)
 
@@ -142,14 +142,17 @@ def edit(*keys, value):
         (edit("regimes", 0, "min_tokens", value="4"), r"regimes\.0\.min_tokens: .*integer"),
         (edit("regimes", 0, "choice", "config", value={"x": 1.5}), r"regimes\.0\.choice\.config\.x"),
         (edit("regimes", 0, "choice", value={"backend": "b"}), r"regimes\.0\.choice\.config: Field required"),
-        (edit("regimes", 0, "choice", "backend", value="c"), r"regime 4-8 has c\["),
-        (edit("regimes", 0, "max_tokens", value=3), r"max_tokens is 3; at least min_tokens=4"),
+        (
+            edit("regimes", 0, "choice", "backend", value="c"),
+            r"regime 4-8: expected a choice of .*, got c\[",
+        ),
+        (edit("regimes", 0, "max_tokens", value=3), r"max_tokens: expected at least min_tokens=4, got 3"),
         (edit("regimes", 0, "max_tokens", value=20), r"regimes 4-20 and 20- overlap"),
         (edit("regimes", 0, "max_tokens", value=None), r"regimes 4- and 20- overlap"),
-        (edit("default", "backend", value="c"), r"default is c"),
+        (edit("default", "backend", value="c"), r"default: expected one of the candidates, got c"),
         (edit("candidates", 1, value={"backend": "a", "config": {}}), r"candidates has one twice"),
-        (edit("definition", value="other"), r"definition is other"),
-        (edit("problem", "top_k", value=999), r"problem: top_k is 999"),
+        (edit("definition", value="other"), r"definition: expected the problem's .*, got other"),
+        (edit("problem", "top_k", value=999), r"problem: top_k: expected at most .*, got 999"),
         (edit("problem", "zzz", value=99), r"problem\.zzz"),
         (edit("problem", value={"num_experts": 256}), r"problem: lacks num_local_experts"),
         (edit("tolerance", value={"rtol": 0.2, "atol": 0.1}), r"tolerance: lacks required_matched_ratio"),
@@ -278,9 +281,9 @@ def test_an_explicit_policy_must_match(tmp_path):
     save_policy(make_policy(), path)
     other = dataclasses.replace(MoEProblem(), num_experts=512)
     for given_policy in (path, make_policy()):
-        with pytest.raises(PolicyError, match="gpu_x with .*gpu_y with .* is wanted"):
+        with pytest.raises(PolicyError, match="expected one for gpu_y with .*, got one for gpu_x with"):
             find_policy(MoEProblem(), "gpu_y", given_policy)
-        with pytest.raises(PolicyError, match="num_experts=256.*num_experts=512"):
+        with pytest.raises(PolicyError, match="num_experts=512.*num_experts=256"):
             find_policy(other, "gpu_x", given_policy)
     with pytest.raises(PolicyError, match="no policy in .* is for gpu_y .*it has: gpu_x with"):
         find_policy(MoEProblem(), "gpu_y", tmp_path)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hybrid_moe.candidate import Candidate
-from hybrid_moe.measure.readers import read_any, read_records, read_seed_table, read_with_digest
+from hybrid_moe.measure.readers import read_any, read_records, read_with_digest
 from hybrid_moe.measure.records import BenchRecord, append_record, problem_of_definition, problem_of_record
 from hybrid_moe.measure.workloads import QWEN3_235B
 from hybrid_moe.problem import MoEProblem
 
-SEED = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
+TABLE = Path(__file__).parents[1] / "benchmarks" / "data" / "nvidia_b200_2026-02-02.md"
 FIELDS = dict(
     device="gpu_x",
     problem=MoEProblem().definition,
@@ -87,8 +87,8 @@ def test_the_key_is_the_identity_of_a_measurement():
         (dict(latency_us=None), "neither"),
         (dict(speedup_vs_reference=2.0), "latency_us and speedup_vs_reference"),
         (dict(status="failed", reason="wrong"), "no speed is kept"),
-        (dict(status="failed", latency_us=None), "no reason"),
-        (dict(status="unsupported", latency_us=None, reason=""), "no reason"),
+        (dict(status="failed", latency_us=None), "reason: expected one"),
+        (dict(status="unsupported", latency_us=None, reason=""), "reason: expected one"),
         (dict(status="good"), "status"),
         (dict(latency_us={"median": 0.0}), "median"),
         (dict(latency_us={"median": float("inf")}), "median"),
@@ -166,8 +166,8 @@ def test_errors_name_file_and_line(tmp_path):
             read_records(path)
 
 
-def test_the_seed_table():
-    records = read_seed_table(SEED)
+def test_the_published_table():
+    records = read_any([TABLE])
     assert len(records) == 38
     assert {r.device for r in records} == {"nvidia_b200"}
     assert {r.problem for r in records} == {MoEProblem().definition}
@@ -185,49 +185,57 @@ def test_the_seed_table():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("**GPU:**", "GPU", r"no line '\*\*GPU:\*\*"),
-        ("**GPU:** NVIDIA B200", "**GPU:**\n", r"no line '\*\*GPU:\*\*"),
-        ("**GPU:** NVIDIA B200", "**GPU:** (", r"has the line '\*\*GPU:\*\* \(.*expected a GPU's name"),
-        ("| b8f4f012 | 7 |", f"| b8f4f012 | {'7' * 5000} |", "line 17 has T = '7777"),
+        ("**GPU:**", "GPU", "holds neither"),
+        ("**GPU:** NVIDIA B200", "**GPU:**\n", r"expected a line '\*\*GPU:\*\* ...'"),
+        ("**GPU:** NVIDIA B200", "**GPU:** (", r"expected a GPU's name in the line '\*\*GPU:\*\*', got '\("),
+        ("| b8f4f012 | 7 |", f"| b8f4f012 | {'7' * 5000} |", "line 17 is no row of results: T: Unable to parse"),
         ("| b8f4f012 | 7 |", "| b8f4f012 | 0 |", "line 17 is no row of results: num_tokens"),
-        ("| b8f4f012 | 7 | 192 |", "| b8f4f012 | 7 | 225 |", "line 17: local_expert_offset is 225; expected 0 to 224"),
-        ("| 30.15x |", f"| {'9' * 5000}x |", "line 17 has triton_v2 = '9999"),
+        (
+            "| b8f4f012 | 7 | 192 |",
+            "| b8f4f012 | 7 | 225 |",
+            "line 17: local_expert_offset: expected 0 to 224, got 225",
+        ),
+        ("| 30.15x |", f"| {'9' * 5000}x |", "line 17 is no row of results: triton_v2: String should match"),
         ("required-matched-ratio=0.85", "", "lacks required-matched-ratio"),
-        ("All 19 workloads PASS", "All 18 workloads PASS", "19 rows and 'All 18 workloads PASS'"),
+        ("All 19 workloads PASS", "All 18 workloads PASS", "got 'All 18 workloads PASS' and 19 rows"),
         ("All 19 workloads PASS", "Fine", "no such sentence"),
-        ("triton_v2 |\n", "other |\n", "line 14 has the columns"),
-        ("| 30.15x |", "| FAIL |", "line 17 has triton_v2 = 'FAIL'"),
-        ("| 30.15x |", "| 0.00x |", "line 17 has triton_v2 = '0.00x'"),
-        ("| 30.15x |", "|", "line 17 has 4 cells"),
-        ("| b8f4f012 | 7 |", "| b8f4f012 | seven |", "line 17 has T = 'seven'"),
-        ("| UUID", "| ID", "no table"),
+        ("triton_v2 |\n", "other |\n", "line 16 is no row of results: triton_v2: Field required; other: Extra"),
+        ("| 30.15x |", "| FAIL |", "line 17 is no row of results: triton_v2: String should match"),
+        ("| 30.15x |", "| 0.00x |", "line 17 is no row of results: speedup_vs_reference"),
+        ("| 30.15x |", "|", "line 17: expected 5 cells, as in the head, got 4"),
+        (
+            "| b8f4f012 | 7 |",
+            "| b8f4f012 | seven |",
+            "line 17 is no row of results: T: Input should",
+        ),
+        ("| UUID", "| ID", "expected a table of results"),
         ("topk8_ng8", "what", "definition is"),
     ],
 )
-def test_wrong_seed_tables(tmp_path, old, new, message):
-    text = SEED.read_text()
+def test_wrong_published_tables(tmp_path, old, new, message):
+    text = TABLE.read_text()
     assert old in text
     path = tmp_path / "seed.md"
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        read_seed_table(path)
+        read_any([path])
 
 
 def test_a_table_with_derived_columns_reads_the_same(tmp_path):
-    lines = SEED.read_text().splitlines(keepends=True)
+    lines = TABLE.read_text().splitlines(keepends=True)
     wide = [line.rstrip("\n") + " 0.9 | **v2** |\n" if line.startswith("| ") else line for line in lines]
     text = "".join(wide).replace("| 0.9 | **v2** |\n|---", "| v2/fi | winner |\n|---")
     text = text.replace("-----------:|----------:|\n", "-----------:|----------:|------:|--------|\n")
     path = tmp_path / "wide.md"
     path.write_text(text.replace("| triton_v2 | 0.9 | **v2** |", "| triton_v2 | v2/fi | winner |"))
-    assert read_seed_table(path) == read_seed_table(SEED)
+    assert read_any([path]) == read_any([TABLE])
 
 
 def test_read_any_goes_by_content(tmp_path):
     lines = tmp_path / "records.txt"
     append_record(lines, make_record())
     table = tmp_path / "table.txt"
-    table.write_bytes(SEED.read_bytes())
+    table.write_bytes(TABLE.read_bytes())
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"")
     assert len(read_any([lines, str(table), empty])) == 39
@@ -294,8 +302,8 @@ LINE = make_record().model_dump_json(exclude_none=True)
         (LINE.replace('"median":10.5', '"median":1e999'), "median"),
         (LINE.replace('"median":10.5', '"median":1e300'), "median"),
         (LINE.replace('"median":10.5', '"median":NaN'), "median"),
-        (LINE[:-1] + ',"num_experts":255}', "n_group is 8"),
-        (LINE[:-1] + ',"num_experts":128}', "local_expert_offset is 224; expected 0 to 96"),
+        (LINE[:-1] + ',"num_experts":255}', "n_group: expected a divisor of num_experts=255"),
+        (LINE[:-1] + ',"num_experts":128}', "local_expert_offset: expected 0 to 96, got 224"),
         (LINE.replace('"uniform"', '"\\ud800"'), "Invalid JSON"),
     ],
 )
@@ -318,7 +326,7 @@ def test_keys_in_strings_are_no_keys(tmp_path):
 
 def test_a_byte_order_mark_is_passed_over_and_is_in_the_digest(tmp_path):
     path = tmp_path / "r.jsonl"
-    for content in (LINE.encode() + b"\n", SEED.read_bytes()):
+    for content in (LINE.encode() + b"\n", TABLE.read_bytes()):
         path.write_bytes(content)
         plain = read_with_digest(path)
         path.write_bytes(b"\xef\xbb\xbf" + content)

@@ -490,10 +490,10 @@ def test_command_refuses(files, tmp_path):
     other = ROOT / "policies" / "nvidia_h200" / f"{PROBLEM.definition}.json"
     two = write(tmp_path / "two.jsonl", [record(FAST_SMALL, 1, 5), record(FAST_SMALL, 1, 5, device="gpu_y")])
     cases = {
-        ("--policy", other): "is for nvidia_h200",
+        ("--policy", other): "got one for nvidia_h200",
         ("--device", "gpu_z"): "expected one of the records' gpu_x, got gpu_z",
         (): "hybrid-moe learn RECORDS",
-        ("--policy", policy, "--png", tmp_path): "is a folder",
+        ("--policy", policy, "--png", tmp_path): "got a folder",
     }
     for arguments, wanted in cases.items():
         message = " ".join(cli("report", source, *arguments, "-o", tmp_path / "page.html", code=2).stderr.split())

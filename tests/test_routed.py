@@ -332,24 +332,34 @@ def both(routed, **changes):
             "topk_ids",
             lambda t: t.long(),
             TypeError,
-            "topk_ids has dtype torch.int64; torch.int32 is wanted: call .int()",
+            "topk_ids: expected dtype torch.int32, got torch.int64: call .int()",
         ),
-        ("topk_ids", lambda t: t.float(), TypeError, "topk_ids has dtype torch.float32; torch.int32 is wanted"),
-        ("topk_ids", lambda t: t[:-1], ValueError, r"topk_ids has shape \[6, 3\]; \[7, 3\] is wanted"),
-        ("topk_ids", lambda t: t[:, :2], ValueError, r"topk_ids has shape \[7, 2\]; \[7, 3\] is wanted"),
+        ("topk_ids", lambda t: t.float(), TypeError, "topk_ids: expected dtype torch.int32, got torch.float32"),
+        ("topk_ids", lambda t: t[:-1], ValueError, r"topk_ids: expected shape \[7, 3\], got \[6, 3\]"),
+        ("topk_ids", lambda t: t[:, :2], ValueError, r"topk_ids: expected shape \[7, 3\], got \[7, 2\]"),
         (
             "topk_ids",
             lambda t: t.t().contiguous().t(),
             ValueError,
-            "topk_ids has strides .*; contiguous rows are wanted",
+            "topk_ids: expected contiguous rows, got strides",
         ),
-        ("topk_ids", lambda t: t.to("meta"), ValueError, "topk_ids is on meta; cpu is wanted"),
-        ("topk_ids", lambda t: None, TypeError, "topk_ids is a NoneType; a torch.Tensor is wanted"),
-        ("topk_ids", lambda t: t.tolist(), TypeError, "topk_ids is a list; a torch.Tensor is wanted"),
-        ("topk_weights", lambda t: t.bfloat16(), TypeError, "topk_weights has dtype torch.bfloat16; torch.float32 is"),
-        ("topk_weights", lambda t: t[0], ValueError, r"topk_weights has shape \[3\]; \[7, 3\] is wanted"),
-        ("topk_weights", lambda t: None, TypeError, "topk_weights is a NoneType; a torch.Tensor is wanted"),
-        ("hidden_states", lambda t: t.float(), TypeError, "hidden_states has dtype torch.float32"),
+        (
+            "topk_ids",
+            lambda t: t.to("meta"),
+            ValueError,
+            "topk_ids: expected it on cpu, where gemm1_weights is, got meta",
+        ),
+        ("topk_ids", lambda t: None, TypeError, "topk_ids: expected a torch.Tensor, got a NoneType"),
+        ("topk_ids", lambda t: t.tolist(), TypeError, "topk_ids: expected a torch.Tensor, got a list"),
+        (
+            "topk_weights",
+            lambda t: t.bfloat16(),
+            TypeError,
+            "topk_weights: expected dtype torch.float32, got torch.bfloat16",
+        ),
+        ("topk_weights", lambda t: t[0], ValueError, r"topk_weights: expected shape \[7, 3\], got \[3\]"),
+        ("topk_weights", lambda t: None, TypeError, "topk_weights: expected a torch.Tensor, got a NoneType"),
+        ("hidden_states", lambda t: t.float(), TypeError, "hidden_states: expected dtype .*, got torch.float32"),
     ],
 )
 def test_what_is_wrong_is_named(routed, name, change, error, words):
@@ -366,33 +376,31 @@ def test_arguments_that_contradict_one_another(weights, routed):
         ("routing_logits", inputs.routing_logits, None),
         ("routing_bias", None, inputs.routing_bias),
     ):
-        with pytest.raises(TypeError, match=f"{name} is given beside topk_ids and topk_weights; None is wanted"):
+        with pytest.raises(TypeError, match=f"{name}: expected None beside topk_ids and topk_weights"):
             fused_moe(logits, bias, *inputs[2:], **options, **chosen, num_experts=16)
-    with pytest.raises(TypeError, match="num_experts is None; the number of the model's experts is wanted"):
+    with pytest.raises(TypeError, match="num_experts: expected the number of the model's experts"):
         fused_moe(None, None, *inputs[2:], **options, **chosen)
-    with pytest.raises(ValueError, match="num_experts is 32; 16 is wanted, the width of routing_logits"):
+    with pytest.raises(ValueError, match="num_experts: expected 16, the width of routing_logits, got 32"):
         fused_moe(*inputs, **options, num_experts=32)
     assert torch.equal(fused_moe(*inputs, **options, num_experts=16), fused_moe(*inputs, **options))
-    with pytest.raises(TypeError, match="routing_logits is a NoneType; a torch.Tensor is wanted"):
+    with pytest.raises(TypeError, match="routing_logits: expected a torch.Tensor, got a NoneType"):
         fused_moe(None, None, *inputs[2:], **options)
-    with pytest.raises(ValueError, match="local_expert_offset is 5; 0 to 4 is wanted"):
+    with pytest.raises(ValueError, match="local_expert_offset: expected 0 to 4, got 5"):
         fused_moe(None, None, *inputs[2:], **options, **chosen, num_experts=8)
 
 
 def test_a_layer_is_called_in_its_own_way(weights, routed):
     inputs = inputs_of(weights, 7)
     with_bias, without = layer_of(inputs, backend=REFERENCE), layer_of(routed, backend=REFERENCE)
-    with pytest.raises(TypeError, match="topk_ids and topk_weights are given to a layer with a routing_bias"):
+    with pytest.raises(TypeError, match="topk_ids, topk_weights: expected None and routing_logits"):
         call(with_bias, routed)
-    with pytest.raises(TypeError, match="routing_logits is given to a layer without a routing_bias; topk_ids and"):
+    with pytest.raises(TypeError, match="routing_logits: expected None, and topk_ids and topk_weights"):
         without(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale)
-    with pytest.raises(TypeError, match="topk_ids is a NoneType"):
+    with pytest.raises(TypeError, match="topk_ids: expected a torch.Tensor, got a NoneType"):
         without(None, inputs.hidden_states, inputs.hidden_states_scale)
-    with pytest.raises(
-        TypeError, match="routing_bias is None, and neither problem nor num_experts is given; a tensor is wanted"
-    ):
+    with pytest.raises(TypeError, match="routing_bias: expected a tensor, zeros for no bias, got None"):
         HybridMoE(*inputs[4:8], None, local_expert_offset=5, routed_scaling_factor=1.0, **ROUTING)
-    with pytest.raises(ValueError, match="num_experts is 12; 16 is wanted"):
+    with pytest.raises(ValueError, match="num_experts: expected 16, the width of routing_logits, got 12"):
         HybridMoE(
             *inputs[4:8],
             inputs.routing_bias,

@@ -150,12 +150,12 @@ def test_wrong_arguments():
         lambda: table.choice(-1),
         lambda: table.decision(-1),
     ):
-        with pytest.raises(ValueError, match="num_tokens is -1"):
+        with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 0, got -1"):
             call()
     for wrong in (2.5, True, "3", None):
-        with pytest.raises(ValueError, match="num_tokens is .*; expected an integer of at least 0"):
+        with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 0, got"):
             table.choice(wrong)
-    with pytest.raises(ValueError, match="policy is for gpu_x"):
+    with pytest.raises(ValueError, match="policy: expected one for gpu_y .*, got one for gpu_x"):
         choose(make_policy(), PROBLEM, DeviceKey("gpu_y"), 1)
     with pytest.raises(ValueError, match="gate_first=True"):
         choose(make_policy(), MoEProblem(gate_first=True), DEVICE, 1)

@@ -113,12 +113,12 @@ def test_warming_up_goes_through_the_quantisation(weights, monkeypatch):
 
 @pytest.mark.parametrize("given", [dict(token_counts=[0]), dict(token_counts=[1, -3]), dict(token_counts=[2.0])])
 def test_no_number_of_tokens(weights, given):
-    with pytest.raises(ValueError, match="token_counts has .*; integers of at least 1 are wanted"):
+    with pytest.raises(ValueError, match="token_counts: expected integers of at least 1, got .*"):
         layer_of(inputs_of(weights, 1), backend=REFERENCE).warm_up(**given)
 
 
 def test_no_bound(weights):
-    with pytest.raises(ValueError, match="max_num_tokens is 0; an integer of at least 1 is wanted"):
+    with pytest.raises(ValueError, match="max_num_tokens: expected an integer of at least 1, got 0"):
         layer_of(inputs_of(weights, 1), backend=REFERENCE).warm_up(max_num_tokens=0)
 
 
@@ -200,7 +200,7 @@ def test_an_error_leaves_the_old_policy(weights, spies, tmp_path, monkeypatch): 
     check(tmp_path / "cut.json", PolicyError, "isn't whole JSON")
     check(tmp_path / "none.json", PolicyError, "doesn't exist")
     check(make_policy(device="nvidia_x"), PolicyError, "nvidia_x")
-    check(3, TypeError, "policy is 3")
+    check(3, TypeError, "policy: expected .*, got 3")
     with monkeypatch.context() as patch:
         patch.setattr(backends, "not_supported_reasons", lambda *_: ("asleep",))
         check(other_policy(), NoBackendError, "asleep")
@@ -221,7 +221,7 @@ def test_an_error_leaves_the_old_policy(weights, spies, tmp_path, monkeypatch): 
 
 def test_an_explicit_backend_is_not_changed_by_a_policy(weights, spies):  # noqa: F811
     layer = layer_of(inputs_of(weights, 3), backend="one")
-    with pytest.raises(ValueError, match="policy is given to a layer with backend=one; a layer without is wanted"):
+    with pytest.raises(ValueError, match="policy: expected a layer without a backend, got one with one"):
         layer.reload_policy(make_policy())
     assert layer.choice(3) == Candidate("one")
 

@@ -80,5 +80,5 @@ def test_b200_explains_itself(b200, num_tokens, backend, source):
 
 
 def test_b200_says_that_it_was_not_measured_by_this_package(b200):
-    assert {regime.verified for regime in b200.regimes} == {"seed_only"}
+    assert {regime.verified for regime in b200.regimes} == {"published"}
     assert [regime.label for regime in b200.regimes] == ["1-7", "14-32", "52-80", "901", "10001-"]

@@ -280,7 +280,7 @@ def test_what_is_wrong_is_named_by_compiled_code_as_well(weights):
     inputs = inputs_of(weights, 5)
     layer = layer_of(inputs, backend=REFERENCE)
     run = torch.compile(lambda *tensors: layer(*tensors), backend="aot_eager", fullgraph=True)
-    with pytest.raises(TypeError, match="routing_logits has dtype torch.float64; torch.float32 is wanted"):
+    with pytest.raises(TypeError, match="routing_logits: expected dtype torch.float32, got torch.float64"):
         run(inputs.routing_logits.double(), inputs.hidden_states, inputs.hidden_states_scale)
 
 
@@ -291,7 +291,7 @@ def test_a_layer_that_is_gone_is_named(weights):
     assert torch.equal(custom_ops.layer(*inputs, handle), call(layer, inputs))
     del layer
     gc.collect()
-    with pytest.raises(RuntimeError, match=f"handle is {handle}; that of a living layer is wanted: keep"):
+    with pytest.raises(RuntimeError, match=f"handle: expected that of a living layer, got {handle}: keep"):
         custom_ops.layer(*inputs, handle)
 
 

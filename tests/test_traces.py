@@ -195,7 +195,7 @@ def test_other_names_need_to_be_said():
     given = {"flashinfer_moe": "flashinfer_trtllm", "triton_fused": "triton_fused[gemm=deep_gemm]"}
     assert candidate_of("flashinfer_moe", given) == Candidate("flashinfer_trtllm")
     assert candidate_of("triton_fused", given) == DEEP
-    with pytest.raises(ValueError, match=r"'x' is said to be 'fast'; one of these is wanted: .*triton_fused\[gemm=tri"):
+    with pytest.raises(ValueError, match=r"'x': expected one of .*triton_fused\[gemm=tri"):
         candidate_of("x", {"x": "fast"})
 
 
@@ -259,15 +259,19 @@ def change(data, path, value):
     ("path", "value", "message"),
     [
         (("definition",), "gemm_n128", "line 2: definition is 'gemm_n128'"),
-        (("solution",), None, "line 2: the trace has only one of solution and evaluation"),
-        (("evaluation", "performance"), None, "passed with no performance"),
-        (("evaluation", "performance", "latency_ms"), 0.0, r"passed with 0.0 ms; a latency_ms above 0"),
+        (("solution",), None, "line 2: the trace: expected both solution and evaluation or neither"),
+        (("evaluation", "performance"), None, "expected a latency_ms above 0, got no performance"),
+        (("evaluation", "performance", "latency_ms"), 0.0, r"expected a latency_ms above 0, got 0.0 ms"),
         (("evaluation", "environment", "hardware"), "", "line 2 is no trace of flashinfer-bench: evaluation.environ"),
         (("evaluation", "timestamp"), None, "evaluation.timestamp"),
-        (("workload", "axes"), {"batch": 1}, "axes batch; seq_len is wanted"),
+        (("workload", "axes"), {"batch": 1}, "expected the axis seq_len, which is T, got batch"),
         (("workload", "axes", "seq_len"), 0, "line 2 is no trace of flashinfer-bench: num_tokens"),
-        (("workload", "inputs", "local_expert_offset"), {"type": "random"}, 'local_expert_offset = {"type": "random"}'),
-        (("workload", "inputs", "local_expert_offset"), None, "local_expert_offset = {}"),
+        (
+            ("workload", "inputs", "local_expert_offset"),
+            {"type": "random"},
+            'with a whole number, got {"type": "random"}',
+        ),
+        (("workload", "inputs", "local_expert_offset"), None, "with a whole number, got {}"),
         (("workload", "inputs", "local_expert_offset", "value"), 0.5, "with a whole number"),
     ],
 )
@@ -384,7 +388,7 @@ def test_wrong_definitions(tmp_path, content, message):
 @pytest.mark.parametrize(("definition", "offset"), [(KIMI_E48, 337), (KIMI_E384, 1), (MoEProblem().definition, 225)])
 def test_an_offset_that_the_problem_cannot_have_is_an_error(tmp_path, definition, offset):
     path = traces_of(definition, tmp_path, offset)
-    with pytest.raises(ValueError, match=rf"traces\.jsonl, line 1: local_expert_offset is {offset}; expected 0 to"):
+    with pytest.raises(ValueError, match=r"traces\.jsonl, line 1: local_expert_offset: expected 0 to"):
         learn_from_files([path], LearnerOptions())
     assert learn_from_files([path], LearnerOptions(), num_experts=1536).problem.num_experts == 1536
 

@@ -190,7 +190,7 @@ def test_it_is_said_once_a_policy(monkeypatch):
         regimes=[make_regime(1, 2, missing)],
         environment={"torch": "1.0.0"},
     )
-    resolve._warn_once.cache_clear()
+    resolve.warn_once.cache_clear()
     with pytest.warns(PolicyMismatchWarning) as caught:
         for _ in range(3):
             assert resolve.decision_table(problem, DeviceKey("cpu"), policy).choice(1) == reference

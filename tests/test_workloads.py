@@ -156,7 +156,9 @@ def test_one_rank_alone_has_all_rows(load):
 
 
 def test_an_unknown_load():
-    with pytest.raises(ValueError, match="routing is 'normal'; one of uniform, zipf, concentrated, none, .* is wanted"):
+    with pytest.raises(
+        ValueError, match="routing: expected one of uniform, zipf, concentrated, none, .*, got 'normal'"
+    ):
         make_routing(Workload(3, routing="normal"), SMALL)
 
 

@@ -151,7 +151,7 @@ def test_a_promise_of_ten_million_tokens_takes_no_time():
 def test_numbers_of_tokens_that_are_none(spy, wrong):
     layer = layer_of(inputs_of(1))
     for ask in (layer.workspace_bytes, layer.choice, layer.explain):
-        with pytest.raises(ValueError, match="num_tokens is .*; expected an integer of at least 0"):
+        with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 0, got"):
             ask(wrong)
 
 
@@ -162,15 +162,15 @@ def test_a_copy_promises_the_same(spy):
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "8"])
 def test_a_promise_that_is_none(spy, wrong):
-    with pytest.raises(ValueError, match="max_num_tokens is .*; an integer of at least 1 is wanted"):
+    with pytest.raises(ValueError, match="max_num_tokens: expected an integer of at least 1, got .*"):
         layer_of(inputs_of(1), max_num_tokens=wrong)
 
 
 def test_wrong_inputs_are_named_as_ever(spy):
     layer, inputs = layer_of(inputs_of(1), max_num_tokens=4), inputs_of(2)
-    with pytest.raises(TypeError, match="hidden_states is a list"):
+    with pytest.raises(TypeError, match="hidden_states: expected a torch.Tensor, got a list"):
         layer(inputs.routing_logits, [1])
-    with pytest.raises(ValueError, match="hidden_states has shape"):
+    with pytest.raises(ValueError, match="hidden_states: expected"):
         layer(inputs.routing_logits, torch.zeros(2, 384, dtype=torch.bfloat16))
     assert not Workspaces.of(CPU).piece().busy
 

@@ -26,7 +26,7 @@ def get_backend(name: str) -> Backend:
     try:
         return BACKENDS[name]
     except KeyError:
-        raise ValueError(f"backend is {name!r}; one of {', '.join(BACKENDS)} is wanted") from None
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}") from None
 
 
 def complete(choice: Candidate) -> Candidate:

@@ -96,7 +96,7 @@ class FlashinferCutlass(Backend):
         reasons = []
         if device.capability not in CAPABILITIES:
             have = ".".join(map(str, device.capability)) if device.capability else "unknown"
-            reasons.append(f"compute capability of {device.name} is {have}; 9.0 is wanted")
+            reasons.append(f"compute capability of {device.name}: expected 9.0, got {have}")
         reasons += flashinfer_package.package_reasons()
         usable = not reasons
         if importlib.util.find_spec("triton") is None:
@@ -225,7 +225,7 @@ def _compiler_reasons() -> list[str]:
     try:
         toolkit = importlib.import_module("flashinfer.jit.cpp_ext")
         if not toolkit.is_cuda_version_at_least(CUDA):
-            reasons.append(f"CUDA is {toolkit.get_cuda_version()}; {CUDA} or newer is wanted")
+            reasons.append(f"CUDA: expected {CUDA} or newer, got {toolkit.get_cuda_version()}")
         spec = _spec()
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: neither CUDA nor a GPU, as flashinfer puts it
         return [*reasons, f"{PACKAGE} {flashinfer_package.installed_version()} can't be used: {error}"]

@@ -33,7 +33,7 @@ def package_reasons() -> list[str]:
         return [f"flashinfer is there, but not as the package {PACKAGE}: its version is unknown"]
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     if match is None or not _FIRST <= tuple(int(part or 0) for part in match.groups()) < _EXCLUDED:
-        return [f"{PACKAGE} {version} is installed; {VERSION_RANGE} is wanted"]
+        return [f"{PACKAGE}: expected {VERSION_RANGE}, got {version}"]
     return []
 
 

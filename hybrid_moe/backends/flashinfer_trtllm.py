@@ -109,7 +109,7 @@ class FlashinferTrtllm(Backend):
         reasons = []
         if device.capability not in CAPABILITIES:
             have = ".".join(map(str, device.capability)) if device.capability else "unknown"
-            reasons.append(f"compute capability of {device.name} is {have}; 10.0 or 10.3 is wanted")
+            reasons.append(f"compute capability of {device.name}: expected 10.0 or 10.3, got {have}")
         reasons += flashinfer_package.package_reasons()
         reasons += _problem_reasons(problem)
         reasons += self.unknown_config_reasons(config, {})
@@ -204,21 +204,21 @@ def _problem_reasons(problem: MoEProblem) -> list[str]:
     if problem.gate_first:
         reasons.append("gate_first is True; the kernels read the up half first")
     if problem.routing_method not in _ROUTING_METHOD_TYPE:
-        reasons.append(f"routing_method is {problem.routing_method!r}; {', '.join(_ROUTING_METHOD_TYPE)} is wanted")
+        reasons.append(f"routing_method: expected {', '.join(_ROUTING_METHOD_TYPE)}, got {problem.routing_method!r}")
     if problem.num_experts % 4:
-        reasons.append(f"num_experts is {problem.num_experts}; a multiple of 4 is wanted")
+        reasons.append(f"num_experts: expected a multiple of 4, got {problem.num_experts}")
     if problem.num_experts > _MAX_EXPERTS:
-        reasons.append(f"num_experts is {problem.num_experts}; at most {_MAX_EXPERTS} is wanted")
+        reasons.append(f"num_experts: expected at most {_MAX_EXPERTS}, got {problem.num_experts}")
     if problem.n_group > _MAX_GROUPS:
-        reasons.append(f"n_group is {problem.n_group}; at most {_MAX_GROUPS} is wanted")
+        reasons.append(f"n_group: expected at most {_MAX_GROUPS}, got {problem.n_group}")
     if problem.n_group > 1 and problem.group_size > _MAX_GROUP_SIZE:
-        reasons.append(f"groups have {problem.group_size} experts; at most {_MAX_GROUP_SIZE} is wanted")
+        reasons.append(f"groups: expected at most {_MAX_GROUP_SIZE} experts, got {problem.group_size}")
     if problem.topk_group > _MAX_TOPK_GROUP:
-        reasons.append(f"topk_group is {problem.topk_group}; at most {_MAX_TOPK_GROUP} is wanted")
+        reasons.append(f"topk_group: expected at most {_MAX_TOPK_GROUP}, got {problem.topk_group}")
     max_top_k = 8 if problem.num_experts <= _MAX_EXPERTS_TOP_8 else 22
     if problem.top_k > max_top_k:
-        reasons.append(f"top_k is {problem.top_k}; at most {max_top_k} of {problem.num_experts} experts is wanted")
+        reasons.append(f"top_k: expected at most {max_top_k} of {problem.num_experts} experts, got {problem.top_k}")
     eligible = problem.topk_group * problem.group_size
     if problem.top_k >= eligible:
-        reasons.append(f"top_k is {problem.top_k}; less than the {eligible} experts of the kept groups is wanted")
+        reasons.append(f"top_k: expected less than the {eligible} experts of the kept groups, got {problem.top_k}")
     return reasons

@@ -54,7 +54,7 @@ class TritonFused(Backend):
 
         if device.capability not in CAPABILITIES and not (device.name == "cpu" and interpreting()):
             reasons.append(
-                f"device {device.name} has compute capability {_text(device.capability)}; 9.0, 10.0 or 10.3 is wanted"
+                f"device {device.name}: expected compute capability 9.0, 10.0 or 10.3, got {_text(device.capability)}"
                 + (" (or Triton's interpreter: TRITON_INTERPRET=1, for tests)" if device.name == "cpu" else "")
             )
         if not reasons:

@@ -20,7 +20,6 @@ from .table import Column, Fitted, ground
 from .table import legend as legend_of
 
 _VERDICTS = {"best": "green", "tie": "cyan", "unsure": "yellow"}
-_VERIFIED = {"seed_only": "published", "measured": "measured"}
 NOT_MEASURED = "not measured for this problem: the policy is the nearest problem's"
 
 
@@ -74,7 +73,7 @@ def regimes(
             f"[{_VERDICTS[r.verdict]}]{r.verdict}[/]",
             percent(r.expected_regret),
             str(len(r.evidence)),
-            "not measured" if borrowed else _VERIFIED[r.verified],
+            "not measured" if borrowed else r.verified,
         )
     here = [] if runs_here is None else [runs_here["otherwise"]]
     table.add("otherwise", policy.default, *here, "default", "", str(len(policy.default_evidence)), "")

@@ -85,7 +85,7 @@ def third_party_imports(path: str, text: str) -> set[str]:
         elif isinstance(node, ast.Call) and _called(node) in _IMPORTERS:
             argument = node.args[0] if node.args else None
             if not isinstance(argument, ast.Constant) or not isinstance(argument.value, str):
-                raise BundleError(f"{path}, line {node.lineno}: imports what is computed; a literal name is wanted")
+                raise BundleError(f"{path}, line {node.lineno}: expected an import by a literal, got a computed name")
             if not argument.value.startswith("."):
                 found.add(argument.value)
     tops = {name.partition(".")[0] for name in found}

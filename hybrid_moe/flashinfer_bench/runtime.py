@@ -73,8 +73,8 @@ class BakedLayer:
         problem = self._problem
         for name, value in options.items():
             if name not in self._known or self._known[name] != value:
-                wanted = f"{self._known[name]} is wanted" if name in self._known else "this solution doesn't take it"
-                raise ValueError(f"{name} is {value!r}; {wanted}")
+                expected = self._known.get(name, "no such option")
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         check_ranks(inputs._asdict())
         check_weights(inputs, problem)
         check_activations(inputs, problem)

@@ -129,7 +129,7 @@ def _check_known(choice: Candidate) -> None:
     known = list(backends.get_backend(choice.backend).configs())
     if dict(choice.config) not in [dict(config) for config in known]:
         listed = ", ".join(str(Candidate(choice.backend, config)) for config in known)
-        raise ValueError(f"candidate is {choice}; one of {listed} is wanted")
+        raise ValueError(f"candidate: expected one of {listed}, got {choice}")
 
 
 def dumps_solution(solution: Mapping[str, Any]) -> str:
@@ -142,9 +142,9 @@ def _solution(
 ) -> dict[str, Any]:
     # It becomes the name of folders and logs.
     if re.fullmatch(r"[\w.,=+\[\]-]+", name) is None:
-        raise ValueError(f"name is {name!r}; letters, digits and any of _ . , = + [ ] - are wanted")
+        raise ValueError(f"name: expected letters, digits and any of _ . , = + [ ] -, got {name!r}")
     if not author.strip():
-        raise ValueError(f"author is {author!r}; a name is wanted")
+        raise ValueError(f"author: expected a name, got {author!r}")
     choices = list(dict.fromkeys(choice for _, choice in table))
     dependencies = list(dict.fromkeys(p for c in choices for p in backends.get_backend(c.backend).packages(c.config)))
     classes = {name: type(backends.get_backend(name)) for name in dict.fromkeys(c.backend for c in choices)}

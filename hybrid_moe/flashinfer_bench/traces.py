@@ -99,7 +99,7 @@ def record_fields(data: object, solutions: Mapping[str, str]) -> dict[str, Any] 
         return None
     sizes_of_definition(trace.definition)
     if trace.solution is None or trace.evaluation is None:
-        raise ValueError("the trace has only one of solution and evaluation; both are wanted, or neither")
+        raise ValueError("the trace: expected both solution and evaluation or neither, got one")
     evaluation = trace.evaluation
     choice = candidate_of(trace.solution, solutions)
     fields: dict[str, Any] = {
@@ -133,7 +133,7 @@ def record_fields(data: object, solutions: Mapping[str, str]) -> dict[str, Any] 
         return fields | {"status": status, "reason": _reason(evaluation)}
     if evaluation.performance is None or not evaluation.performance.latency_ms > 0:
         found = "no performance" if evaluation.performance is None else f"{evaluation.performance.latency_ms} ms"
-        raise ValueError(f"the trace of {trace.solution!r} passed with {found}; a latency_ms above 0 is wanted")
+        raise ValueError(f"the trace of {trace.solution!r} passed: expected a latency_ms above 0, got {found}")
     latency = {"median": 1e3 * evaluation.performance.latency_ms}
     return fields | {"status": "passed", "latency_us": latency}
 
@@ -156,7 +156,7 @@ def candidate_of(solution: str, solutions: Mapping[str, str]) -> Candidate:
         found = known.get(_completed(given))
         if found is None:
             names = ", ".join(map(str, candidates))
-            raise ValueError(f"solution {solution!r} is said to be {given!r}; one of these is wanted: {names}")
+            raise ValueError(f"solution {solution!r}: expected one of {names}, got {given!r}")
         return found
     return known.get(_completed(solution)) or Candidate(PEER_PREFIX + solution)
 
@@ -177,7 +177,7 @@ def _completed(text: str) -> str:
 def _num_tokens(workload: _Workload) -> int:
     if TOKENS_AXIS not in workload.axes:
         found = ", ".join(workload.axes) or "none"
-        raise ValueError(f"workload {workload.uuid} has the axes {found}; {TOKENS_AXIS} is wanted, which is T")
+        raise ValueError(f"workload {workload.uuid}: expected the axis {TOKENS_AXIS}, which is T, got {found}")
     return workload.axes[TOKENS_AXIS]
 
 
@@ -186,8 +186,8 @@ def _offset(workload: _Workload) -> int:
     value = given.get("value")
     if given.get("type") != "scalar" or not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(
-            f"workload {workload.uuid} has {OFFSET_INPUT} = {json.dumps(given)}; "
-            '{"type": "scalar", "value": 32} is wanted, with a whole number'
+            f"workload {workload.uuid}: expected {OFFSET_INPUT} as "
+            f'{{"type": "scalar", "value": 32}}, with a whole number, got {json.dumps(given)}'
         )
     return value
 

@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..candidate import Candidate
-from ..measure.readers import check_offset
-from ..measure.records import Measured, WorkloadKey, problem_of_record
+from ..measure.records import Measured, WorkloadKey, check_offset, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import Evidence, LearnerOptions, Verified, six_digits
 from ..policy.versions import COMMON, LIBRARIES, packages_of, release
@@ -180,7 +179,7 @@ def check_records(
         )
     others = sorted({_problem_for_people(r) for r in records if not is_about(r, problem)})
     if others:
-        raise ValueError(f"records are about {'; '.join(others)}; {problem} is wanted: name one as problem=")
+        raise ValueError(f"records: expected some about {problem}, got {'; '.join(others)}: name one as problem=")
     devices = listed(r.device for r in records)
     if "," in devices:
         raise ValueError(f"records are of several devices: {devices}; name one as device=")
@@ -201,7 +200,7 @@ def check_records(
             raise ValueError(f"{_where(record)}{error}") from error
     for record in passed:
         _check_gate(record, tolerance)
-    return devices, "seed_only" if all(by_speedup) else "measured"
+    return devices, "published" if all(by_speedup) else "measured"
 
 
 def _check_gate(record: Measured, tolerance: Tolerance) -> None:

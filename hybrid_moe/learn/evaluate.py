@@ -190,7 +190,7 @@ def evaluate(
     used = [r for r in here if wanted in (None, r.timing)]
     if not used:
         found = ", ".join(sorted({r.timing for r in here}))
-        raise ValueError(f"the records are timed with {found}; {wanted} is wanted: name another as timing= (--timing)")
+        raise ValueError(f"records: expected some timed with {wanted}, got {found}: name another as timing= (--timing)")
     used = under(used, where or {})
     check_records(used, LearnerOptions(timing=used[0].timing if wanted else None), policy.problem, policy.tolerance)
 

@@ -220,15 +220,15 @@ def parse_regimes(text: str) -> list[Interval]:
     for part in text.split(","):
         low, dash, high = (piece.strip() for piece in part.partition("-"))
         if not low.isdecimal() or (high and not high.isdecimal()):
-            raise ValueError(f"regimes has {part.strip()!r}; 'auto', or intervals as 1-7,14-32,901,10001- are wanted")
+            raise ValueError(f"regimes: expected 'auto', or intervals as 1-7,14-32,901,10001-, got {part.strip()!r}")
         upper = (int(high) if high else None) if dash else int(low)
         if upper is not None and upper < int(low):
-            raise ValueError(f"regimes has {part.strip()!r}; the smaller bound is wanted first")
+            raise ValueError(f"regimes: expected the smaller bound first, got {part.strip()!r}")
         intervals.append((int(low), upper))
     intervals.sort(key=lambda interval: interval[0])
     for lower, above in zip(intervals, intervals[1:], strict=False):
         if lower[1] is None or lower[1] >= above[0]:
-            raise ValueError(f"regimes {label(lower)} and {label(above)} overlap; disjoint intervals are wanted")
+            raise ValueError(f"regimes: expected disjoint intervals, got {label(lower)} and {label(above)}")
     return intervals
 
 
@@ -516,7 +516,7 @@ def preferred_among(prefer: str | None, known: Collection[Candidate]) -> frozens
     chosen = frozenset(choice for choice in known if text in (str(choice), choice.backend))
     if not chosen:
         names = ", ".join(sorted({str(choice) for choice in known}))
-        raise ValueError(f"prefer is {prefer!r}; a backend or candidate of the records is wanted: {names}")
+        raise ValueError(f"prefer: expected a backend or candidate of the records ({names}), got {prefer!r}")
     return chosen
 
 

@@ -46,7 +46,7 @@ def candidates_of(names: Sequence[str] | None) -> list[Candidate]:
         wanted = known if not given.config else [str(choice)]
         for text in wanted:
             if text not in known:
-                raise ValueError(f"candidate is {name!r}; one of {', '.join(known)} is wanted")
+                raise ValueError(f"candidate: expected one of {', '.join(known)}, got {name!r}")
             found[known[text]] = None
     return list(found)
 
@@ -64,7 +64,7 @@ def loads_of(
     left_out: dict[RoutingLoad, str] = {}
     for name in wanted or ():
         if name not in ROUTING_LOADS:
-            raise ValueError(f"routing is {name!r}; one of {', '.join(ROUTING_LOADS)} is wanted")
+            raise ValueError(f"routing: expected one of {', '.join(ROUTING_LOADS)}, got {name!r}")
     loads: list[RoutingLoad] = [load for load in ROUTING_LOADS if load in (wanted or LOADS)]
     for load in loads:
         try:

@@ -1,48 +1,41 @@
 """Readers of the formats that benchmark records come in.
 
 Our own runs are JSON Lines, one `BenchRecord` a line. Traces of flashinfer-bench are JSON Lines as well, see `traces`.
-The B200 results that the first policy is learned from are a markdown table of speedups over one reference, which give
-the ratios between backends at one workload.
+The results that the B200 policy is learned from are a table, see `published`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import itertools
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from ..candidate import Candidate
-from ..device import device_slug
-from ..files import Lines, decode, parse_json, read_whole
+from ..files import Lines, parse_json
 from ..flashinfer_bench.dataset import find_definition, read_num_experts
 from ..flashinfer_bench.traces import is_trace, record_fields
 from ..policy.schema import InputDigest, describe
-from ..problem import MoEProblem, problem_of_definition
 from ..text import printable
+from .published import read_published
 from .records import (
     BenchRecord,
     EnvironmentValue,
-    Measured,
     Measurement,
     RecordCorrectness,
     WorkloadKey,
+    check_offset,
     problem_of_record,
 )
 from .workloads import num_experts_of
 
-# A table of results is for people to read.
-_LARGEST_TABLE = 16 * 2**20
-
-Numbered = Iterator[tuple[int, bytes]]
+_T = TypeVar("_T")
+_Numbered = Iterator[tuple[int, bytes]]
 
 
 def shipped_records_dir() -> Path:
@@ -82,51 +75,36 @@ def read_with_digest(
     path: str | Path, solutions: Mapping[str, str] | None = None, experts: Experts | None = None
 ) -> tuple[list[BenchRecord], InputDigest]:
     """The records of one file, and the digest of the very bytes that they were read from; else as `read_any`."""
-    path = Path(path)
-    lines = Lines(path)
-    numbered = iter(lines)
-    first = next((item for item in numbered if item[1].strip()), None)
-    if first is not None and first[1].lstrip()[:1] != b"{":
-        return _read_table(path)
-    with _uncollected():
-        shared = _Shared()
-        read = _records(path, lines, first, numbered, solutions or {}, experts or Experts())
-        records = [shared.record(record) for record in read]
-    return records, InputDigest(name=_name(path), sha256=lines.sha256, records=len(records))
+    return _read(Path(path), solutions, experts, _Shared().record)
 
 
 def read_measurements(
     path: str | Path, solutions: Mapping[str, str] | None = None, experts: Experts | None = None
 ) -> tuple[list[Measurement], InputDigest]:
     """As `read_with_digest`, with what may be compared of each record alone: for files of millions of them."""
-    path = Path(path)
+    return _read(Path(path), solutions, experts, _Shared().measurement)
+
+
+def _read(
+    path: Path, solutions: Mapping[str, str] | None, experts: Experts | None, keep: Callable[[BenchRecord], _T]
+) -> tuple[list[_T], InputDigest]:
     lines = Lines(path)
     numbered = iter(lines)
     first = next((item for item in numbered if item[1].strip()), None)
-    shared = _Shared()
-    if first is not None and first[1].lstrip()[:1] != b"{":
-        records, digest = _read_table(path)
-        return [shared.measurement(record) for record in records], digest
-    with _uncollected():
-        read = _records(path, lines, first, numbered, solutions or {}, experts or Experts())
-        measurements = [shared.measurement(record) for record in read]
-    return measurements, InputDigest(name=_name(path), sha256=lines.sha256, records=len(measurements))
-
-
-def _records(
-    path: Path,
-    lines: Lines,
-    first: tuple[int, bytes] | None,
-    rest: Numbered,
-    solutions: Mapping[str, str],
-    experts: Experts,
-) -> Iterator[BenchRecord]:
-    if first is None:
-        return iter(())
-    numbered = itertools.chain([first], rest)
-    if is_trace(first[1]):
-        return _parse_traces(path, numbered, solutions, experts)
-    return _parse_records(path, numbered, lines)
+    if first is not None and not first[1].lstrip().startswith(b"{"):
+        records, sha256 = read_published(path)
+        kept = [keep(record) for record in records]
+    else:
+        numbered = itertools.chain([first] if first else [], numbered)
+        with _uncollected():
+            if first is not None and is_trace(first[1]):
+                kept = [keep(r) for r in _parse_traces(path, numbered, solutions or {}, experts or Experts())]
+            else:
+                kept = [keep(r) for r in _parse_records(path, numbered, lines)]
+        sha256 = lines.sha256
+    # As a policy keeps the name: no folders, and nothing that a JSON file can't hold.
+    name = printable(path.name).replace("\\", "_")
+    return kept, InputDigest(name=name, sha256=sha256, records=len(kept))
 
 
 def read_records(path: str | Path) -> list[BenchRecord]:
@@ -204,12 +182,9 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _name(path: Path) -> str:
-    """A file's name as a policy keeps it: no folders, and nothing that a JSON file can't hold."""
-    return printable(path.name).replace("\\", "_")
-
-
-def _parse_traces(path: Path, lines: Numbered, solutions: Mapping[str, str], experts: Experts) -> Iterator[BenchRecord]:
+def _parse_traces(
+    path: Path, lines: _Numbered, solutions: Mapping[str, str], experts: Experts
+) -> Iterator[BenchRecord]:
     source, results, workloads = str(path), 0, 0
     for number, line in lines:
         if not line.strip():
@@ -241,18 +216,7 @@ def _parse_traces(path: Path, lines: Numbered, solutions: Mapping[str, str], exp
         )
 
 
-def check_offset(record: Measured, problem: MoEProblem) -> None:
-    """Refuse a record at an offset that its problem can't have: then it is about another one."""
-    last = problem.num_experts - problem.num_local_experts
-    if record.local_expert_offset > last:
-        raise ValueError(
-            f"local_expert_offset is {record.local_expert_offset}; expected 0 to {last}, as "
-            f"{problem.num_local_experts} of {problem.num_experts} experts are local: if the model has more, say how "
-            "many as --num-experts"
-        )
-
-
-def _parse_records(path: Path, numbered: Numbered, lines: Lines) -> Iterator[BenchRecord]:
+def _parse_records(path: Path, numbered: _Numbered, lines: Lines) -> Iterator[BenchRecord]:
     source = str(path)
     for number, line in numbered:
         if not lines.complete:
@@ -358,157 +322,3 @@ class _Shared:
                 rtol=rtol, atol=atol, required_matched_ratio=ratio, max_relative_l2=l2
             )
         return self._bounds[bounds]
-
-
-# The columns of speedups in the published table, and the candidate that each of them measured.
-SEED_COLUMNS: Mapping[str, Candidate] = {
-    "flashinfer": Candidate("flashinfer_trtllm"),
-    "triton_v2": Candidate("triton_fused", {"gemm": "sgl_kernel"}),
-}
-_SEED_KEYS = ("UUID", "T", "offset")
-_SEED_DERIVED = ("v2/fi", "winner")
-
-
-def read_seed_table(path: str | Path) -> list[BenchRecord]:
-    """Read the published markdown table of speedups over the reference.
-
-    Wanted are the lines ``**GPU:**``, ``**Definition:**`` and ``**Tolerance:**``, the sentence ``All <n> workloads
-    PASS``, and the table with the columns UUID, T, offset and those of `SEED_COLUMNS`.
-
-    Raises
-    ------
-    ValueError
-        Something of this is missing or wrong; the message names file and line.
-    OSError
-        The file can't be read.
-    """
-    return _read_table(Path(path), known=True)[0]
-
-
-def _read_table(path: Path, known: bool = False) -> tuple[list[BenchRecord], InputDigest]:
-    content = read_whole(path, _LARGEST_TABLE)
-    if not known and b"**GPU:**" not in content:
-        raise ValueError(
-            f"{path} holds neither benchmark records or traces of flashinfer-bench (JSON Lines) nor the published "
-            "table (markdown with '**GPU:**')"
-        )
-    try:
-        text = decode(content)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-    records = _parse_seed_table(path, text)
-    return records, InputDigest(name=_name(path), sha256=hashlib.sha256(content).hexdigest(), records=len(records))
-
-
-def _parse_seed_table(path: Path, text: str) -> list[BenchRecord]:
-    device = device_slug(_header(path, text, "GPU").partition("(")[0])
-    if not device:
-        raise ValueError(f"{path} has the line '**GPU:** {_header(path, text, 'GPU')}'; expected a GPU's name in it")
-    definition = _header(path, text, "Definition").strip("`")
-    try:
-        problem = problem_of_definition(definition)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    correctness = RecordCorrectness(**_seed_tolerance(path, _header(path, text, "Tolerance")))
-    environment: dict[str, EnvironmentValue] = {"benchmark": "flashinfer-bench"}
-    if "**Config:**" in text:
-        environment["benchmark_config"] = _header(path, text, "Config")
-    date = re.search(r"^# .*?(\d{4}-\d{2}-\d{2})", text, re.MULTILINE)
-
-    records: list[BenchRecord] = []
-    columns: list[str] | None = None
-    rows = 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if columns is None:
-            if cells[:1] == ["UUID"]:
-                columns = cells
-                _check_seed_columns(path, number, columns)
-            continue
-        if not cells:
-            break
-        if all(re.fullmatch(r":?-+:?", cell) for cell in cells):
-            continue
-        if len(cells) != len(columns):
-            raise ValueError(f"{path}, line {number} has {len(cells)} cells; {len(columns)} are wanted, as in the head")
-        row = dict(zip(columns, cells, strict=True))
-        rows += 1
-        for column, choice in SEED_COLUMNS.items():
-            fields = {
-                "device": device,
-                "problem": definition,
-                "backend": choice.backend,
-                "config": dict(choice.config),
-                "num_tokens": _integer(path, number, "T", row["T"]),
-                "local_expert_offset": _integer(path, number, "offset", row["offset"]),
-                "routing": "flashinfer_bench",
-                "seed": 0,
-                "workload": row["UUID"],
-                "status": "passed",
-                "timing": "cupti",
-                "speedup_vs_reference": _speedup(path, number, column, row[column]),
-                "correctness": correctness,
-                "environment": environment,
-                "timestamp": date.group(1) if date else None,
-            }
-            try:
-                record = BenchRecord.model_validate(fields)
-                check_offset(record, problem)
-            except ValidationError as error:
-                raise ValueError(f"{path}, line {number} is no row of results: {describe(error)}") from error
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            record.set_place(str(path), number)
-            records.append(record)
-    if columns is None or not rows:
-        raise ValueError(f"{path} has no table of results; one that starts with a column UUID is wanted")
-    # The gate: the table has speeds only, so the file must say that the answers were right.
-    passed = re.search(r"All ([0-9]{1,9}) workloads PASS", text, re.IGNORECASE)
-    if passed is None or int(passed.group(1)) != rows:
-        found = f"'{passed.group(0)}'" if passed else "no such sentence"
-        raise ValueError(
-            f"{path} has {rows} rows and {found}; 'All {rows} workloads PASS' is wanted, as no speed is kept for a "
-            "wrong answer"
-        )
-    return records
-
-
-def _header(path: Path, text: str, name: str) -> str:
-    start = f"**{name}:**"
-    for line in text.split("\n"):
-        if line.startswith(start) and (said := line.removeprefix(start).strip()):
-            return said
-    raise ValueError(f"{path} has no line '{start} ...'; one is wanted before the table")
-
-
-def _seed_tolerance(path: Path, text: str) -> dict[str, Any]:
-    found = dict(re.findall(r"(?<![\w-])(rtol|atol|required-matched-ratio)=([0-9]{1,20}(?:\.[0-9]{1,20})?)\b", text))
-    names = {"rtol": "rtol", "atol": "atol", "required-matched-ratio": "required_matched_ratio"}
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(f"{path} has the tolerance '{text}', which lacks {', '.join(missing)}")
-    return {field: float(found[name]) for name, field in names.items()}
-
-
-def _check_seed_columns(path: Path, number: int, columns: list[str]) -> None:
-    wanted = [*_SEED_KEYS, *SEED_COLUMNS]
-    missing = [name for name in wanted if name not in columns]
-    unknown = [name for name in columns if name not in (*wanted, *_SEED_DERIVED)]
-    if missing or unknown or len(set(columns)) != len(columns):
-        raise ValueError(
-            f"{path}, line {number} has the columns {', '.join(columns)}; {', '.join(wanted)} are wanted, "
-            f"{' and '.join(_SEED_DERIVED)} are allowed"
-        )
-
-
-def _integer(path: Path, number: int, column: str, text: str) -> int:
-    if re.fullmatch("[0-9]{1,15}", text) is None:
-        raise ValueError(f"{path}, line {number} has {column} = {text!r:.99}; a whole number is wanted")
-    return int(text)
-
-
-def _speedup(path: Path, number: int, column: str, text: str) -> float:
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)x", text)
-    if match is None or float(match.group(1)) <= 0:
-        raise ValueError(f"{path}, line {number} has {column} = {text!r:.99}; a positive speedup as 31.24x is wanted")
-    return float(match.group(1))

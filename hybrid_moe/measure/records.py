@@ -190,13 +190,13 @@ class BenchRecord(_Model):
         speeds = [name for name in ("latency_us", "speedup_vs_reference") if getattr(self, name) is not None]
         if self.status == "passed" and len(speeds) != 1:
             raise ValueError(
-                f"a passed record has {' and '.join(speeds) or 'neither latency_us nor speedup_vs_reference'}; "
-                "exactly one of the two is wanted"
+                "a passed record: expected one of latency_us and speedup_vs_reference, got "
+                f"{' and '.join(speeds) or 'neither'}"
             )
         if self.status != "passed" and speeds:
             raise ValueError(f"a record that {self.status} has {' and '.join(speeds)}; no speed is kept for it")
         if self.status != "passed" and not self.reason:
-            raise ValueError(f"a record that {self.status} has no reason; one is wanted")
+            raise ValueError(f"reason: expected one for a record that {self.status}, got none")
         return self
 
     @property
@@ -325,3 +325,14 @@ def problem_of_record(record: Measured, *, num_experts: int | None = None, gate_
         num_experts=num_experts,
         gate_first=gate_first if record.gate_first is None else record.gate_first,
     )
+
+
+def check_offset(record: Measured, problem: MoEProblem) -> None:
+    """Refuse a record at an offset that its problem can't have: then it is about another one."""
+    last = problem.num_experts - problem.num_local_experts
+    if record.local_expert_offset > last:
+        raise ValueError(
+            f"local_expert_offset: expected 0 to {last}, got {record.local_expert_offset}, as "
+            f"{problem.num_local_experts} of {problem.num_experts} experts are local: if the model has more, say how "
+            "many as --num-experts"
+        )

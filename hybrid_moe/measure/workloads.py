@@ -244,12 +244,12 @@ def make_routing(workload: Workload, problem: MoEProblem) -> tuple[torch.Tensor,
         If the routing load can't be made for this problem (as ``none`` where all experts are local).
     """
     if workload.routing not in ROUTING_LOADS:
-        raise ValueError(f"routing is {workload.routing!r}; one of {', '.join(ROUTING_LOADS)} is wanted")
+        raise ValueError(f"routing: expected one of {', '.join(ROUTING_LOADS)}, got {workload.routing!r}")
     if workload.num_tokens < 0:
-        raise ValueError(f"num_tokens is {workload.num_tokens}; 0 or more is wanted")
+        raise ValueError(f"num_tokens: expected 0 or more, got {workload.num_tokens}")
     first, count = workload.local_expert_offset, problem.num_local_experts
     if not 0 <= first <= problem.num_experts - count:
-        raise ValueError(f"local_expert_offset is {first}; 0 to {problem.num_experts - count} is wanted")
+        raise ValueError(f"local_expert_offset: expected 0 to {problem.num_experts - count}, got {first}")
     make = {"uniform": _drawn, "zipf": _drawn, "concentrated": _concentrated, "none": _elsewhere}
     return make.get(workload.routing, _with_share)(workload, problem)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..problem import MoEProblem
 from .nearest import nearest, scaled
 from .schema import Policy
 from .select import DecisionTable, Refusals, resolve
-from .store import find_policy, how_to_make_one, known_policies
+from .store import find_policy, how_to_make_one, known_policies, warn_once
 from .versions import PolicyMismatchWarning, installed_versions, mismatch
 
 # What runs where no policy speaks, or nothing of it can run: the first of these that is supported.
@@ -26,7 +25,7 @@ REFERENCE = "torch_reference"
 def as_candidate(backend: str | Candidate) -> Candidate:
     """A full `Candidate` from what a caller gave as ``backend=``; ValueError for an unknown backend."""
     if not isinstance(backend, str | Candidate):
-        raise TypeError(f"backend is {backend!r}; a name, 'name[key=value]' or a Candidate is wanted")
+        raise TypeError(f"backend: expected a name, 'name[key=value]' or a Candidate, got {backend!r}")
     return backends.complete(Candidate.parse(backend) if isinstance(backend, str) else backend)
 
 
@@ -50,7 +49,7 @@ def decision_table(
     there is here, or none of its candidates can run; and where the reference is left to run what it is too slow for.
     """
     if not isinstance(policy, Policy | str | Path | None):
-        raise TypeError(f"policy is {policy!r}; a Policy, a file or a folder is wanted")
+        raise TypeError(f"policy: expected a Policy, a file or a folder, got {policy!r}")
     order = CPU_ORDER if device.name == "cpu" else DEFAULT_ORDER
     found, where, note = policy_or_nearest(problem, device.name, policy)
     if (found is None or note is not None) and device.name != "cpu":
@@ -78,17 +77,17 @@ def decision_table(
     if found is not None:
         differs = mismatch(found, device.name, refusals, installed_versions())
         for message in differs.messages(where):
-            _warn_once(message, PolicyMismatchWarning)
+            warn_once(message, PolicyMismatchWarning)
     for decision in table.decisions:
         if decision.source == "unmeasured":
-            _warn_once(
+            warn_once(
                 f"{where}: none of its candidates can run here. {decision.choice} runs instead, which nobody measured "
                 f"on {device.name}: `hybrid-moe regenerate` does",
                 PolicyMismatchWarning,
             )
         if decision.choice.backend == REFERENCE:
             for remark in backends.BACKENDS[REFERENCE].remarks(problem, device, decision.choice.config):
-                _warn_once(f"{REFERENCE} runs on {device.name}: {remark}", UserWarning)
+                warn_once(f"{REFERENCE} runs on {device.name}: {remark}", UserWarning)
     return table
 
 
@@ -121,12 +120,6 @@ def policy_or_nearest(
         f"{near.definition} ({path}), scaled by rows per expert"
     )
     return scaled(near, problem), note, note
-
-
-@functools.cache
-def _warn_once(message: str, category: type[Warning]) -> None:
-    # Python's own once-a-place would repeat it at every place that makes a layer.
-    warnings.warn(message, category, stacklevel=2)
 
 
 def _refusal_to_prepare(problem: MoEProblem, device: DeviceKey, choice: Candidate) -> tuple[str, ...]:

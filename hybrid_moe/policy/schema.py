@@ -33,7 +33,8 @@ from ..problem import MoEProblem
 SCHEMA_VERSION = 1
 
 Verdict = Literal["best", "tie", "unsure"]
-Verified = Literal["seed_only", "measured"]
+# Policies of before its release say "seed_only" for the first.
+Verified = Literal["published", "measured"]
 SLUG = r"^[a-z0-9]+(_[a-z0-9]+)*$"
 GraphOrEager = Literal["cuda_graph", "eager"]  # the ways in which this package times
 Timing = Literal[GraphOrEager, "cupti"]
@@ -145,7 +146,7 @@ class Regime(_Model):
         ``best``: the fastest over the evidence. ``tie``: within the tie margin of the fastest, and preferred.
         ``unsure``: within the margin, with nothing preferred, so the default.
     verified
-        ``seed_only``: learned from speedups over a reference alone, as a published table has them. ``measured``:
+        ``published``: learned from speedups over a reference alone, as a published table has them. ``measured``:
         learned from latencies.
     reason
         The verdict in words, with its figures.
@@ -159,7 +160,7 @@ class Regime(_Model):
     max_tokens: int | None = Field(le=LARGEST_COUNT)
     choice: CandidateField
     verdict: Verdict
-    verified: Verified
+    verified: Annotated[Verified, BeforeValidator(lambda said: "published" if said == "seed_only" else said)]
     reason: str
     expected_regret: float | None
     evidence: _Sequence[Evidence]
@@ -167,7 +168,7 @@ class Regime(_Model):
     @model_validator(mode="after")
     def _ordered(self) -> Regime:
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise ValueError(f"max_tokens is {self.max_tokens}; at least min_tokens={self.min_tokens} is wanted")
+            raise ValueError(f"max_tokens: expected at least min_tokens={self.min_tokens}, got {self.max_tokens}")
         return self
 
     @property
@@ -313,15 +314,15 @@ class Policy(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
         if self.definition != self.problem.definition:
-            raise ValueError(f"definition is {self.definition}; {self.problem.definition} is wanted, the problem's")
+            raise ValueError(f"definition: expected the problem's {self.problem.definition}, got {self.definition}")
         # By their text, as the evidence names them.
         if len({str(choice) for choice in self.candidates}) != len(self.candidates):
             raise ValueError(f"candidates has one twice: {', '.join(map(str, self.candidates))}")
         if self.default not in self.candidates:
-            raise ValueError(f"default is {self.default}; one of the candidates is wanted")
+            raise ValueError(f"default: expected one of the candidates, got {self.default}")
         for regime in self.regimes:
             if regime.choice not in self.candidates:
-                raise ValueError(f"regime {regime.label} has {regime.choice}; one of the candidates is wanted")
+                raise ValueError(f"regime {regime.label}: expected a choice of the candidates, got {regime.choice}")
         for lower, upper in zip(self.regimes, self.regimes[1:], strict=False):
             if lower.max_tokens is None or lower.max_tokens >= upper.min_tokens:
                 raise ValueError(f"regimes {lower.label} and {upper.label} overlap or aren't sorted by min_tokens")

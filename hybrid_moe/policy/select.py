@@ -238,7 +238,7 @@ def choose(
         reasons.append(f"policy: none for {device.name}")
     elif policy.device != device.name or policy.problem != problem:
         raise ValueError(
-            f"policy is for {policy.device} with {policy.problem}; one for {device.name} with {problem} is wanted"
+            f"policy: expected one for {device.name} with {problem}, got one for {policy.device} with {policy.problem}"
         )
     else:
         regime = policy.regime_of(num_tokens)
@@ -279,7 +279,7 @@ def _steps(
             yield "no_policy", choice, "the first that can run"
         return
     if regime is not None:
-        note = " (verified: seed_only, learned from published speedups)" if regime.verified == "seed_only" else ""
+        note = " (learned from published speedups)" if regime.verified == "published" else ""
         yield "regime", regime.choice, regime.reason + note
     yield "default", policy.default, policy.default_reason
     for choice in policy.candidates:
@@ -298,4 +298,4 @@ def _nothing(device: DeviceKey, candidates: Sequence[Candidate], refusals: Refus
 def check_num_tokens(num_tokens: int) -> None:
     """ValueError for what is no number of tokens: an integer of at least 0."""
     if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0:
-        raise ValueError(f"num_tokens is {num_tokens!r}; expected an integer of at least 0")
+        raise ValueError(f"num_tokens: expected an integer of at least 0, got {num_tokens!r}")

@@ -78,7 +78,7 @@ def _parse(path: str | Path, content: bytes) -> Policy:
             )
         ) from error
     if not isinstance(data, dict):
-        raise PolicyError(f"policy file {path} holds a JSON {type(data).__name__}; a policy's object is wanted")
+        raise PolicyError(f"policy file {path}: expected a policy's object, got a JSON {type(data).__name__}")
     # Before the fields: another version has other fields, and a list of those would hide the cause.
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -86,8 +86,8 @@ def _parse(path: str | Path, content: bytes) -> Policy:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise (_OtherReleaseError if newer else PolicyError)(
             printable(
-                f"policy file {path} has {found}; {SCHEMA_VERSION} is wanted: make it anew with {_ANEW}, "
-                "or use the release of hybrid_moe that wrote it"
+                f"policy file {path}: expected schema_version {SCHEMA_VERSION}, got {found}: make it anew with "
+                f"{_ANEW}, or use the release of hybrid_moe that wrote it"
             )
         )
     try:
@@ -188,13 +188,13 @@ def policies_in(root: str | Path) -> list[tuple[Path, Policy]]:
 
 def _warn_of_skipped(found: Scan) -> None:
     for error in found.skipped.values():
-        _warn_once(f"{error}. It is skipped")
+        warn_once(f"{error}. It is skipped")
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    # Python's own once-a-place would repeat it at every place that makes a layer.
-    warnings.warn(message, stacklevel=2)
+def warn_once(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn once in a process: Python's own once-a-place would repeat it at every place that makes a layer."""
+    warnings.warn(message, category, stacklevel=2)
 
 
 def _listed_digests(root: Path) -> dict[str, str]:
@@ -314,8 +314,8 @@ def _find_in(root: Path, problem: MoEProblem, device: str) -> tuple[Path, Policy
 def _matching(policy: Policy, problem: MoEProblem, device: str, what: str) -> Policy:
     if policy.device != device or policy.problem != problem:
         raise PolicyError(
-            f"{what} is for {policy.device} with {_describe_problem(policy.problem)}; "
-            f"{device} with {_describe_problem(problem)} is wanted: leave the policy out to look one up. "
+            f"{what}: expected one for {device} with {_describe_problem(problem)}, got one for {policy.device} with "
+            f"{_describe_problem(policy.problem)}: leave the policy out to look one up. "
             f"{how_to_make_one(problem)}"
         )
     return _known_here(policy, what)

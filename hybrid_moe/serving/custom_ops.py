@@ -41,7 +41,7 @@ def _routine(handle: int) -> Routine:
     routine = _routines.get(handle)
     if routine is None:
         raise RuntimeError(
-            f"handle is {handle}; that of a living layer is wanted: keep the HybridMoE for as long as code that was "
+            f"handle: expected that of a living layer, got {handle}: keep the HybridMoE for as long as code that was "
             "compiled with it runs, and in the process that made it"
         )
     return routine

@@ -50,7 +50,7 @@ def token_counts(starts: Sequence[int], max_num_tokens: int) -> tuple[int, ...]:
 def check_count(name: str, value: object) -> None:
     """ValueError for a number that is no T of at least 1."""
     if not _is_count(value):
-        raise ValueError(f"{name} is {value!r}; an integer of at least 1 is wanted")
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def checked(given: Iterable[int]) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def checked(given: Iterable[int]) -> tuple[int, ...]:
     counts = tuple(given)
     for count in counts:
         if not _is_count(count):
-            raise ValueError(f"token_counts has {count!r}; integers of at least 1 are wanted")
+            raise ValueError(f"token_counts: expected integers of at least 1, got {count!r}")
     return tuple(sorted(set(counts)))
 
 

@@ -23,7 +23,7 @@ def parameters(source: str) -> list[dict[str, str]]:
     """Name, kind and default (as source text; no key if there is none) of each parameter, in order."""
     found = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == FUNCTION]
     if len(found) != 1:
-        raise SystemExit(f"{len(found)} functions {FUNCTION} in {SOURCE}; one is wanted")
+        raise SystemExit(f"{SOURCE}: expected one function {FUNCTION}, got {len(found)}")
     args = found[0].args
     if args.vararg or args.kwarg:
         raise SystemExit(f"{FUNCTION} has variadic parameters, which this script doesn't record")

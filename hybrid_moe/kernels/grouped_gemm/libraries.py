@@ -61,7 +61,7 @@ def _capability_reasons(device: DeviceKey, capabilities: tuple[tuple[int, int], 
         return []
     has = "none" if device.capability is None else "{}.{}".format(*device.capability)
     wanted = " or ".join("{}.{}".format(*capability) for capability in capabilities)
-    return [f"device {device.name} has compute capability {has}; {wanted} is wanted"]
+    return [f"device {device.name}: expected compute capability {wanted}, got {has}"]
 
 
 def _sgl_registered() -> bool:

@@ -45,7 +45,7 @@ class Rows:
     row_major_scales
         Whether scales are ``[max_rows, blocks]``, or else ``[blocks, max_rows]``.
     tables
-        Whether ``problem_sizes`` and ``strides`` are wanted.
+        Whether ``problem_sizes`` and ``strides`` are made.
     """
 
     problem: MoEProblem

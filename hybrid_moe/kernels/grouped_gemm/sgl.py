@@ -51,7 +51,7 @@ class SglGroupedGemm(GroupedGemm):
         """The GPU, the library, and the experts that it can count."""
         reasons = libraries.sgl_reasons(device)
         if problem.num_local_experts > MAX_EXPERTS:
-            reasons.append(f"num_local_experts is {problem.num_local_experts}; at most {MAX_EXPERTS} is wanted")
+            reasons.append(f"num_local_experts: expected at most {MAX_EXPERTS}, got {problem.num_local_experts}")
         return reasons
 
     def reserve(self, arena: Arena, problem: MoEProblem, num_tokens: int, row_alignment: int) -> None:

@@ -130,10 +130,12 @@ def _is_rest(rest: bytes, alone: bool) -> bool:
     More is wanted where nothing before it (``alone``) says that the file is a journal.
     """
     rest = rest.rstrip(b"\0")
+    if not (_begins_as_record(rest) if alone else not rest or rest.startswith(b"{")):
+        return False
     with contextlib.suppress(ValueError):
         files.parse_json(files.decode(rest))
         return False  # a whole value, but no record
-    return _begins_as_record(rest) if alone else not rest or rest.startswith(b"{")
+    return True
 
 
 def _begins_as_record(text: bytes) -> bool:

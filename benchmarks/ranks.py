@@ -4,6 +4,7 @@
     python benchmarks/ranks.py table steps.jsonl
     python benchmarks/ranks.py layers layers.jsonl --ranks 8 --tokens 1 16 256 4096     # one GPU
     python benchmarks/ranks.py layers layers.jsonl --ranks 16 32 64 --tokens 128 --dispatched
+    python benchmarks/ranks.py paper layers.jsonl
 
 ``layers`` times the layers of all ranks, or of some of them, one after the other on one GPU, each checked against the
 reference first: what many GPUs would take without their communication. Every rank gets the tokens of all, as after an
@@ -11,6 +12,8 @@ all-gather, or those that chose one of its experts (``--dispatched``), as from D
 
 ``table`` prints what was measured at each T and which split the records say to take: the learner's own rule, with EP
 and TP as the candidates. As a layer is laid out once, it also says which to take for all T together.
+
+``paper`` puts the layers of ``--dispatched`` next to what DeepEP's authors published for its part.
 """
 
 from __future__ import annotations
@@ -37,16 +40,30 @@ from hybrid_moe.measure.records import (
     problem_of_record,
 )
 from hybrid_moe.measure.timing import time_graph
-from hybrid_moe.measure.workloads import DEEPSEEK_V3, ROUTING_LOADS, Workload, make_inputs, random_weights
+from hybrid_moe.measure.workloads import (
+    DEEPSEEK_V3,
+    ROUTED_SCALING_FACTOR,
+    ROUTING_LOADS,
+    Workload,
+    make_inputs,
+    make_routing,
+    random_weights,
+)
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
 from hybrid_moe.policy.schema import LearnerOptions
 from hybrid_moe.policy.select import choose
-from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference
+from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
 from hybrid_moe.shards import expert_parallel_shard, tensor_parallel_shard
 
 EP, TP = "expert_parallel", "tensor_parallel"
 WHOLE = replace(DEEPSEEK_V3, num_local_experts=DEEPSEEK_V3.num_experts)
 CHECKED = 16  # tokens of a call that are compared with the reference
+# DeepEP V1 as published (docs/legacy.md of its repository): H800, a 400 Gb/s CX7 for each, hidden size 7168, top-8 of
+# 4 groups, FP8 dispatch and bfloat16 combine. By the number of ranks: microseconds of dispatch and combine of the
+# low-latency kernels at 128 tokens a rank, and GB/s of the normal ones, through NVLink for 8 ranks and RDMA for more.
+LOW_LATENCY_TOKENS, LOW_LATENCY_US = 128, {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314)}
+BANDWIDTH = {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)}
+GPUS_OF_A_NODE = 8
 
 
 def of_tokens(inputs: MoEInputs, tokens: torch.Tensor) -> MoEInputs:
@@ -209,6 +226,39 @@ def _rate(record: BenchRecord) -> str:
     return f"{_extra(record, 'tokens_per_s'):,.0f}"
 
 
+def deep_ep_us(ranks: int, tokens: int) -> tuple[float, float]:
+    """Dispatch and combine in microseconds: as published for its low-latency kernels, else by published bandwidth.
+
+    The bandwidth counts, as DeepEP's own tests do, every copy of a token: one a rank in a node, one a node beyond it.
+    """
+    if tokens == LOW_LATENCY_TOKENS:
+        return LOW_LATENCY_US[ranks]
+    logits, bias = make_routing(Workload(tokens), WHOLE)
+    chosen, _ = route(logits, bias, ROUTED_SCALING_FACTOR, WHOLE)
+    places = ranks if ranks <= GPUS_OF_A_NODE else ranks // GPUS_OF_A_NODE
+    place = chosen // (WHOLE.num_experts // places)
+    copies = sum(int((place == each).any(dim=1).sum()) for each in range(places))
+    dispatched, combined = (copies * WHOLE.hidden_size * size for size in (1 + 4 / 128, 2))
+    dispatch, combine = BANDWIDTH[ranks]
+    return dispatched / dispatch / 1e3, combined / combine / 1e3
+
+
+def paper(records: Sequence[BenchRecord]) -> str:
+    """Markdown: the layer measured on one rank after the other, and DeepEP's part."""
+    lines = [
+        "| ranks | T a rank | layer, slowest rank (fastest) | DeepEP's dispatch | its combine | share of the layer |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in sorted(records, key=lambda each: (each.num_tokens, each.config["ranks"])):
+        ranks, layer = int(record.config["ranks"]), record.relative_time
+        dispatch, combine = deep_ep_us(ranks, record.num_tokens)
+        lines.append(
+            f"| {ranks} | {record.num_tokens} | {_layer(record, 'latency')} | {dispatch:.0f} | {combine:.0f} | "
+            f"{layer / (layer + dispatch + combine):.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def tables(paths: Sequence[Path]) -> Iterator[str]:
     """One for each way of timing, number of ranks, layer and routing."""
     groups: dict[tuple[object, ...], list[BenchRecord]] = defaultdict(list)
@@ -228,6 +278,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     of_records = commands.add_parser("table", help="print what records say")
     of_records.add_argument("records", type=Path, nargs="+")
+    of_paper = commands.add_parser("paper", help="print layers of --dispatched with DeepEP's published figures")
+    of_paper.add_argument("records", type=Path, nargs="+")
     of_layers = commands.add_parser("layers", help="time the layers of many ranks on one GPU")
     of_layers.add_argument("records", type=Path)
     of_layers.add_argument("--ranks", type=int, nargs="+", default=[8])
@@ -237,6 +289,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "table":
         print("\n\n".join(tables(options.records)))
+        return
+    if options.command == "paper":
+        found = [record for path in options.records for record in read_records(path)]
+        print(paper([record for record in found if record.config.get("dispatched")]))
         return
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, torch finds none")

@@ -204,10 +204,10 @@ class HybridMoE:
 
     Raises
     ------
+    TypeError, ValueError, PolicyError, BackendUnsupportedError
+        As `fused_moe`.
     RanksDifferError
         The ranks of ``group`` can't choose alike, or another one of them raised.
-    Others
-        As `fused_moe`.
     """
 
     def __init__(

@@ -232,3 +232,20 @@ def test_tables_of_files(benchmark, tmp_path):
     assert found.startswith("2 ranks, moe_fp8_block_scale_ds_routing_topk4_ng4_kg2_e16_h256_i1024, nvidia_h100")
     path.write_text("\n".join(lines[:3]) + "\n")  # nothing to compare with
     assert not list(benchmark.tables([path]))
+
+
+def test_what_dispatch_takes_on_paper(benchmark, monkeypatch):
+    assert benchmark.deep_ep_us(16, 128) == (118, 195)  # as published
+    # Two tokens: the first one's experts on ranks 0 and 1 of 16, which are of one node; the second one's on both nodes.
+    chosen = torch.tensor([[0, 1, 2, 3, 16, 17, 18, 19], [0, 1, 2, 3, 128, 129, 130, 131]])
+    monkeypatch.setattr(benchmark, "route", lambda *_: (chosen, None))
+    row = 7168 * (1 + 4 / 128)
+    assert benchmark.deep_ep_us(16, 2) == pytest.approx((3 * row / 43e3, 3 * 7168 * 2 / 43e3))
+    # In a node, ranks count: 0 and 0, 0 and 4 of 8.
+    assert benchmark.deep_ep_us(8, 2) == pytest.approx((3 * row / 153e3, 3 * 7168 * 2 / 158e3))
+
+
+def test_the_layers_share_on_paper(benchmark):
+    record = next(records_of(ep=(187.0,), tp=(1.0,), tokens=(128,)))
+    record = record.model_copy(update={"config": {"ranks": 16, "dispatched": True}})
+    assert benchmark.paper([record]).splitlines()[-1] == "| 16 | 128 | 187.0 (157.0) | 118 | 195 | 37% |"

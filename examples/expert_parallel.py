@@ -201,7 +201,8 @@ def measure(
     """Check and time the layer at one T; whether it is right."""
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), tokens.hidden_states.device
     part, problem = part_of(tokens, whole, split, rank, ranks)
-    layer = HybridMoE.from_inputs(part, problem, backend=options.backend)
+    # With the group, so that all ranks choose alike.
+    layer = HybridMoE.from_inputs(part, problem, backend=options.backend, group=dist.group.WORLD)
     layer.warm_up([tokens.num_tokens])
     mine = slice(rank * workload.num_tokens, (rank + 1) * workload.num_tokens)
     step = Step(

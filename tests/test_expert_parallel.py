@@ -94,6 +94,7 @@ def options_of(script, *arguments):
 
 
 def test_a_sum_that_lacks_a_part_is_wrong(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "time_rows", lambda *_: script.Times([2.0], [1.0]))
     assert script.run(options_of(script), CPU)
     assert "right: relative L2" in capsys.readouterr().out
     # The first of two ranks, and nobody there to add the other's part.

@@ -141,7 +141,7 @@ def test_two_gpus():
 # ---- The benchmark ----
 
 WHOLE = MoEProblem(
-    num_experts=32, num_local_experts=32, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=1024
+    num_experts=16, num_local_experts=16, top_k=4, n_group=4, topk_group=2, hidden_size=128, intermediate_size=1024
 )
 
 
@@ -153,7 +153,7 @@ def everything():
 @pytest.mark.parametrize("dispatched", [False, True])
 def test_the_layers_of_all_ranks_add_up(benchmark, monkeypatch, everything, dispatched):
     monkeypatch.setattr(benchmark, "WHOLE", WHOLE)
-    total = torch.zeros((24, 256))
+    total = torch.zeros((24, 128))
     for own, problem in benchmark.parts(everything, benchmark.EP, 8, dispatched):
         work = has_local_work(everything._replace(local_expert_offset=own.local_expert_offset), problem)
         assert own.num_tokens == (int(work.sum()) if dispatched else 24)
@@ -163,8 +163,8 @@ def test_the_layers_of_all_ranks_add_up(benchmark, monkeypatch, everything, disp
     assert float((total - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("ranks, problems", [(8, [4] * 8), (16, [2] * 8)])
-def test_layers_one_after_the_other(benchmark, monkeypatch, everything, ranks, problems):
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_layers_one_after_the_other(benchmark, monkeypatch, everything, ranks):
     times = iter(range(100, 200))
 
     def timed(calls, runs):
@@ -194,8 +194,8 @@ def records_of(ep, tp, tokens=(1, 16, 256)):
         for count, time in zip(tokens, times, strict=True):
             yield BenchRecord(
                 device="nvidia_h100_80gb_hbm3",
-                problem=replace(WHOLE, num_local_experts=16).definition,
-                num_experts=32,
+                problem=replace(WHOLE, num_local_experts=8).definition,
+                num_experts=16,
                 backend=split,
                 config={"ranks": 2},
                 num_tokens=count,
@@ -230,7 +230,7 @@ def test_tables_of_files(benchmark, tmp_path):
     lines = [record.model_dump_json(exclude_none=True) for record in records_of((1, 2, 3), (2, 3, 4))]
     path.write_text("\n".join(lines) + "\n")
     (found,) = benchmark.tables([path])
-    assert found.startswith("2 ranks, moe_fp8_block_scale_ds_routing_topk4_ng4_kg2_e16_h256_i1024, nvidia_h100")
+    assert found.startswith("2 ranks, moe_fp8_block_scale_ds_routing_topk4_ng4_kg2_e8_h128_i1024, nvidia_h100")
     path.write_text("\n".join(lines[:3]) + "\n")  # nothing to compare with
     assert not list(benchmark.tables([path]))
 

@@ -295,23 +295,26 @@ class HybridMoE:
         self._handle = custom_ops.register(self)
 
     def _take(self, backend: Candidate | None, policy: Policy | str | Path | None) -> None:
-        if self._group is not None:
-            self._elsewhere = agree(
-                self._group,
-                functools.partial(self._dispatch_of, backend, policy),
-                {
-                    "device": self.device.name,
-                    "problem": self.problem,
-                    "backend": backend,
-                    "experts chosen before the call": self._routing_bias is None,
-                },
-            )
         # What is put in quarantine meanwhile is passed over as well.
-        epoch = None
+        epoch, agreed = None, self._group is None
         while epoch != QUARANTINE.epoch:
             epoch = QUARANTINE.epoch
-            dispatch = self._dispatch_of(backend, policy, self._elsewhere)
-            self._policy, self._dispatch = policy, dispatch
+            if agreed:
+                dispatch = self._dispatch_of(backend, policy, self._elsewhere)
+            else:
+                dispatch, self._elsewhere = self._agreed(backend, policy)
+            self._policy, self._dispatch, agreed = policy, dispatch, True
+
+    def _agreed(self, backend: Candidate | None, policy: Policy | str | Path | None) -> tuple[Dispatch, Refusals]:
+        assert self._group is not None
+        terms = {
+            "device": self.device.name,
+            "problem": self.problem,
+            "backend": backend,
+            "experts chosen before the call": self._routing_bias is None,
+        }
+        # Warnings are of the place that makes the layer, four calls further up than without a group.
+        return agree(self._group, functools.partial(self._dispatch_of, backend, policy, stacklevel=10), terms)
 
     def agree(self) -> None:
         """Compare again with the other ranks of the layer's group, so that all of them choose the same; a collective.
@@ -340,7 +343,7 @@ class HybridMoE:
             self._dispatch = self._dispatch_of(None, policy, self._elsewhere)
 
     def _dispatch_of(
-        self, backend: Candidate | None, policy: Policy | str | Path | None, elsewhere: Refusals
+        self, backend: Candidate | None, policy: Policy | str | Path | None, elsewhere: Refusals, stacklevel: int = 6
     ) -> Dispatch:
         routed = self._routing_bias is None
         dispatch = new_dispatch(
@@ -350,7 +353,7 @@ class HybridMoE:
             policy,
             routed,
             self._counters,
-            stacklevel=6,
+            stacklevel=stacklevel,
             elsewhere=elsewhere,
             max_workspace_bytes=self.max_workspace_bytes,
         )

@@ -7,15 +7,17 @@ import copy
 import json
 import logging
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from test_api import PROBLEM, inputs_of, layer_of, make_policy
 from test_quarantine import CPU, ONE, Failing, put_all_but
 
-from hybrid_moe import Candidate, RanksDifferError, backends, release_quarantine, save_policy
+from hybrid_moe import Candidate, DeviceKey, HybridMoE, RanksDifferError, backends, release_quarantine, save_policy
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.serving import agreement
 from hybrid_moe.serving.quarantine import QUARANTINE
@@ -164,6 +166,22 @@ def some_of_the_ranks(one, two):
         return list(layer_of(INPUTS, group=group, policy=make_policy()).explain(1).reasons)
 
 
+def no_policy(one, two):
+    """The warning is of this file, and there once, as without a group."""
+    gpu = DeviceKey("nvidia_thing", (9, 0))
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(DeviceKey, "of", lambda device: gpu):
+        warnings.simplefilter("always")
+        HybridMoE(
+            *INPUTS[4:8],
+            INPUTS.routing_bias,
+            local_expert_offset=5,
+            routed_scaling_factor=2.5,
+            problem=PROBLEM,
+            group=dist.group.WORLD,
+        )
+    return [[Path(each.filename).name, str(each.message)[:40]] for each in caught]
+
+
 def a_copy(one, two):
     layer = made()
     if RANK == 1:
@@ -190,6 +208,7 @@ SCENARIOS = (
     another_release,
     another_release_of_this_package,
     some_of_the_ranks,
+    no_policy,
     a_copy,
 )
 

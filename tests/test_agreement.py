@@ -141,6 +141,10 @@ def test_a_group_of_some_ranks_names_them_by_their_global_numbers(results):
     assert two[0].endswith("can't run here: not here")
 
 
+def test_a_warning_is_of_the_place_that_makes_the_layer(results):
+    assert results["no_policy"] == [[["agreement_ranks.py", "no policy for device nvidia_thing and pr"]]] * RANKS
+
+
 def test_a_copy_belongs_to_no_group(results):
     assert results["a_copy"] == [ALL, WITHOUT_ONE, ALL]
 

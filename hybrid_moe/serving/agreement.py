@@ -7,7 +7,6 @@ same order. Neither is on the path of a call.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from ..backends import complete
 from ..candidate import Candidate
-from ..policy.select import Refusals
+from ..policy.select import DecisionTable, Refusals
 from ..policy.store import digest_of
 from ..policy.versions import installed_version, packages_of
 from ..version import __version__
@@ -61,8 +60,8 @@ class _Statement:
 
 def agree(
     group: ProcessGroup, dispatch_without: Callable[[Refusals], Dispatch], terms: Mapping[str, object]
-) -> Refusals:
-    """Find what every rank can run.
+) -> tuple[Dispatch, Refusals]:
+    """Choose what every rank can run.
 
     Parameters
     ----------
@@ -75,8 +74,10 @@ def agree(
 
     Returns
     -------
-    Refusals
-        Why other ranks can't run a candidate: with these, all ranks have the same decisions.
+    dispatch
+        Of this rank, with the same decisions as those of the others.
+    elsewhere
+        Why other ranks can't run a candidate: what it was made with.
 
     Raises
     ------
@@ -87,16 +88,21 @@ def agree(
     """
     elsewhere: Refusals = {}
     known: frozenset[Candidate] = frozenset()
+    made: list[Dispatch] = []
+
+    def state() -> _Statement:
+        made.append(dispatch_without(elsewhere))
+        return _statement(made[-1].table, elsewhere, terms)
+
     while True:
-        said = together(group, functools.partial(_state, dispatch_without, elsewhere, terms))
+        said = together(group, state)
         _refuse_difference(group, said)
-        elsewhere = _refused_elsewhere(group, said)
         refused = frozenset[Candidate]().union(*(statement.refusals for statement in said))
         # Each rank has decided without its own refusals and those known before: are these all that there are?
         if all(refused <= known | statement.refusals.keys() for statement in said):
             _warn_of_versions(group, said)
-            return elsewhere
-        known = refused
+            return made[-1], elsewhere
+        known, elsewhere = refused, _refused_elsewhere(group, said)
 
 
 def together(group: ProcessGroup, call: Callable[[], _T]) -> list[_T]:
@@ -123,10 +129,7 @@ def together(group: ProcessGroup, call: Callable[[], _T]) -> list[_T]:
     return [result for result, _ in results]  # type: ignore[misc]  # without an error each has one
 
 
-def _state(
-    dispatch_without: Callable[[Refusals], Dispatch], elsewhere: Refusals, terms: Mapping[str, object]
-) -> _Statement:
-    table = dispatch_without(elsewhere).table
+def _statement(table: DecisionTable, elsewhere: Refusals, terms: Mapping[str, object]) -> _Statement:
     own = {
         complete(candidate): kept
         for candidate, reasons in table.refusals.items()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,61 +169,69 @@ def learned(records: Sequence[BenchRecord], regimes: str = "auto") -> Policy:
     return learn(records, options, problem=problem_of_record(records[0]), inputs=())
 
 
+Column = Callable[[BenchRecord, BenchRecord], str]  # of the records of EP and TP
+LAYER_COLUMNS: dict[str, Column] = {
+    "EP layer, slowest rank (fastest)": lambda ep, tp: layer_of(ep),
+    "TP layer": lambda ep, tp: layer_of(tp),
+}
+STEP_COLUMNS: dict[str, Column] = {
+    "EP step": lambda ep, tp: step_of(ep),
+    "TP step": lambda ep, tp: step_of(tp),
+    **LAYER_COLUMNS,
+    "communication": lambda ep, tp: " / ".join(f"{extra(each, 'communication_us'):.1f}" for each in (ep, tp)),
+    "EP tokens/s": lambda ep, tp: f"{extra(ep, 'tokens_per_s'):,.0f}",
+    "TP tokens/s": lambda ep, tp: f"{extra(tp, 'tokens_per_s'):,.0f}",
+}
+
+
+def extra(record: BenchRecord, name: str) -> float:
+    """A field of these records alone."""
+    return float((record.model_extra or {})[name])
+
+
+def step_of(record: BenchRecord) -> str:
+    """Microseconds of what was measured as a whole."""
+    return f"{record.relative_time:.1f}"
+
+
+def layer_of(record: BenchRecord) -> str:
+    """Microseconds of the layer on the slowest rank and on the fastest one; one figure where all do the same."""
+    time = (record.model_extra or {}).get("layer_us", record.relative_time)
+    return f"{time:.1f}" if record.backend == TP else f"{time:.1f} ({extra(record, 'fastest_layer_us'):.1f})"
+
+
 def table(records: Sequence[BenchRecord]) -> str:
     """Markdown: one row a T, for records of one way of timing, one number of ranks and one routing."""
     at: dict[int, dict[str, BenchRecord]] = defaultdict(dict)
     for record in records:
         at[record.num_tokens][record.backend] = record
     first = records[0]
-    policy, ranks = learned(records), first.config["ranks"]
-    whole = learned(records, f"1-{max(at)}")
     layers_only = bool(first.config.get("layers_only"))
+    columns = LAYER_COLUMNS if layers_only else STEP_COLUMNS
+    policy, whole = learned(records), learned(records, f"1-{max(at)}")
     lines = [
-        f"{ranks} ranks, {first.problem}, {first.device}, {first.timing}, routing {first.routing}"
-        + (", layers alone on one GPU" if layers_only else "")
+        f"{first.config['ranks']} ranks, {first.problem}, {first.device}, {first.timing}, routing {first.routing}"
+        + (", layers alone, one after the other on one GPU" if layers_only else "")
         + ", microseconds",
         "",
-        "| T a rank | EP step | EP layer, slowest rank (fastest) | TP step | TP layer | communication | "
-        "EP tokens/s | TP tokens/s | TP / EP | the records say |",
-        "|" + "---:|" * 9 + "---|",
+        f"| T a rank | {' | '.join(columns)} | TP / EP | the records say |",
+        "|" + "---:|" * (len(columns) + 2) + "---|",
     ]
     for tokens, found in sorted(at.items()):
         ep, tp = found[EP], found[TP]
-        chosen = choose(policy, policy.problem, DeviceKey(policy.device), tokens)
+        if wrong := [each.backend for each in (ep, tp) if each.status != "passed"]:
+            lines.append(f"| {tokens} |{' |' * (len(columns) + 1)} {' and '.join(wrong)} wrong |")
+            continue
+        choice = choose(policy, policy.problem, DeviceKey(policy.device), tokens).choice.backend
         regime = policy.regime_of(tokens)
-        verdict = f"{chosen.choice.backend}" + (f" ({regime.verdict})" if regime is not None else "")
-        cells: list[object] = [tokens]
-        if layers_only:
-            cells += ["", _layer(ep, "latency"), "", _layer(tp, "latency"), "", "", ""]
-        else:
-            cells += [_step(ep), _layer(ep), _step(tp), _layer(tp), _communication(ep, tp), _rate(ep), _rate(tp)]
-        cells += [f"{tp.relative_time / ep.relative_time:.2f}", verdict]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [str(tokens), *(column(ep, tp) for column in columns.values())]
+        cells += [f"{tp.relative_time / ep.relative_time:.2f}", choice + (f" ({regime.verdict})" if regime else "")]
+        lines.append(f"| {' | '.join(cells)} |")
     regime = whole.regimes[0]
-    lines += ["", f"For all T together: {regime.choice.backend} ({regime.verdict}), {regime.reason}"]
-    lines += [f"Regret by T: {policy.training_regret}; leaving one T out: {policy.leave_one_out_regret}"]
+    lines += ["", f"For all T together: {regime.choice.backend} ({regime.verdict}), {regime.reason}."]
+    if (left_out := policy.leave_one_out_regret) is not None:
+        lines.append(f"Leaving one T out, what the others say of it is {left_out.mean:.1%} slower than the faster one.")
     return "\n".join(lines)
-
-
-def _extra(record: BenchRecord, name: str) -> float:
-    return float((record.model_extra or {})[name])
-
-
-def _step(record: BenchRecord) -> str:
-    return f"{record.relative_time:.1f}"
-
-
-def _layer(record: BenchRecord, slowest: str = "layer_us") -> str:
-    time = record.relative_time if slowest == "latency" else _extra(record, slowest)
-    return f"{time:.1f} ({_extra(record, 'fastest_layer_us'):.1f})"
-
-
-def _communication(*records: BenchRecord) -> str:
-    return f"{min(_extra(record, 'communication_us') for record in records):.1f}"
-
-
-def _rate(record: BenchRecord) -> str:
-    return f"{_extra(record, 'tokens_per_s'):,.0f}"
 
 
 def deep_ep_us(ranks: int, tokens: int) -> tuple[float, float]:
@@ -253,7 +261,7 @@ def paper(records: Sequence[BenchRecord]) -> str:
         ranks, layer = int(record.config["ranks"]), record.relative_time
         dispatch, combine = deep_ep_us(ranks, record.num_tokens)
         lines.append(
-            f"| {ranks} | {record.num_tokens} | {_layer(record, 'latency')} | {dispatch:.0f} | {combine:.0f} | "
+            f"| {ranks} | {record.num_tokens} | {layer_of(record)} | {dispatch:.0f} | {combine:.0f} | "
             f"{layer / (layer + dispatch + combine):.0%} |"
         )
     return "\n".join(lines)

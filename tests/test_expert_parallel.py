@@ -216,13 +216,22 @@ def test_the_records_say_which_split_to_take(benchmark, tmp_path):
     found = benchmark.table(list(records_of(ep=(200, 300, 400), tp=(100, 300, 480))))
     rows = [line for line in found.splitlines() if re.match(r"\| \d", line)]
     assert rows[0] == (
-        "| 1 | 200.0 | 180.0 (170.0) | 100.0 | 80.0 (70.0) | 20.0 | 1,000 | 1,000 | 0.50 | tensor_parallel (best) |"
+        "| 1 | 200.0 | 100.0 | 180.0 (170.0) | 80.0 | 20.0 / 20.0 | 1,000 | 1,000 | 0.50 | tensor_parallel (best) |"
     )
     assert [row.rsplit("|", 2)[1].strip() for row in rows] == [
         "tensor_parallel (best)", "tensor_parallel (best)", "expert_parallel (best)"
     ]  # fmt: skip
     # Laid out once: twice as fast at T = 1 outweighs a fifth at 256.
     assert "For all T together: tensor_parallel (best)" in found
+
+
+def test_a_wrong_split_has_no_row(benchmark):
+    records = list(records_of(ep=(200, 300, 400), tp=(100, 300, 480)))
+    change = {"status": "failed", "reason": "NaN", "latency_us": None}
+    records[-1] = records[-1].model_copy(update=change)
+    found = benchmark.table(records)
+    assert re.search(r"^\| 256 \|( \|)* tensor_parallel wrong \|$", found, re.MULTILINE)
+    assert "For all T together: expert_parallel" in found  # what was wrong once isn't to be taken
 
 
 def test_tables_of_files(benchmark, tmp_path):
@@ -247,6 +256,7 @@ def test_what_dispatch_takes_on_paper(benchmark, monkeypatch):
 
 
 def test_the_layers_share_on_paper(benchmark):
-    record = next(records_of(ep=(187.0,), tp=(1.0,), tokens=(128,)))
-    record = record.model_copy(update={"config": {"ranks": 16, "dispatched": True}})
+    fields = next(records_of(ep=(187.0,), tp=(1.0,), tokens=(128,))).model_dump(exclude_none=True)
+    del fields["layer_us"]  # nothing but the layer was measured
+    record = BenchRecord(**fields | {"config": {"ranks": 16, "dispatched": True}})
     assert benchmark.paper([record]).splitlines()[-1] == "| 16 | 128 | 187.0 (157.0) | 118 | 195 | 37% |"

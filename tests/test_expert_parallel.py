@@ -260,3 +260,15 @@ def test_the_layers_share_on_paper(benchmark):
     del fields["layer_us"]  # nothing but the layer was measured
     record = BenchRecord(**fields | {"config": {"ranks": 16, "dispatched": True}})
     assert benchmark.paper([record]).splitlines()[-1] == "| 16 | 128 | 187.0 (157.0) | 118 | 195 | 37% |"
+
+
+def test_the_documented_tables_are_those_of_the_records(benchmark):
+    records = ROOT / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3" / "ranks"
+    found = "\n".join(benchmark.tables([records / "steps.jsonl", records / "layers.jsonl"]))
+    found += "\n" + benchmark.paper([r for r in read_records(records / "layers.jsonl") if r.config["dispatched"]])
+    tables = re.split(r"\n\n", (ROOT / "docs" / "ranks.md").read_text())
+    # Of the first the cells to both steps, which stand in another order than what follows; the others whole.
+    for cells, rows in zip((3, 4, 6), (t.splitlines()[2:] for t in tables if t.startswith("| ")), strict=True):
+        for row in rows:
+            wanted = "|".join(row.split("|")[: cells + 1])
+            assert "wrong" in wanted or wanted in found, row

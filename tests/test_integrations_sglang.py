@@ -91,6 +91,10 @@ def plugin(monkeypatch):
             "sglang.srt.plugins.hook_registry",
             {"HookRegistry": HookRegistry, "HookType": types.SimpleNamespace(BEFORE="before", AFTER="after")},
         ),
+        (
+            "sglang.srt.distributed",
+            {"get_tp_group": lambda: types.SimpleNamespace(world_size=1, cpu_group=None)},
+        ),
         ("sglang.srt.layers.moe.fused_moe_triton.layer", {"FusedMoE": FusedMoE}),
         ("sglang.srt.layers.quantization.fp8", {"Fp8MoEMethod": Fp8MoEMethod}),
         ("sglang.srt.layers.moe.token_dispatcher.standard", {"StandardCombineInput": StandardCombineInput}),
@@ -192,7 +196,8 @@ def test_ranks_choose_alike(plugin, monkeypatch):
     plugin.hooks["sglang.srt.server_args.ServerArgs.__post_init__"](args)
     for size in (1, 2):
         ranks = types.SimpleNamespace(world_size=size, cpu_group="gloo")
-        plugin.hooks[AFTER["load"]](None, types.SimpleNamespace(server_args=args, model="", tp_group=ranks))
+        monkeypatch.setattr(sys.modules["sglang.srt.distributed"], "get_tp_group", lambda ranks=ranks: ranks)
+        plugin.hooks[AFTER["load"]](None, types.SimpleNamespace(server_args=args, model=""))
     assert seen == [{}, {"group": "gloo"}]
 
 

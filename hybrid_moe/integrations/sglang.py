@@ -20,7 +20,7 @@ Needs of SGLang (``sglang/srt/``):
 - ``layers/moe/token_dispatcher/standard.py``: `StandardDispatchOutput` with ``hidden_states`` and ``topk_output``
   (``topk_weights`` float32, ``topk_ids`` counted from the rank's first expert, -1 for others'); `StandardCombineInput`.
 - ``layers/moe/fused_moe_triton/layer.py``: `FusedMoE` and its ``moe_runner_config``.
-- ``plugins/hook_registry.py``: `HookRegistry`.
+- ``plugins/hook_registry.py``: `HookRegistry`; ``distributed``: `get_tp_group` and its ``cpu_group``.
 - For the metrics alone: ``model_executor/runner/decode_cuda_graph_runner.py``: `DecodeCudaGraphRunner.execute`, its
   ``bs`` and ``captured_req_width``; ``observability/metrics_collector.py``: `SchedulerMetricsCollector.log_stats`.
 """
@@ -81,7 +81,9 @@ def _after_load(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     """SGLang logs what a plugin raises and goes on, but not what a hook does: no server starts with another runner."""
     if not getattr(model_runner.server_args, _MARK, False):
         return
-    ranks = getattr(model_runner, "tp_group", None)
+    from sglang.srt.distributed import get_tp_group  # the model runner has it in 0.5.16, and no more in 0.5.23
+
+    ranks = get_tp_group()
     options = {} if ranks is None or ranks.world_size == 1 else {"group": ranks.cpu_group}  # all of them choose alike
     layers = replace_runners(model_runner.model, **options)
     name = type(model_runner.model).__name__

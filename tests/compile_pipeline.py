@@ -8,6 +8,7 @@ their layers, at the T that take the most intricate tiles, and without what surr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -32,6 +33,7 @@ from hybrid_moe.kernels.few_tokens import few_tokens
 from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
+from hybrid_moe.kernels.grouped_gemm.triton import one_token
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
@@ -41,7 +43,7 @@ from hybrid_moe.problem import MoEProblem
 
 NUM_SMS = {90: 132, 100: 148}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
-TOKEN_COUNTS = (1, 16, 17, 80, 200, 400, 2560, 4096, 14107)
+TOKEN_COUNTS = (1, 16, 17, 80, 200, 250, 400, 2560, 4096, 14107)
 MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several M buckets, and the specialised kernels
 
 
@@ -116,6 +118,15 @@ def run_all(problem, gemm, inputs, output, limits, aligned=True):
             step.run(call, output.device)
 
 
+def one_token_of_narrow_experts(problem, limits):
+    """GEMM2 with the combine."""
+    inputs, output = untouched_inputs(problem, 1), torch.empty(1, problem.hidden_size, dtype=torch.bfloat16)
+    key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
+    arena = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).arena(1)
+    call = by_name(inputs, output, arena, torch.empty(arena.bytes, dtype=torch.uint8))
+    one_token.gemm2(problem, limits, key).run(call, output.device)
+
+
 class AroundSgl(SglGroupedGemm):
     """Without the library, which isn't wanted for what is around its calls."""
 
@@ -169,6 +180,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         for other in others:
             run_all(problem, gemm, other, output, limits)
             external_inputs(other, problem, limits)
+    one_token_of_narrow_experts(dataclasses.replace(problem, intermediate_size=256), limits)
     few_tokens(untouched_inputs(problem, 4), ids[:1].expand(4, -1), weights[:1].expand(4, -1), problem)
     JITFunction.run = run
     return list(compiled.values())

@@ -20,7 +20,7 @@ from hybrid_moe.reference import has_local_work, moe_reference
 
 # Against the reference that rounds the activation as the kernels do.
 TWIN_TOLERANCE = Tolerance(max_relative_l2=0.01)
-FEW, MANY, NARROW = Specialized
+FEW, MANY, NARROW, ONE_TOKEN = Specialized
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=1, topk_group=1, hidden_size=512, intermediate_size=384
 )
@@ -42,15 +42,16 @@ def given_rows(problem: MoEProblem, rows: list[int], tokens: int | None = None, 
 class Given(TritonGroupedGemm):
     """With the specialised kernels that a test wants, or None for the others."""
 
-    def __init__(self, first: Specialized | None, second: Specialized | None) -> None:
+    def __init__(self, first: Specialized | None, second: Specialized | None, many_above: float | None = None) -> None:
         super().__init__((9, 0))
         self._wanted = first, second
+        self._many_above = many_above
 
     def plan(self, problem, num_tokens):
         # Tiles for few rows need the memory that kernels for few rows need.
         tokens_per_expert = 2 if FEW in self._wanted else 100
         usual = super().plan(problem, tokens_per_expert * problem.num_experts // problem.top_k)
-        return dataclasses.replace(usual, specialized=self._wanted)
+        return dataclasses.replace(usual, specialized=self._wanted, many_above=self._many_above)
 
 
 class Call:

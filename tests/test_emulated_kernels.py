@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulated_calls import FEW, MANY, NARROW, SMALL, Call, Given, given_rows
+from emulated_calls import FEW, MANY, NARROW, ONE_TOKEN, SMALL, Call, Given, given_rows
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
@@ -75,6 +75,17 @@ def test_narrow_experts(name, intermediate):
         call.run(seed=len(name), stages=stages)
 
 
+@pytest.mark.parametrize("second", [FEW, NARROW])
+@pytest.mark.parametrize("rows", [[40, 3, 0, 20], [16, 17, 0, 33], [0, 70, 0, 0], [1, 0, 16, 0], [0, 0, 0, 0]], ids=str)
+def test_experts_by_their_rows(rows, second):
+    """Those that more than half of the tokens choose take the kernels for many, in launches of their own."""
+    call = Call(SMALL, given_rows(SMALL, rows, max(*rows, 7)), Given(FEW, second, many_above=0.5))
+    kernels = FEW_KERNELS if second is FEW else NARROW_KERNELS
+    assert call.kernels[2:] == [*MANY_KERNELS, *kernels, "combine_kernel"]
+    for seed in range(2):
+        call.run(seed, stages=2)
+
+
 @pytest.mark.parametrize(
     ("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (12, NARROW_KERNELS, 512), (50, MANY_KERNELS, 512)]
 )
@@ -87,7 +98,7 @@ def test_as_serving_has_them(tokens, kernels, size):
     call.run()
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY)], ids=["few", "many"])
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, ONE_TOKEN), (None, ONE_TOKEN)], ids=str)
 def test_one_token(gemms):
     """One kernel clears and routes."""
     call = Call(SMALL, given_rows(SMALL, [1, 0, 1, 1]), Given(*gemms))
@@ -125,12 +136,14 @@ def test_more_experts_than_a_warp_has_lanes(gemms):
 def test_bits_do_not_hang_on_the_order():
     """Slots, tiles and signals come in another order each time; no sum does."""
     inputs = given_rows(SMALL, [20, 3, 0, 33])
-    for gemms in ((FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, None)):
+    for gemms in ((FEW, FEW), (MANY, MANY), (FEW, NARROW), (FEW, FEW, 0.5), (None, None)):
         outputs = [Call(SMALL, inputs, Given(*gemms)).run(seed, stages=2) for seed in range(3)]
         assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, MANY), (None, None)], ids=str)
+@pytest.mark.parametrize(
+    "gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (FEW, FEW, 0.5), (None, MANY), (None, None)], ids=str
+)
 def test_calls_one_after_another_share_their_memory(gemms):
     """The second clears what the first counts with: not before the first is through with it."""
     calls = [
@@ -150,7 +163,9 @@ def next_owner_kernel(counters_ptr, ELEMENTS: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    "gemms", [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (None, FEW), (None, MANY), (None, None)], ids=str
+    "gemms",
+    [(FEW, FEW), (MANY, MANY), (FEW, NARROW), (FEW, FEW, 0.5), (None, FEW), (None, MANY), (None, None)],
+    ids=str,
 )
 def test_memory_is_free_when_the_call_ends(gemms):
     """What comes after the combine waits for that alone, and may have the call's memory for something else.

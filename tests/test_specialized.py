@@ -49,9 +49,31 @@ def gemms(num_tokens, capability=(9, 0), problem=DEEPSEEK_V3, **changes):
 def test_up_to_two_and_a_half_tokens_an_expert():
     for num_tokens in (1, 16, 17, 80):
         assert gemms(num_tokens) == FEW
-    assert gemms(81) == TRITON
     qwen = MODELS["qwen3-235b"]
-    assert gemms(40, problem=qwen) == FEW and gemms(41, problem=qwen) == TRITON
+    assert gemms(40, problem=qwen) == FEW
+
+
+def test_experts_that_most_tokens_choose():
+    """From 2.5 to 6.5 tokens an expert they have launches of their own, before the others'."""
+    for num_tokens in (81, 128, 208):
+        assert gemms(num_tokens) == [*HOPPER, *FEW]
+    assert gemms(209) == TRITON
+    steps = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(128))
+    shares = [step.operands[-2:] for step in steps if "gemm" in step.kernel.function.__name__]
+    assert shares == [(96, 2**31 - 1)] * 2 + [(0, 96)] * 2
+    counters = [{operand for operand in step.operands if str(operand).endswith("_many")} for step in steps]
+    assert counters == [
+        {"finished_many", "gemm1_tile_counter_many"},
+        {"finished_many", "gemm2_tile_counter_many"},
+        *[set()] * 3,
+    ]
+    places = Pipeline(DEEPSEEK_V3, TritonGroupedGemm((9, 0))).arena(128).places
+    assert places["finished_many"].shape == (33,)
+    assert gemms(128, aligned=False) == TRITON and gemms(128, stride_hidden=7168 + 8) == [TRITON[0], FEW[1]]
+    qwen = MODELS["qwen3-235b"]
+    assert gemms(41, problem=qwen) == [*HOPPER, *FEW] and gemms(105, problem=qwen) == TRITON
+    # A hidden size that GEMM2 for many rows can't take.
+    assert gemms(128, problem=dataclasses.replace(DEEPSEEK_V3, hidden_size=7168 + 128)) == FEW
 
 
 def test_from_more_than_eight_tokens_an_expert_on():
@@ -96,25 +118,43 @@ def test_sizes_they_are_not_made_for():
 
 
 def test_narrow_experts():
-    """Up to 512 columns, and from two tokens on; to twelve tokens for each expert, where others have 2.5."""
+    """Up to 512 columns, and from two tokens on; to 16 tokens for each expert, where others have 2.5."""
     narrow = MODELS["deepseek-v3-tp8"]
-    assert gemms(1, problem=narrow) == [FEW[0], TRITON[1]]
-    for num_tokens in (2, 16, 256, 384):
+    for num_tokens in (2, 16, 256, 512):
         assert gemms(num_tokens, problem=narrow) == [FEW[0], NARROW]
-    assert gemms(385, problem=narrow) == HOPPER
+    assert gemms(513, problem=narrow) == HOPPER
     assert gemms(16, problem=dataclasses.replace(narrow, intermediate_size=512)) == [FEW[0], NARROW]
     assert gemms(16, problem=dataclasses.replace(narrow, intermediate_size=640)) == FEW
     assert gemms(16, problem=narrow, aligned=False) == TRITON
     assert gemms(16, problem=narrow, stride_hidden=7168 + 8) == [TRITON[0], NARROW]
 
 
-def test_every_kernel_has_a_name_for_people():
+def test_one_token_of_narrow_experts():
+    """GEMM2 with the combine, up to 256 columns and whatever GEMM1 is."""
+
+    def kernels(problem, **changes):
+        steps = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key_of(1, **changes))
+        return [step.kernel.function.__name__ for step in steps]
+
     narrow = MODELS["deepseek-v3-tp8"]
+    assert kernels(narrow) == [FEW[0], "one_token_kernel"]
+    assert kernels(narrow, stride_hidden=7168 + 8) == [TRITON[0], "one_token_kernel"]
+    assert kernels(narrow, aligned=False) == [*TRITON, "combine_kernel"]
+    assert kernels(MODELS["qwen3-235b-tp4"]) == [FEW[0], TRITON[1], "combine_kernel"]
+
+
+def test_every_kernel_has_a_name_for_people():
+    assert describe(DEEPSEEK_V3, 128, (9, 0)).startswith(
+        "GEMM1 sm90/few_rows.py, GEMM2 sm90/few_rows.py, "
+        "sm90/many_rows.py for experts that more than 75% of the tokens choose, for "
+    )
+    narrow = MODELS["deepseek-v3-tp8"]
+    assert describe(narrow, 1, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 triton/one_token.py, ")
     assert describe(narrow, 16, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 sm90/narrow.py, ")
     assert describe(narrow, 4096, (9, 0)).startswith("GEMM1 sm90/many_rows.py, GEMM2 sm90/many_rows.py, ")
 
 
-@pytest.mark.parametrize("num_tokens, unit_n", [(2, 128), (16, 128), (17, 256), (384, 256)])
+@pytest.mark.parametrize("num_tokens, unit_n", [(2, 128), (16, 128), (17, 256), (512, 256)])
 def test_units_of_narrow_experts(num_tokens, unit_n):
     """With few rows, units are half as wide: there are twice as many for the programs."""
     narrow = MODELS["deepseek-v3-tp8"]
@@ -131,7 +171,7 @@ def test_a_tile_counter_for_each_launch():
     steps = gemm.steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(num_tokens))
     counters = [operand for step in steps for operand in step.operands if str(operand).endswith("tile_counter")]
     assert counters == ["gemm1_tile_counter", "gemm2_tile_counter", "gemm2_tile_counter"]
-    assert [step.operands[-2] for step in steps if "gemm2_tile_counter" in step.operands] == [0, columns]
+    assert [step.operands[-4] for step in steps if "gemm2_tile_counter" in step.operands] == [0, columns]
     places = Pipeline(DEEPSEEK_V3, gemm).arena(num_tokens).places
     assert (places["gemm1_tile_counter"].shape, places["gemm2_tile_counter"].shape) == ((1,), (2,))
 
@@ -155,7 +195,7 @@ def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
         (DEEPSEEK_V3, MODELS["deepseek-v3-tp8"]), ({}, {"stride_hidden": 7168 + 8}, {"aligned": False})
     ):
         key = key_of(num_tokens, **changes)
-        first, second, _ = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key)
+        *_, first, second, _ = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key)
         name, constants = first.kernel.function.__name__, first.constants.arguments
         rows = {FEW[0]: 32, HOPPER[0]: 128}.get(name) or constants["BLOCK_M"]
         blocks = problem.intermediate_size // 128

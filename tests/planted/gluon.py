@@ -6,6 +6,7 @@ ANY = ("tests/test_emulated_kernels.py",)
 FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
 MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
 NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
+BY_ROWS = ("tests/test_emulated_kernels.py::test_experts_by_their_rows",)
 LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
 TWICE = ("tests/test_emulated_kernels.py::test_memory_is_free_when_the_call_ends", *ANY)
@@ -42,8 +43,8 @@ MUTATIONS = [
         "row and column tile swapped",
     ),
     common(
-        "row_tiles = (tokens + (self.BLOCK_M - 1)) // self.BLOCK_M",
-        "row_tiles = tokens // self.BLOCK_M",
+        "row_tiles = (self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M",
+        "row_tiles = self.own(tokens) // self.BLOCK_M",
         "an expert's last rows have no tile",
     ),
     common(
@@ -213,7 +214,13 @@ MUTATIONS = [
         CHUNKS,
     ),
     few("return Signals(BLOCK_M.value,", "return Signals(2 * BLOCK_M.value,", "GEMM2 waits for too few signals", LATE),
-    few('"gemm1_tile_counter",', '"gemm2_tile_counter",', "both GEMMs draw their tiles from one counter"),
+    common("tokens <= self.most", "tokens < self.most", "nobody has an expert with as many rows as the bound", BY_ROWS),
+    common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
+    few(
+        'counter("gemm1_tile_counter"),',
+        'counter("gemm2_tile_counter"),',
+        "both GEMMs draw their tiles from one counter",
+    ),
     # Many rows
     many("weight_row + p.UP + wg", "weight_row + p.GATE + wg", "gate's weights for up"),
     many("up, gate = total.reshape", "gate, up = total.reshape", "gate and up swapped"),

@@ -214,9 +214,7 @@ MUTATIONS = [
     provider(
         "plan.specialized if key.aligned else (None, None)", "plan.specialized", "specialised kernels for odd addresses"
     ),
-    provider(
-        "signals = many_rows.signals(problem)", "signals = few_rows.signals(problem)", "signals of the other kernel"
-    ),
+    provider("many_rows.signals(problem)", "few_rows.signals(problem)", "signals of the other kernel"),
     provider("and columns % many_rows.COLUMNS == 0", "", "chunks of 128 columns by tiles of 256"),
     provider(
         "arrivals = max(arrivals, few_rows.block_arrivals(problem, num_tokens))",
@@ -272,7 +270,7 @@ MUTATIONS = [
     tiles(
         "if capability == (9, 0) else (None, None)", "if capability else (None, None)", "specialised kernels elsewhere"
     ),
-    tiles("(12.0, replace", "(2.5, replace", "plain Triton for narrow experts with a few rows"),
+    tiles("(16.0, replace", "(2.5, replace", "plain Triton for narrow experts with a few rows"),
     tiles("second is Specialized.NARROW and num_tokens == 1", "False", "fewer units than programs for one token"),
     tiles("if inner // block % u == 0", "if True", "unrolling that doesn't divide a sum", KERNELS),
     many(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
 from .sm90 import many_rows, narrow
+from .sm90.common import ALL, Share
+from .triton import one_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Specialized(enum.Enum):
     FEW = enum.auto()  # `sm90.few_rows`
     MANY = enum.auto()  # `sm90.many_rows`
     NARROW = enum.auto()  # `sm90.narrow`: GEMM2 alone, of narrow experts with few rows
+    ONE_TOKEN = enum.auto()  # `triton.one_token`: GEMM2 of narrow experts with the combine, for one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +92,30 @@ class TilePlan:
     specialized
         What GEMM1 and GEMM2 are instead, if anything. The tiles are then for what those kernels can't read, as inputs
         that don't start at multiples of 16 bytes.
+    many_above
+        Experts that more than this share of the tokens have chosen take `Specialized.MANY` all the same, in a pair of
+        launches before the others', which has nothing to do if routing is even. None: there is no such pair.
     """
 
     gemm1: Tile
     gemm2: Tile
     specialized: tuple[Specialized | None, Specialized | None] = (None, None)
+    many_above: float | None = None
+
+    def pairs(self, num_tokens: int) -> tuple[tuple[Share, Specialized | None, Specialized | None], ...]:
+        """Which experts take which kernels for GEMM1 and GEMM2, in the order of their launches."""
+        if self.many_above is None:
+            return ((ALL, *self.specialized),)
+        rows = int(num_tokens * self.many_above)
+        many = Share(above=rows, suffix="_many"), Specialized.MANY, Specialized.MANY
+        return many, (Share(most=rows), *self.specialized)
 
 
 _16_X4_PAIRS, _16_X3_PAIRS = MBucket(16, num_stages=4, k_unroll=2), MBucket(16, num_stages=3, k_unroll=2)
 _16_X4, _64_X3, _64_X4 = MBucket(16, num_stages=4), MBucket(64, num_stages=3), MBucket(64, num_stages=4)
 _128_X3, _128_X4 = MBucket(128, num_stages=3), MBucket(128, num_stages=4)
 
+_FUSED_GEMM1 = Tile(block_n=64, num_warps=4, m_buckets=(_16_X4_PAIRS, _64_X4), fused=True)
 _FUSED_GEMM2 = Tile(block_n=128, num_warps=4, m_buckets=(_16_X3_PAIRS, _64_X4), fused=True)
 # (up to so many tokens for each expert of the model if routing is even, plan). Measured on H100, see
 # benchmarks/NOTES.md.
@@ -121,13 +137,17 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
             specialized=(Specialized.FEW, Specialized.FEW),
         ),
     ),
+    # Most tokens may still choose the same few experts.
     (
-        8.0,
+        6.5,
         TilePlan(
-            gemm1=Tile(block_n=64, num_warps=4, m_buckets=(_16_X4_PAIRS, _64_X4), fused=True),
+            gemm1=_FUSED_GEMM1,
             gemm2=_FUSED_GEMM2,
+            specialized=(Specialized.FEW, Specialized.FEW),
+            many_above=0.75,
         ),
     ),
+    (8.0, TilePlan(gemm1=_FUSED_GEMM1, gemm2=_FUSED_GEMM2)),
     (
         float("inf"),
         TilePlan(
@@ -140,7 +160,7 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
 # The same for the intermediate sizes that `sm90.narrow` takes.
 TILES_SM90_NARROW: tuple[tuple[float, TilePlan], ...] = (
     (0.5, replace(TILES_SM90[0][1], specialized=(Specialized.FEW, Specialized.NARROW))),
-    (12.0, replace(TILES_SM90[1][1], specialized=(Specialized.FEW, Specialized.NARROW))),
+    (16.0, replace(TILES_SM90[1][1], specialized=(Specialized.FEW, Specialized.NARROW))),
     TILES_SM90[-1],
 )
 # Never measured: tiles that compile for sm_100a without spills, by tcgen05 where there are rows enough.
@@ -180,14 +200,15 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     plan = next(plan for bound, plan in table if tokens_per_expert <= bound)
     first, second = plan.specialized if capability == (9, 0) else (None, None)
     # One token has fewer of the units of `narrow` than there are programs.
-    if (second is Specialized.NARROW and num_tokens == 1) or (
-        second is Specialized.MANY and not many_rows.fits(problem)
-    ):
+    if second is Specialized.NARROW and num_tokens == 1:
+        second = Specialized.ONE_TOKEN if one_token.fits(problem) else None
+    if second is Specialized.MANY and not many_rows.fits(problem):
         second = None
     return TilePlan(
         _fitting(plan.gemm1, problem.hidden_size, problem.intermediate_size, problem.block),
         _fitting(plan.gemm2, problem.intermediate_size, problem.hidden_size, problem.block),
         (first, second),
+        plan.many_above if None not in (first, second) and many_rows.fits(problem) else None,
     )
 
 
@@ -198,6 +219,7 @@ def describe(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] |
         Specialized.FEW: "sm90/few_rows.py",
         Specialized.MANY: "sm90/many_rows.py",
         Specialized.NARROW: "sm90/narrow.py",
+        Specialized.ONE_TOKEN: "triton/one_token.py",
     }
     gemms = []
     for number, (kernels, tile) in enumerate(zip(plan.specialized, (plan.gemm1, plan.gemm2), strict=True), start=1):
@@ -205,6 +227,8 @@ def describe(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] |
         of = names[kernels] if kernels is not None else f"triton/gemm{number}.py, tiles of {rows} rows"
         gemms.append(f"GEMM{number} {of}")
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
+    if plan.many_above is not None:
+        gemms.append(f"sm90/many_rows.py for experts that more than {plan.many_above:.0%} of the tokens choose")
     return f"{', '.join(gemms)}, for {tokens_per_expert:.3g} rows of an expert if routing is even"
 
 

@@ -50,6 +50,8 @@ class TileScheduler:
     numbers: gl.shared_memory_descriptor  # [SLOTS, 1] int32
     published: gl.shared_memory_descriptor  # [SLOTS, 1] barriers, 1 arrival
     BLOCK_M: gl.constexpr
+    above: gl.tensor  # as `Share` has them
+    most: gl.tensor
     TILES_N: gl.constexpr
     E: gl.constexpr
     E_POW2: gl.constexpr
@@ -66,9 +68,14 @@ class TileScheduler:
         return expert, gl.load(at, mask=expert < self.E, other=0, cache_modifier=CACHE)
 
     @gluon.jit
+    def own(self, tokens):
+        """Of these numbers those of the launch's experts, zeros for the others."""
+        return gl.where((tokens > self.above) & (tokens <= self.most), tokens, 0)
+
+    @gluon.jit
     def locate(self, number, expert, tokens):
         """The tile of a number. The tiles of an expert follow one another, its row tiles fastest."""
-        row_tiles = (tokens + (self.BLOCK_M - 1)) // self.BLOCK_M
+        row_tiles = (self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M
         ends = gl.associative_scan(row_tiles, 0, _add) * self.TILES_N
         at = gl.sum((ends <= number).to(gl.int32), axis=0)
         rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
@@ -115,8 +122,8 @@ def _add(a, b):
 
 @gluon.jit
 def make_scheduler(
-    tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr, E: gl.constexpr,
-    E_POW2: gl.constexpr, SLOTS: gl.constexpr,
+    tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr,
+    E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A `TileScheduler` with its shared memory."""
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], PLAIN)
@@ -129,6 +136,8 @@ def make_scheduler(
         numbers=numbers,
         published=published,
         BLOCK_M=BLOCK_M,
+        above=above,
+        most=most,
         TILES_N=TILES_N,
         E=E,
         E_POW2=E_POW2,
@@ -194,6 +203,27 @@ def make_pipeline(
         mbarrier.init(full.index(stage), count=129)
         mbarrier.init(empty.index(stage), count=READERS)
     return Pipeline(x=x, x_scale=x_scale, weight=weight, full=full, empty=empty, STAGES=STAGES)
+
+
+class Share(NamedTuple):
+    """The experts that a launch is for: those with more than ``above`` rows, and no more than ``most``.
+
+    Parameters
+    ----------
+    suffix
+        Of the names of its counters: each pair of GEMMs has its own.
+    """
+
+    above: int = 0
+    most: int = 2**31 - 1
+    suffix: str = ""
+
+    def counter(self, name: str) -> str:
+        """The name of one of its counters."""
+        return name + self.suffix
+
+
+ALL = Share()
 
 
 class Resources(NamedTuple):

@@ -55,10 +55,12 @@ from ...shapes import max_local_rows, max_row_tiles
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, count_arrival, signal
 from .common import (
+    ALL,
     COPY,
     LINE,
     Pipeline,
     Resources,
+    Share,
     SwizzledTiles,
     TileScheduler,
     channel_slots,
@@ -255,7 +257,7 @@ def gemm2_producer(p):
     AHEAD: gl.constexpr = min(p.pipeline.STAGES, K_BLOCKS) // GROUP * GROUP
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
+    through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
@@ -284,7 +286,7 @@ def gemm2_producer(p):
         number = p.scheduler.publish_tile(turn)
         turn += 1
         if not through:
-            through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
+            through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
         tile = p.scheduler.locate(number, expert, tokens)
 
 
@@ -446,7 +448,7 @@ def make_accumulator():
     return Accumulator(sums=sums, acc_full=acc_full, acc_empty=acc_empty)
 
 
-@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "above", "most"])
 def hopper_few_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -464,6 +466,8 @@ def hopper_few_gemm1_kernel(
     stride_scale_t,
     num_tokens,
     max_rows,
+    above,  # as `Share` has them
+    most,
     STRIDE_HIDDEN: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -480,8 +484,8 @@ def hopper_few_gemm1_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2), E, E_POW2,
-        channel_slots(STAGES, HIDDEN // 128),
+        tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2),
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -501,7 +505,7 @@ def hopper_few_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
 def hopper_few_gemm2_kernel(
     activated_ptr,  # [max_rows, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -513,6 +517,8 @@ def hopper_few_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
+    above,  # as `Share` has them
+    most,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -534,8 +540,8 @@ def hopper_few_gemm2_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
-        channel_slots(STAGES, INTERMEDIATE // 128),
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -571,7 +577,7 @@ def block_arrivals(problem: MoEProblem, num_tokens: int) -> int:
     return max_row_tiles(problem, num_tokens, BLOCK_M.value) * blocks
 
 
-def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
+def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Share = ALL) -> Step:
     """SwiGLU of the first GEMM: ``[max_rows, I]`` e4m3 and ``[I/128, max_rows]`` scales."""
     e, width, inner = problem.num_local_experts, problem.intermediate_size, problem.hidden_size
     operands = (
@@ -584,13 +590,15 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
         "activated",
         "activated_scale",
         "unquantized",
-        "finished",
+        share.counter("finished"),
         "block_arrivals",
-        "gemm1_tile_counter",
+        share.counter("gemm1_tile_counter"),
         key.stride_scale_k,
         key.stride_scale_t,
         key.num_tokens,
         max_local_rows(problem, key.num_tokens),
+        share.above,
+        share.most,
     )
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (width // (BLOCK_N.value // 2))
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
@@ -604,10 +612,11 @@ def gemm2(
     columns: int,
     first_column: int,
     first: Signals,
+    share: Share = ALL,
 ) -> Step:
     """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
 
-    ``first`` are the signals of the step that computed the activation.
+    ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
     e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
     operands = (
@@ -616,11 +625,13 @@ def gemm2(
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, BLOCK_N.value),
         "gemm2_weights_scale",
         "tokens_per_expert",
-        "finished",
+        share.counter("finished"),
         "rows",
-        "gemm2_tile_counter",
+        share.counter("gemm2_tile_counter"),
         first_column,
         max_rows,
+        share.above,
+        share.most,
     )
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
     grid = (min(tiles, PROGRAMS * limits.num_sms),)

@@ -51,11 +51,13 @@ from ...shapes import max_local_rows
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see, signal
 from .common import (
+    ALL,
     COPY,
     LINE,
     PLAIN,
     Pipeline,
     Resources,
+    Share,
     SwizzledTiles,
     TileScheduler,
     channel_slots,
@@ -210,7 +212,7 @@ def gemm2_producer(p):
     pipeline = p.pipeline
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
+    through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
@@ -412,7 +414,7 @@ def store_rows(p, total, first_row, rows, first_column):
     gl.store(at, value, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
 
 
-@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "above", "most"])
 def hopper_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -428,6 +430,8 @@ def hopper_gemm1_kernel(
     stride_scale_t,
     num_tokens,
     max_rows,
+    above,  # as `Share` has them
+    most,
     STRIDE_HIDDEN: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -446,8 +450,8 @@ def hopper_gemm1_kernel(
     for number in gl.static_range(4):
         mbarrier.init(ready.index(number), count=1)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr, BLOCK_M, INTERMEDIATE // 128, E, E_POW2,
-        channel_slots(STAGES, HIDDEN // 128),
+        tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // 128,
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -467,7 +471,7 @@ def hopper_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
 def hopper_gemm2_kernel(
     activated,  # descriptor of [max_rows, INTERMEDIATE] e4m3, 128 rows by 128
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -479,6 +483,8 @@ def hopper_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
+    above,  # as `Share` has them
+    most,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -498,8 +504,8 @@ def hopper_gemm2_kernel(
     gl.static_assert(COLUMNS % BLOCK_N == 0)
     pipeline = make_pipeline(BLOCK_M, WG_N, 2, 2, STAGES)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, BLOCK_M, COLUMNS // BLOCK_N, E, E_POW2,
-        channel_slots(STAGES, INTERMEDIATE // 128),
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -528,7 +534,7 @@ def fits(problem: MoEProblem) -> bool:
     return problem.hidden_size % COLUMNS == 0
 
 
-def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
+def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Share = ALL) -> Step:
     """SwiGLU of the first GEMM: ``[max_rows, I]`` e4m3 and ``[I/128, max_rows]`` scales."""
     e, width, inner = problem.num_local_experts, problem.intermediate_size, problem.hidden_size
     operands = (
@@ -540,12 +546,14 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
         "slot_token",
         "activated",
         "activated_scale",
-        "finished",
-        "gemm1_tile_counter",
+        share.counter("finished"),
+        share.counter("gemm1_tile_counter"),
         key.stride_scale_k,
         key.stride_scale_t,
         key.num_tokens,
         max_local_rows(problem, key.num_tokens),
+        share.above,
+        share.most,
     )
     constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden)
     return Step(GEMM1, (limits.num_sms,), operands, constants)
@@ -557,11 +565,17 @@ def signals(problem: MoEProblem) -> Signals:
 
 
 def gemm2(
-    problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, columns: int, first_column: int, first: Signals
+    problem: MoEProblem,
+    limits: DeviceLimits,
+    key: LaunchKey,
+    columns: int,
+    first_column: int,
+    first: Signals,
+    share: Share = ALL,
 ) -> Step:
     """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
 
-    ``first`` are the signals of the step that computed the activation.
+    ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
     e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
     operands = (
@@ -570,11 +584,13 @@ def gemm2(
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, 128),
         "gemm2_weights_scale",
         "tokens_per_expert",
-        "finished",
+        share.counter("finished"),
         "rows",
-        "gemm2_tile_counter",
+        share.counter("gemm2_tile_counter"),
         first_column,
         max_rows,
+        share.above,
+        share.most,
     )
     constants = gemm2_constants(problem, limits, RESOURCES, columns, first)
     return Step(GEMM2, (limits.num_sms,), operands, constants)

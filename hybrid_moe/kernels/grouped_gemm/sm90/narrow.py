@@ -52,10 +52,12 @@ from ...shapes import max_local_rows, max_row_tiles
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see
 from .common import (
+    ALL,
     E4M3,
     LINE,
     PLAIN,
     Resources,
+    Share,
     SwizzledTiles,
     TileScheduler,
     gemm2_constants,
@@ -202,7 +204,7 @@ def producer(p):
     AHEAD: gl.constexpr = min(p.weights.STAGES // p.K_BLOCKS, PAIRS)  # whose weights wait for nothing
     # Nothing was waited for: the first-level cache may hold older numbers.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
+    through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
@@ -227,7 +229,7 @@ def producer(p):
         turn += 1
         number = p.scheduler.draw_tile()
         if not through:
-            through = all_finished(p.finished_ptr, tokens, p.FIRST_M, p.SIGNALS, p.E)
+            through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
             let_async_copies_see(p.PDL)
         tile = p.scheduler.locate(number, expert, tokens)
     p.channel.tell(turn, 0, 0, 0)
@@ -303,7 +305,7 @@ def consumer(p, WG: gl.constexpr):
         unit = p.channel.hear(turn)
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
 def hopper_narrow_gemm2_kernel(
     activated,  # descriptor of [max_rows, INTERMEDIATE] e4m3, 32 rows by 128
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -315,6 +317,8 @@ def hopper_narrow_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
+    above,  # as `Share` has them
+    most,
     UNIT_N: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -363,6 +367,8 @@ def hopper_narrow_gemm2_kernel(
         published=told,
         BLOCK_M=BLOCK_M,
         TILES_N=COLUMNS // UNIT_N,
+        above=above,
+        most=most,
         E=E,
         E_POW2=E_POW2,
         SLOTS=SLOTS,
@@ -415,11 +421,17 @@ def fits(problem: MoEProblem) -> bool:
 
 
 def gemm2(
-    problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, columns: int, first_column: int, first: Signals
+    problem: MoEProblem,
+    limits: DeviceLimits,
+    key: LaunchKey,
+    columns: int,
+    first_column: int,
+    first: Signals,
+    share: Share = ALL,
 ) -> Step:
     """Columns ``[first_column, first_column + columns)`` of the second GEMM into ``rows`` bfloat16.
 
-    ``first`` are the signals of the step that computed the activation.
+    ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
     e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
     operands = (
@@ -428,11 +440,13 @@ def gemm2(
         SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, BLOCK_N.value),
         "gemm2_weights_scale",
         "tokens_per_expert",
-        "finished",
+        share.counter("finished"),
         "rows",
-        "gemm2_tile_counter",
+        share.counter("gemm2_tile_counter"),
         first_column,
         max_rows,
+        share.above,
+        share.most,
     )
     wide = columns % UNIT_N == 0 and max_rows > NARROW_UNIT_ROWS
     unit_n = UNIT_N if wide else NARROW_UNIT_N

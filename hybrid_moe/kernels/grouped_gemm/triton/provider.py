@@ -13,11 +13,13 @@ from ...combine import combine
 from ...launcher import DeviceLimits
 from ...plan import LaunchKey
 from ...shapes import column_chunk, max_local_rows
-from ...steps import AnyStep
+from ...steps import AnyStep, Step
 from ..base import GroupedGemm
+from ..completion import Signals
 from ..sm90 import few_rows, many_rows, narrow
+from ..sm90.common import ALL, Share
 from ..tiles import Specialized, TilePlan, tile_plan
-from . import gemm1, gemm2
+from . import gemm1, gemm2, one_token
 
 
 class TritonGroupedGemm(GroupedGemm):
@@ -58,33 +60,66 @@ class TritonGroupedGemm(GroupedGemm):
             counters["gemm1_tile_counter"] = 1
             chunk = column_chunk(problem, max_local_rows(problem, num_tokens))
             counters["gemm2_tile_counter"] = problem.hidden_size // chunk
+        if plan.many_above is not None:
+            (many, *_), _ = plan.pairs(num_tokens)
+            counters[many.counter("finished")] = problem.num_local_experts + 1
+            counters |= {many.counter(name): counters[name] for name in ("gemm1_tile_counter", "gemm2_tile_counter")}
         return counters
 
     def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
-        """GEMM1, then GEMM2 and the combine for each chunk of columns."""
+        """GEMM1 and GEMM2 of each pair, the last one's GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, key.num_tokens)
         columns = column_chunk(problem, max_local_rows(problem, key.num_tokens))
         first, second = plan.specialized if key.aligned else (None, None)
         if key.stride_hidden % 16:  # each row is copied 16 bytes at a time
             first = None
+        if second is Specialized.ONE_TOKEN:
+            step, _ = _gemm1(problem, limits, key, plan, first, ALL)
+            return [step, one_token.gemm2(problem, limits, key)]
+        pairs = plan.pairs(key.num_tokens)
+        if (first, second) != plan.specialized or columns != problem.hidden_size:
+            pairs = ((ALL, first, second),)
         steps: list[AnyStep] = []
-        if first is Specialized.MANY:
-            steps.append(many_rows.gemm1(problem, limits, key))
-            signals = many_rows.signals(problem)
-        elif first is Specialized.FEW:
-            steps.append(few_rows.gemm1(problem, limits, key))
-            signals = few_rows.signals(problem)
-        else:
-            steps.append(gemm1.gemm1(problem, limits, key, plan.gemm1))
-            signals = gemm1.signals(problem, plan.gemm1)
-        for first_column in range(0, problem.hidden_size, columns):
-            if second is Specialized.MANY and columns % many_rows.COLUMNS == 0:
-                steps.append(many_rows.gemm2(problem, limits, key, columns, first_column, signals))
-            elif second is Specialized.NARROW:
-                steps.append(narrow.gemm2(problem, limits, key, columns, first_column, signals))
-            elif second is Specialized.FEW:
-                steps.append(few_rows.gemm2(problem, limits, key, columns, first_column, signals))
-            else:
-                steps.append(gemm2.gemm2(problem, limits, key, plan.gemm2, columns, first_column, signals))
-            steps.append(combine(problem, limits, key, columns, first_column))
+        for share, first, second in pairs:
+            step, signals = _gemm1(problem, limits, key, plan, first, share)
+            steps.append(step)
+            for first_column in range(0, problem.hidden_size, columns):
+                steps.append(_gemm2(problem, limits, key, plan, second, columns, first_column, signals, share))
+                if share == pairs[-1][0]:
+                    steps.append(combine(problem, limits, key, columns, first_column))
         return steps
+
+
+def _gemm1(
+    problem: MoEProblem,
+    limits: DeviceLimits,
+    key: LaunchKey,
+    plan: TilePlan,
+    kernels: Specialized | None,
+    share: Share,
+) -> tuple[Step, Signals]:
+    if kernels is Specialized.MANY:
+        return many_rows.gemm1(problem, limits, key, share), many_rows.signals(problem)
+    if kernels is Specialized.FEW:
+        return few_rows.gemm1(problem, limits, key, share), few_rows.signals(problem)
+    return gemm1.gemm1(problem, limits, key, plan.gemm1), gemm1.signals(problem, plan.gemm1)
+
+
+def _gemm2(
+    problem: MoEProblem,
+    limits: DeviceLimits,
+    key: LaunchKey,
+    plan: TilePlan,
+    kernels: Specialized | None,
+    columns: int,
+    first_column: int,
+    signals: Signals,
+    share: Share,
+) -> Step:
+    if kernels is Specialized.MANY and columns % many_rows.COLUMNS == 0:
+        return many_rows.gemm2(problem, limits, key, columns, first_column, signals, share)
+    if kernels is Specialized.NARROW:
+        return narrow.gemm2(problem, limits, key, columns, first_column, signals, share)
+    if kernels is Specialized.FEW:
+        return few_rows.gemm2(problem, limits, key, columns, first_column, signals, share)
+    return gemm2.gemm2(problem, limits, key, plan.gemm2, columns, first_column, signals)

@@ -87,7 +87,7 @@ def test_experts_by_their_rows(rows, second):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (12, NARROW_KERNELS, 512), (50, MANY_KERNELS, 512)]
+    ("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (12, NARROW_KERNELS, 512), (65, MANY_KERNELS, 512)]
 )
 def test_as_serving_has_them(tokens, kernels, size):
     """All stages, the plan's own choice, and the routing from logits."""

@@ -5,7 +5,7 @@
 
 Eight threads share four streams. Each draws calls at random: T from 0 to 16384, loads, e4m3 and bfloat16 hidden states,
 logits and chosen experts, a new output and one that is given, with and without a workspace, eager and as a replay of a
-graph of its own, which is captured anew now and then. Meanwhile the policy is exchanged every few seconds.
+graph of its own, which is captured again now and then. Meanwhile the policy is exchanged every few seconds.
 
 Every output is compared on the device, bit for bit, with what the same candidate computed before the soak; that was
 checked against the reference by the rule of `hybrid_moe.numerics`. Candidates whose results aren't the same bits twice
@@ -300,7 +300,7 @@ class Worker(threading.Thread):
         self.timed(mode, case, lambda: case.call(layer, output), list(case.expected))
 
     def capture(self) -> None:
-        """Graphs of every T and kind; later one of them anew, as after a reload."""
+        """Graphs of every T and kind; later one of them again, as after a reload."""
         soak = self.soak
         sizes = [(kind, tokens) for tokens in soak.options.graphs for kind in ("e4m3", "bfloat16", "routed")]
         chosen = sizes if not self.graphs else [self.random.choice(sizes)]

@@ -151,7 +151,7 @@ def fused_moe(
     else:
         for name, given in (("routing_logits", routing_logits), ("routing_bias", routing_bias)):
             if given is not None:
-                raise TypeError(f"{name}: expected None beside topk_ids and topk_weights, got a value")
+                raise TypeError(f"{name}: expected None with topk_ids and topk_weights, got a value")
         inputs = RoutedInputs(topk_ids, topk_weights, *rest)  # type: ignore[arg-type]
     options = (top_k, n_group, topk_group, gate_first, routing_method, num_experts)
     if is_compiling():
@@ -334,7 +334,7 @@ class HybridMoE:
         self._take(self._dispatch.backend, self._policy)
 
     def choose_again(self) -> None:
-        """Resolve the layer's policy anew, as after a change of the quarantine; not for an explicit backend."""
+        """Resolve the layer's policy again, as after a change of the quarantine; not for an explicit backend."""
         if (dispatch := getattr(self, "_dispatch", None)) is None or dispatch.backend is not None:
             return
         policy = dispatch  # nobody's
@@ -581,7 +581,7 @@ class HybridMoE:
         return self._dispatch.decision(num_tokens)
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Device memory in bytes that a call at ``num_tokens`` takes beside its inputs and output.
+        """Device memory in bytes that a call at ``num_tokens`` takes besides its inputs and output.
 
         ValueError for what is no integer of at least 0.
         """
@@ -691,12 +691,12 @@ class HybridMoE:
         The new policy is resolved and all that it can choose is prepared first, and then taken in one step: a call in
         another thread runs by the old one or by the new one, and after an error the old one stays. Captured graphs keep
         what they were captured with; `warm_up` again before new ones are. Compiled code takes it without compiling
-        anew.
+        again.
 
         Parameters
         ----------
         policy
-            As in `fused_moe`; by default it is looked up anew.
+            As in `fused_moe`; by default it is looked up again.
 
         Raises
         ------

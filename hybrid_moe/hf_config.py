@@ -46,7 +46,7 @@ class ModelLayer:
     has_routing_bias
         Whether the checkpoint has a bias for the choice; zeros stand for none.
     shared_experts
-        Shared experts beside the routed ones. They are not part of the problem: the framework runs them, or they are
+        Shared experts besides the routed ones. They are not part of the problem: the framework runs them, or they are
         fused as one more expert, which tokens choose by ``topk_ids``.
     unpadded_size
         Width of the rank's shard before `shards.tensor_parallel_shard` pads it to whole blocks.

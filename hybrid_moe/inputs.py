@@ -70,7 +70,7 @@ class RoutedInputs(NamedTuple):
         ``[T, top_k]`` int32, global numbers of the chosen experts, in the order in which a token's parts are added up.
         -1, or any number that is no expert's, is none. An expert that a token names twice gets the sum of the weights.
     topk_weights
-        ``[T, top_k]`` float32, applied as they are; what stands beside no expert is never used.
+        ``[T, top_k]`` float32, applied as they are; that of no expert is never used.
     routed_scaling_factor
         Not applied: ``topk_weights`` are final.
     """
@@ -184,7 +184,7 @@ def stated(problem: MoEProblem | None, options: Stated) -> MoEProblem | Stated:
         raise TypeError(f"problem: expected a MoEProblem, got {problem!r}")
     for name, value in zip(options._fields, options, strict=True):
         if value is not None:
-            raise TypeError(f"{name}: expected None beside problem, which says it, got {value!r}")
+            raise TypeError(f"{name}: expected None with problem, which says it, got {value!r}")
     return problem
 
 
@@ -215,7 +215,7 @@ def _derived(inputs: Inputs, given: Stated) -> MoEProblem:
     routed = isinstance(inputs, RoutedInputs)
     if isinstance(inputs, RoutedInputs):
         if num_experts is None:
-            raise TypeError("num_experts: expected the number of the model's experts beside topk_ids, got None")
+            raise TypeError("num_experts: expected the number of the model's experts with topk_ids, got None")
         top_k = inputs.topk_ids.shape[1] if top_k is None else top_k
     else:
         width = inputs.routing_logits.shape[1]
@@ -342,7 +342,7 @@ def check_activations(inputs: Inputs, problem: MoEProblem) -> None:
     unquantized = inputs.hidden_states_scale is None and dtype == torch.bfloat16
     if dtype == torch.bfloat16 and not unquantized:
         raise TypeError(
-            f"hidden_states: expected dtype {FP8} beside hidden_states_scale, got torch.bfloat16: leave the scale out, "
+            f"hidden_states: expected dtype {FP8} with hidden_states_scale, got torch.bfloat16: leave the scale out, "
             "and they are quantised here"
         )
     wanted = torch.bfloat16 if unquantized else FP8

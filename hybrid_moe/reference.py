@@ -97,7 +97,7 @@ def quantize_rows(values: torch.Tensor, block: int = 128) -> tuple[torch.Tensor,
 def moe_reference(inputs: Inputs, problem: MoEProblem, *, quantize_intermediate: bool = False) -> torch.Tensor:
     """The layer's result in float32.
 
-    One expert's weights are expanded at a time: beside the inputs it takes about 0.3 GB and two ``[T, H]`` float32.
+    One expert's weights are expanded at a time: besides the inputs it takes about 0.3 GB and two ``[T, H]`` float32.
 
     Parameters
     ----------

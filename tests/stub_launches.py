@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def build(folder: Path) -> None:
-    """Compile the stub where Triton will find it, and start anew with it."""
+    """Compile the stub where Triton will find it, and start again with it."""
     compiler = os.environ.get("CC", "cc")
     library = folder / "libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", HERE / "cuda_stub.c", "-o", library], check=True)

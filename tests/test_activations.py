@@ -188,6 +188,6 @@ def test_bfloat16_beside_scales(weights):
         lambda: fused_moe(*wrong, **ROUTING, backend=REFERENCE),
     ):
         with pytest.raises(
-            TypeError, match="hidden_states: expected dtype .* beside hidden_states_scale, got torch.bfloat16"
+            TypeError, match="hidden_states: expected dtype .* with hidden_states_scale, got torch.bfloat16"
         ):
             run()

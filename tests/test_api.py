@@ -727,7 +727,7 @@ def test_a_problem_and_a_part_of_it(weights, option):
         lambda: fused_moe(*inputs, problem=PROBLEM, **given),
         lambda: HybridMoE(*inputs[4:8], inputs.routing_bias, problem=PROBLEM, **numbers, **given),
     ):
-        with pytest.raises(TypeError, match=f"{option}: expected None beside problem, which says it"):
+        with pytest.raises(TypeError, match=f"{option}: expected None with problem, which says it"):
             run()
     with pytest.raises(TypeError, match="problem: expected a MoEProblem, got 'deepseek-v3'"):
         fused_moe(*inputs, problem="deepseek-v3")

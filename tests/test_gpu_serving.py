@@ -298,7 +298,7 @@ def test_bfloat16_hidden_states(weights, layer, tokens):
     values, scale = reference_quantize_rows(hidden)
     torch.testing.assert_close(quantized.hidden_states_scale, scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(quantized.hidden_states.float(), values.float(), rtol=0.13, atol=2**-9)
-    # The layer's own bias: that of another T is drawn anew.
+    # The layer's own bias: that of another T is drawn again.
     bias = inputs_of(weights, 1).routing_bias
     exact = inputs._replace(routing_bias=bias, hidden_states=values, hidden_states_scale=scale)
     work = has_local_work(exact, DEEPSEEK_V3)

@@ -376,7 +376,7 @@ def test_arguments_that_contradict_one_another(weights, routed):
         ("routing_logits", inputs.routing_logits, None),
         ("routing_bias", None, inputs.routing_bias),
     ):
-        with pytest.raises(TypeError, match=f"{name}: expected None beside topk_ids and topk_weights"):
+        with pytest.raises(TypeError, match=f"{name}: expected None with topk_ids and topk_weights"):
             fused_moe(logits, bias, *inputs[2:], **options, **chosen, num_experts=16)
     with pytest.raises(TypeError, match="num_experts: expected the number of the model's experts"):
         fused_moe(None, None, *inputs[2:], **options, **chosen)

@@ -1,4 +1,4 @@
-"""What serving does beside calling: warming up, and taking another policy in the middle of it."""
+"""What serving does besides calling: warming up, and taking another policy in the middle of it."""
 
 import copy
 import itertools

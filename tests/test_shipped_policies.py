@@ -1,4 +1,4 @@
-"""Every shipped policy: whole, in its place, and made anew from the records in this repository, byte for byte."""
+"""Every shipped policy: whole, in its place, and made again from the records in this repository, byte for byte."""
 
 import hashlib
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_it_is_what_its_data_gives(path):
         )
     inputs = [known[digest.sha256] for digest in policy.inputs]
     again = learn_from_files(inputs, policy.learner, policy.problem, policy.device, tolerance=policy.tolerance)
-    assert dumps_policy(again) == path.read_text(encoding="utf-8"), "learn it anew with `hybrid-moe learn`"
+    assert dumps_policy(again) == path.read_text(encoding="utf-8"), "learn it again with `hybrid-moe learn`"
 
 
 def test_the_list_of_digests_is_what_make_digests_writes():

@@ -44,14 +44,14 @@ class Runner(ABC):
         self.run(inputs, output)
 
     def compile(self, inputs: Inputs) -> None:  # noqa: B027  # most have nothing to compile ahead
-        """Compile what `run` would launch, without a launch: what can be compiled ahead, beside other kernels.
+        """Compile what `run` would launch, without a launch: what can be compiled ahead, while other kernels run.
 
         In the executor of Triton's `AsyncCompileMode`, where one is on. `run` compiles the rest.
         """
 
     @abstractmethod
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Device memory in bytes that one call at ``num_tokens`` takes beside inputs and output."""
+        """Device memory in bytes that one call at ``num_tokens`` takes besides inputs and output."""
 
     def reserved_bytes(self, num_tokens: int) -> int:
         """Of these, what `run_in` takes from the memory that it is given."""

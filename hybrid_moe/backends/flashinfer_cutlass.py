@@ -2,13 +2,13 @@
 
 What follows was read in the sources of the released wheels; ``kernels`` is
 ``csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh``, ``binding`` the
-``flashinfer_cutlass_fused_moe_binding.cu`` beside it, ``gemm`` and ``gemm_kernel`` ``fp8_blockscale_gemm.cu`` and
+``flashinfer_cutlass_fused_moe_binding.cu`` next to it, ``gemm`` and ``gemm_kernel`` ``fp8_blockscale_gemm.cu`` and
 ``fp8_blockscale_gemm_kernel.cuh``, ``deep_gemm`` the folder ``csrc/nv_internal/tensorrt_llm/deep_gemm``, and line
 numbers are those of 0.7.2.post1.
 
 **What it takes.** Activations in bf16, and the routing's result: experts int32 ``[T, top_k]``, weights float32
 ``[T, top_k]``, applied as they are when the rows are added up (``kernels`` 1965-2033), so with the scaling factor in
-them. `kernels.external` makes both, in two launches, or numbers experts anew that were chosen before the call.
+them. `kernels.external` makes both, in two launches, or numbers experts again that were chosen before the call.
 
 **Layouts.** The definition's own: GEMM1's first half is linear and its second the gate, ``silu(x2) * x1`` (``kernels``
 2504-2533), so ``gate_first`` is refused: the halves of one expert can't be swapped by a view. ``quant_scales`` are the
@@ -19,7 +19,7 @@ weights' scales ``[E, 2I/128, H/128]`` and ``[E, H/128, I/128]`` (``binding`` 15
 do, and any number of experts. Ids outside are passed over, whatever they are, and a token without a local expert gets
 zeros.
 
-**Roundings.** The bf16 activations are quantised anew, with a scale from their own largest value (``gemm_kernel``
+**Roundings.** The bf16 activations are quantised again, with a scale from their own largest value (``gemm_kernel``
 894-985). GEMM1's result is bf16; SwiGLU is float32, stored as bf16 and quantised for GEMM2, whose result is bf16
 (``kernels`` 3349-3417). Activations that were quantised with their own largest values, as a layer's are, come through
 the first of these unharmed: the emulation's relative L2 against the definition is then 0.024, as with kernels that
@@ -29,7 +29,7 @@ finalisation is for the other ones): same input, same bits.
 **Compiling, twice.** flashinfer's module ``fused_moe_90`` is 248 units, over ten minutes on 16 cores, unless it was
 built ahead: by ``flashinfer-jit-cache``, by an earlier call, or into the package's own ``data/aot``. And DeepGEMM
 compiles its kernels with nvcc at run time, up to two for a T that calls for a tile not met before (``deep_gemm``,
-``jit_utils.cuh`` 137: the tile hangs on T itself), into ``TRTLLM_DG_CACHE_DIR`` or ``~/.tensorrt_llm``: a few
+``jit_utils.cuh`` 137: the tile depends on T itself), into ``TRTLLM_DG_CACHE_DIR`` or ``~/.tensorrt_llm``: a few
 seconds each. So nvcc is wanted in any case, and each T has to be called once before it is timed, served or captured in
 a CUDA graph; `bench.measure` does. Nothing is compiled by `prepare`.
 
@@ -185,7 +185,7 @@ class _CutlassRunner(Runner):
             )
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """What `run` allocates, and flashinfer without what hangs on neither T nor the widths (some MB).
+        """What `run` allocates, and flashinfer without what depends on neither T nor the widths (some MB).
 
         As ``getWorkspaceDeviceBufferSizes`` has it (``kernels`` 2978), in a process that has seen no larger T.
         """

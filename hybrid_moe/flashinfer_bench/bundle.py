@@ -43,7 +43,7 @@ def bundle(roots: Mapping[str, Iterable[str]], left_out: Collection[str] = ()) -
     roots
         Module of this package (``"backends.base"``) -> what is wanted of it.
     left_out
-        Modules that are imported but never reached: a line that says so stands in their place.
+        Modules that are imported but never reached: a line that says so takes their place.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a data set of flashinfer-bench says beside its traces: the axes of a Definition, which its name leaves out."""
+"""What a data set of flashinfer-bench says besides its traces: the axes of a Definition, which its name leaves out."""
 
 from __future__ import annotations
 

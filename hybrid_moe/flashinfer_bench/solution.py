@@ -13,7 +13,7 @@ that writes into it, it would have to allocate the output, which it refuses for 
 of what dtype (``trace_apply/adapt.py``, ``_alloc_like``). It costs one ``torch.empty`` in the timed call.
 
 **Keyword options.** flashinfer-bench gives the definition's ten inputs in order. ``trace_apply`` gives them by name,
-with ``top_k``, ``n_group`` and ``topk_group`` beside them, which the definition has in its name: ``run`` checks them.
+with ``top_k``, ``n_group`` and ``topk_group`` besides, which the definition has in its name: ``run`` checks them.
 
 **A missing library.** The first call on a device tries to prepare every choice of the table. In place of one that can't
 run comes, with a warning, the policy's default or else the next of its choices: as `policy.select` has it, but for
@@ -209,7 +209,7 @@ def _main(about: str, problem: MoEProblem, table: Table, otherwise: Sequence[Can
     arguments = "".join(f"        {name},\n" for name in MoEInputs._fields)
     return f'''"""{problem.definition}: {about}.
 
-Written by hybrid_moe {__version__} (`hybrid-moe solution`): don't edit, write it anew.
+Written by hybrid_moe {__version__} (`hybrid-moe solution`): don't edit, write it again.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ from __future__ import annotations
 import importlib
 import os
 
-# Who loads this file gives it a package around it or none; so it is itself the package of the modules beside it.
+# Who loads this file gives it a package around it or none; so it is itself the package of the modules next to it.
 __path__ = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "{FOLDER}")]
 
 PROBLEM = {{

@@ -85,7 +85,7 @@ class Result:
     policy, path
         What was learned, and the file that it is in.
     installed
-        Whether that file is the one asked for; else it is beside the records.
+        Whether that file is the one asked for; else it is next to the records.
     findings
         Of the verification.
     left_out
@@ -164,7 +164,7 @@ class Regeneration:
     install
         Write the policy where it is looked up, or to ``output``.
     fresh, retry
-        Set earlier records aside; measure anew what didn't pass.
+        Set earlier records aside; measure again what didn't pass.
     """
 
     plan: Plan
@@ -264,7 +264,7 @@ class Regeneration:
             return learn(used, self.options, problem=self.plan.problem, inputs=[digest])
         except ValueError as error:
             raise ValueError(
-                f"{error}. The records are kept in {path}: --retry measures anew what failed, and --max-tokens leaves "
+                f"{error}. The records are kept in {path}: --retry measures again what failed, and --max-tokens leaves "
                 "larger T out"
             ) from error
 

@@ -1,6 +1,6 @@
 """A problem that has no policy: the regimes of the nearest one that has, at the T with as many rows for each expert.
 
-What the speed of a grouped GEMM hangs on most is how many rows an expert has: T * top_k / num_experts if routing is
+What the speed of a grouped GEMM depends on most is how many rows an expert has: T * top_k / num_experts if routing is
 even. Pure: which policies there are, and what can run, is said by the caller.
 """
 

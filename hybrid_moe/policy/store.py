@@ -74,7 +74,7 @@ def _parse(path: str | Path, content: bytes) -> Policy:
         raise PolicyError(
             printable(
                 f"policy file {path} {error}; it may have been cut short or changed when it was copied: copy it again, "
-                f"or make it anew with {_ANEW}"
+                f"or make it again with {_ANEW}"
             )
         ) from error
     if not isinstance(data, dict):
@@ -86,7 +86,7 @@ def _parse(path: str | Path, content: bytes) -> Policy:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise (_OtherReleaseError if newer else PolicyError)(
             printable(
-                f"policy file {path}: expected schema_version {SCHEMA_VERSION}, got {found}: make it anew with "
+                f"policy file {path}: expected schema_version {SCHEMA_VERSION}, got {found}: make it again with "
                 f"{_ANEW}, or use the release of hybrid_moe that wrote it"
             )
         )
@@ -108,7 +108,7 @@ def _known_here(policy: Policy, what: str) -> Policy:
         raise _OtherReleaseError(
             printable(
                 f"{what} names the backend {', '.join(unknown)}, which release {__version__} doesn't know, only "
-                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make one anew with {_ANEW}"
+                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make a new one with {_ANEW}"
             )
         )
     return policy
@@ -125,7 +125,7 @@ def user_policy_dir() -> Path:
 
 
 def shipped_policy_dir() -> Path:
-    """Where the policies of the package are: inside it in a wheel, beside it in an editable install."""
+    """Where the policies of the package are: inside it in a wheel, next to it in an editable install."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "_policies"
     return inside if inside.is_dir() else package.parent / "policies"

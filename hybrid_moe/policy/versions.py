@@ -18,9 +18,9 @@ from .schema import Policy
 from .select import Refusals
 
 # What counts for every candidate, and how many numbers of the version do: this package's patches keep its speed, and
-# what a driver does to it hangs on its branch. None: all of them.
+# what a driver does to it depends on its branch. None: all of them.
 COMMON: Mapping[str, int | None] = {"hybrid-moe": 2, "driver": 1, "cuda": None}
-# A policy is learned anew for another minor release; a patch says nothing.
+# A policy is learned again for another minor release; a patch says nothing.
 MINOR = 2
 
 
@@ -70,7 +70,7 @@ class Mismatch:
         if self.soft:
             found.append(
                 f"{where}: measured under other or unknown versions ({'; '.join(self.soft)}), so what it chooses may "
-                "no longer be the fastest: `hybrid-moe regenerate` measures anew"
+                "no longer be the fastest: `hybrid-moe regenerate` measures again"
             )
         return found
 

@@ -95,7 +95,7 @@ def _cached_dispatch(
     max_workspace_bytes: int | None,
     epoch: int,
 ) -> Dispatch:
-    # By the quarantine's epoch, so that what it changes is decided anew.
+    # By the quarantine's epoch, so that what it changes is decided again.
     return new_dispatch(
         problem,
         device,
@@ -178,7 +178,7 @@ def _registered(
 
 
 def new_output(problem: MoEProblem, inputs: Inputs) -> torch.Tensor:
-    """An unwritten ``[T, H]`` bfloat16 tensor beside the inputs."""
+    """An unwritten ``[T, H]`` bfloat16 tensor where the inputs are."""
     hidden = inputs.hidden_states
     return torch.empty((hidden.shape[0], problem.hidden_size), dtype=torch.bfloat16, device=hidden.device)
 

@@ -17,7 +17,7 @@ class CallOutOfMemoryError(torch.OutOfMemoryError):
     choice
         What was to run.
     bytes_wanted
-        What the call takes beside its inputs: intermediate tensors and, unless it is given, the output.
+        What the call takes besides its inputs: intermediate tensors and, unless it is given, the output.
     """
 
     def __init__(self, num_tokens: int, choice: Candidate, workspace: int, output: int, error: torch.OutOfMemoryError):

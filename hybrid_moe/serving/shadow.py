@@ -37,7 +37,7 @@ from .quarantine import QUARANTINE
 logger = logging.getLogger("hybrid_moe")
 
 OnBreach = Literal["log", "quarantine"]
-# Checks of a layer that may be in flight; a call that is due beside them is left out, and counted so.
+# Checks of a layer that may be in flight; a call that is due meanwhile is left out, and counted so.
 _SLOTS = 2
 # Kernels round scores in another order: where logits that differ by so little choose other experts, either choice is
 # right. A score moves by a quarter of it at most, which is 40 times the rounding of one near 1.

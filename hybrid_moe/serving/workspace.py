@@ -83,7 +83,7 @@ class Workspaces:
         """The memory of the current stream, reserved when it is first asked for.
 
         None while a graph is captured: what is reserved in a capture comes from the graph's own pool and stays its own,
-        so that a replay may run beside calls on other streams.
+        so that a replay may run while calls do so on other streams.
         """
         if self._device.type != "cuda":
             stream = 0

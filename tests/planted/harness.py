@@ -127,7 +127,7 @@ MUTATIONS = [
         "measure/sweep/run.py",
         'if not retry or record.status == "passed")',
         ")",
-        "--retry measures nothing anew",
+        "--retry measures nothing again",
         ("tests/test_sweep.py",),
     ),
     # Inputs

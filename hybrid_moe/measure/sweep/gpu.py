@@ -69,7 +69,7 @@ class GpuBench:
         self.clock.synchronize()
 
     def measure(self, choice: Candidate, timings: Sequence[GraphOrEager]) -> Iterator[BenchRecord]:
-        """See `bench.measure`; records have ``gpu_before`` and ``gpu_after`` beside the usual fields."""
+        """See `bench.measure`; records have ``gpu_before`` and ``gpu_after`` besides the usual fields."""
         assert self._case is not None and self._made is not None
         runs = _RUNS if self._case.workload.num_tokens <= _LARGE else _RUNS_OF_LARGE
         before = gpu_state()

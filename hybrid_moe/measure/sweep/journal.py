@@ -185,7 +185,7 @@ def resume(path: Path, identity: Identity, problem: MoEProblem) -> list[BenchRec
     if differences:
         raise ValueError(
             f"{path} was measured in other circumstances: {'; '.join(differences)}. Such times can't be compared: "
-            "write elsewhere with --records FILE, or begin anew with --fresh (the old file stays under another name)"
+            "write elsewhere with --records FILE, or begin again with --fresh (the old file stays under another name)"
         )
     return records
 

@@ -182,7 +182,7 @@ class Worker(AbstractContextManager["Worker"]):
         self.close()
 
     def identify(self) -> Identity:
-        """Start the process anew and ask it where it runs.
+        """Start the process again and ask it where it runs.
 
         Raises
         ------

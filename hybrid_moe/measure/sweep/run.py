@@ -93,7 +93,7 @@ def sweep(
     limit_s
         Seconds that a candidate may take for one record, the compilation of its kernels included.
     retry
-        Measure anew what failed, hung or was refused in earlier runs.
+        Measure again what failed, hung or was refused in earlier runs.
     on_workload, on_record
         Called as a workload begins, and with each record that is on the disk.
 

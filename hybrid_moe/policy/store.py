@@ -25,7 +25,7 @@ from .schema import SCHEMA_VERSION, Policy, PolicyError, describe
 # The list of the shipped policies' digests, in their folder; made by `make digests`.
 DIGESTS = "SHA256SUMS"
 # Both ways to a policy, for messages.
-_ANEW = "`hybrid-moe regenerate` on that GPU, or from its records by `hybrid-moe learn`"
+_HOW_TO_MAKE_ONE = "`hybrid-moe regenerate` on that GPU, or from its records by `hybrid-moe learn`"
 
 
 def dumps_policy(policy: Policy) -> str:
@@ -74,7 +74,7 @@ def _parse(path: str | Path, content: bytes) -> Policy:
         raise PolicyError(
             printable(
                 f"policy file {path} {error}; it may have been cut short or changed when it was copied: copy it again, "
-                f"or make it again with {_ANEW}"
+                f"or make it again with {_HOW_TO_MAKE_ONE}"
             )
         ) from error
     if not isinstance(data, dict):
@@ -87,7 +87,7 @@ def _parse(path: str | Path, content: bytes) -> Policy:
         raise (_OtherReleaseError if newer else PolicyError)(
             printable(
                 f"policy file {path}: expected schema_version {SCHEMA_VERSION}, got {found}: make it again with "
-                f"{_ANEW}, or use the release of hybrid_moe that wrote it"
+                f"{_HOW_TO_MAKE_ONE}, or use the release of hybrid_moe that wrote it"
             )
         )
     try:
@@ -108,7 +108,7 @@ def _known_here(policy: Policy, what: str) -> Policy:
         raise _OtherReleaseError(
             printable(
                 f"{what} names the backend {', '.join(unknown)}, which release {__version__} doesn't know, only "
-                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make a new one with {_ANEW}"
+                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make a new one with {_HOW_TO_MAKE_ONE}"
             )
         )
     return policy

@@ -108,7 +108,8 @@ def _known_here(policy: Policy, what: str) -> Policy:
         raise _OtherReleaseError(
             printable(
                 f"{what} names the backend {', '.join(unknown)}, which release {__version__} doesn't know, only "
-                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make a new one with {_HOW_TO_MAKE_ONE}"
+                f"{', '.join(backends.BACKENDS)}: use the release that wrote the policy, or make a new one "
+                f"with {_HOW_TO_MAKE_ONE}"
             )
         )
     return policy

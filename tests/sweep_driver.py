@@ -39,12 +39,23 @@ def attempt(path, most=10**6):
         if lines(path) >= most:
             time.sleep(1e6)
 
+    wait_until_unlocked(path)
     with Worker(bench, path.with_name("log"), multiprocessing.get_context("fork")) as worker:
         identity = worker.identify()
         with journal.locked(path):
             journal.mend(path)
             records = journal.resume(path, identity, SMALL)
             sweep(PLAN, worker, identity, path, records, budget_s=1e9, limit_s=LIMIT_S, on_record=stand_still)
+
+
+def wait_until_unlocked(path):
+    """A worker that was forked in a sweep has its parent's lock, and ends a moment after it was killed."""
+    for _ in range(1000):
+        try:
+            with journal.locked(path):
+                return
+        except ValueError:
+            time.sleep(0.01)
 
 
 def lines(path):
@@ -58,6 +69,7 @@ def killed(path, target, rng):
         attempt(path, target + 4)
         os._exit(0)
     while lines(path) < target:
+        assert not os.waitpid(child, os.WNOHANG)[0], f"the attempt for {target} lines ended by itself"
         time.sleep(0.0005)
     time.sleep(rng.uniform(0, 0.01))
     os.kill(child, signal.SIGKILL)

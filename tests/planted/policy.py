@@ -28,7 +28,7 @@ MUTATIONS = [
         "bisect_right(self._starts, num_tokens + 1) - 1",
         "regimes begin one T early",
     ),
-    select("starts.add(regime.max_tokens + 1)", "starts.add(regime.max_tokens)", "a regime ends one T early"),
+    select("starts[regime.max_tokens + 1] = False", "starts[regime.max_tokens] = False", "a regime ends one T early"),
     select(
         "for choice in policy.candidates:", "for choice in policy.candidates[::-1]:", "the policy's order backwards"
     ),
@@ -48,8 +48,8 @@ MUTATIONS = [
         "an explicit choice that is refused runs",
     ),
     select(
-        "replace(self._at(num_tokens), num_tokens=num_tokens)",
-        "self._at(num_tokens)",
+        "return at if at.num_tokens == num_tokens else replace(at, num_tokens=num_tokens)",
+        "return at",
         "a decision names the T where its regime begins",
     ),
     select(

@@ -120,7 +120,8 @@ def honest(data: DataSet, device: str, rows: int, candidates: Sequence[Candidate
         for choice in list(kernels):
             try:
                 run = running(choice, inputs, data)
-            except BackendUnsupportedError:
+            except BackendUnsupportedError as error:
+                print(f"{data.name}: {error}", flush=True)
                 del kernels[choice]
                 continue
             judge(kernels[choice], run, reference, tolerance_of(choice), width, KERNEL_CALLS if not seed else ())

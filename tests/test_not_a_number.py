@@ -3,7 +3,7 @@
 NaN in a token's activations, scales or logits, or in an expert that it uses, makes NaN of that token's row, as in the
 reference; all other elements keep their bits. Infinity makes what is no finite number in the same places.
 
-``python tests/test_not_a_number.py`` prints the table of all backends that run on this machine's GPU, or of those named.
+``python tests/test_not_a_number.py`` prints the table of the backends named, or of all that run on this machine's GPU.
 """
 
 from __future__ import annotations

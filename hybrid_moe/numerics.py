@@ -22,8 +22,9 @@ import torch
 BLOCK = 128
 # The narrowest shards of an expert in use: the loosest bounds, for callers that don't say the width.
 NARROWEST = 128
-# Which rule a record passed by: 1 judged the whole alone.
+# Which rule a record passed by; those that name none are of the first.
 RULE = 2
+RULES = {"1": "the whole alone", "2": "the whole, each token, block and column, and the projection"}
 
 # How many standard deviations of its scatter the error of a part may lie above its mean.
 _SCATTER = 8.0

@@ -353,6 +353,7 @@ def test_verify_of_what_cannot_run_here_is_unverified():
     found = cli_json("verify", SHIPPED)
     assert found["passed"]
     assert [f["status"] for f in found["findings"]] == ["verified"] + ["unverified"] * 6
+    assert found["findings"][0]["reason"].endswith("its records passed by rule 1 (the whole alone)")
     assert all("this machine's device is" in f["reason"] for f in found["findings"][1:])
     assert "unverified" in cli("verify", SHIPPED).stdout
 

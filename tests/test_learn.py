@@ -405,6 +405,20 @@ def test_verified_and_environment():
     assert given_environment == {"who": "me"}
 
 
+def test_the_rule_that_the_records_passed_by():
+    """Policies of records that name none stay as they are, to the byte."""
+
+    def by_rules(*rules):
+        judged = [record("a", t, 1.0, correctness={"rule": rule}) for t, rule in enumerate(rules, start=1)]
+        return learned([*judged, record("b", 1, None, "failed", correctness={"rule": 3})])
+
+    assert by_rules(2, 2).environment["gate_rule"] == "2"
+    assert by_rules(2, 2).gate_rule == "rule 2 (the whole, each token, block and column, and the projection)"
+    assert by_rules(2, None).gate_rule == "rule 1 | 2"
+    assert "gate_rule" not in by_rules(None, 1).environment
+    assert by_rules(None, 1).gate_rule == "rule 1 (the whole alone)"
+
+
 # ---- Regret ----
 
 

@@ -31,6 +31,7 @@ from ..measure.readers import Experts, read_measurements
 from ..measure.records import Measured, problem_of_record
 from ..numerics import Tolerance
 from ..policy.schema import (
+    GATE_RULE,
     InputDigest,
     Interval,
     LearnerOptions,
@@ -527,6 +528,9 @@ def _environment(records: Sequence[Measured]) -> dict[str, str]:
         for name, value in environment.items():
             if value is not None:
                 values[name].add(str(value))
+    rules = {str(r.correctness.rule or 1) for r in records if r.status == "passed" and r.correctness is not None}
+    if rules - {"1"}:  # policies of records that name none stay as they are, to the byte
+        values[GATE_RULE] = rules
     return {
         name: " | ".join(sorted(found)) if len(found) <= 4 else f"{len(found)} different values"
         for name, found in values.items()

@@ -60,7 +60,9 @@ def _same_policy(policy: Policy) -> Finding:
     if again != policy:
         names = [name for name in Policy.model_fields if getattr(again, name) != getattr(policy, name)]
         return Finding("file", "", None, "failed", f"read back, it differs in {', '.join(names)}")
-    return Finding("file", "", None, "verified", f"read back, it is the same, with {len(policy.regimes)} regimes")
+    regimes = len(policy.regimes)
+    reason = f"read back, it is the same, with {regimes} regimes; its records passed by {policy.gate_rule}"
+    return Finding("file", "", None, "verified", reason)
 
 
 def _parts(policy: Policy) -> list[tuple[str, Candidate, list[int]]]:

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, core_schema
 
 from ..candidate import Candidate, ConfigValue
-from ..numerics import Tolerance
+from ..numerics import RULES, Tolerance
 from ..problem import MoEProblem
 
 SCHEMA_VERSION = 1
@@ -72,6 +72,9 @@ CandidateField = Annotated[
         )
     ),
 ]
+
+# Key of a policy's environment.
+GATE_RULE = "gate_rule"
 
 _T = TypeVar("_T")
 # Lax about the container alone, so that code may pass a list; the items stay strict.
@@ -288,6 +291,12 @@ class Policy(_Model):
     tolerance: Annotated[Tolerance, _whole(Tolerance)]
     inputs: _Sequence[InputDigest]
     environment: _SortedDict[str]
+
+    @property
+    def gate_rule(self) -> str:
+        """By which of `numerics.RULES` the records that it was learned from passed, and what it judges."""
+        rule = self.environment.get(GATE_RULE, "1")
+        return f"rule {rule} ({RULES[rule]})" if rule in RULES else f"rule {rule}"
 
     @property
     def timing(self) -> str | None:

@@ -239,21 +239,26 @@ def git(folder, *arguments):
 
 def test_the_commit_and_whether_the_tree_was_changed(tmp_path):
     package = tmp_path / "package"
-    package.mkdir()
+    (package / "part").mkdir(parents=True)
     (package / "__init__.py").write_text("x = 1\n")
+    (package / "part" / "module.py").write_text("y = 1\n")
+    (tmp_path / "other.py").touch()
     code = provenance.code.__wrapped__
     plain = code(package)
     assert set(plain) == {"version", "sources"}
 
     git(tmp_path, "init", "-q")
-    assert set(code(package)) == {"version", "sources"}  # somebody else's checkout, which doesn't track it
+    assert code(package) == plain
+    git(tmp_path, "add", "other.py")
+    git(tmp_path, "commit", "-qm", "somebody else's, which doesn't track the package")
+    assert code(package) == plain
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     clean = code(package)
     assert clean == plain | {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "notes.txt").write_text("beside the package")
     assert code(package) == clean
-    for name, text in (("__init__.py", "x = 2\n"), ("new.py", "")):
+    for name, text in (("__init__.py", "x = 2\n"), ("part/module.py", "y = 2\n"), ("new.py", "")):
         before = (package / name).read_text() if (package / name).exists() else None
         (package / name).write_text(text)
         changed = code(package)

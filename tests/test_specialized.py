@@ -152,6 +152,8 @@ def test_every_kernel_has_a_name_for_people():
     assert describe(narrow, 1, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 triton/one_token.py, ")
     assert describe(narrow, 16, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 sm90/narrow.py, ")
     assert describe(narrow, 4096, (9, 0)).startswith("GEMM1 sm90/many_rows.py, GEMM2 sm90/many_rows.py, ")
+    undivided = dataclasses.replace(narrow, hidden_size=640)
+    assert describe(undivided, 4096, (9, 0)).startswith("GEMM1 sm90/many_rows.py, GEMM2 triton/gemm2.py, ")
 
 
 @pytest.mark.parametrize("num_tokens, unit_n", [(2, 128), (16, 128), (17, 256), (512, 256)])

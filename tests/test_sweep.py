@@ -64,12 +64,12 @@ def one_thread():
 
 
 def record(plan, job, timing, us, device="cpu", environment=None):
-    return BenchRecord(
-        **record_fields(device, plan.problem, job.workload, job.choice, environment or {}),
-        timing=timing,
-        status="passed",
-        latency_us={"median": us},
+    """Of a wrong result where ``us`` is None."""
+    result = (
+        {"status": "failed", "reason": "wrong"} if us is None else {"status": "passed", "latency_us": {"median": us}}
     )
+    fields = record_fields(device, plan.problem, job.workload, job.choice, environment or {})
+    return BenchRecord(**fields, timing=timing, **result)
 
 
 def planned(plan, latency, records=(), most=10**6):
@@ -216,6 +216,19 @@ def test_it_looks_where_the_choice_is_in_doubt():
 def test_one_candidate_alone_needs_no_refinement():
     plan = Plan.make(DEEPSEEK_V3, (A,), quick=True)
     assert {r.num_tokens for r in planned(plan, latency_us)} == set(plan.anchors)
+
+
+@pytest.mark.parametrize("wrong, refined", [(False, True), (True, False)])
+def test_one_that_is_wrong_at_a_load_is_not_compared(wrong, refined):
+    plan, results = Plan.make(DEEPSEEK_V3, (A, B), quick=True, loads=("uniform", "zipf")), Results([])
+    tokens = set()
+    while (job := next_job(plan, results)) is not None:
+        tokens.add(job.workload.num_tokens)
+        fails = wrong and job.choice == B and job.workload.routing == "zipf"
+        us = None if fails else latency_us(job.choice, job.workload.num_tokens)
+        for timing in job.timings:
+            results.add(record(plan, job, timing, us))
+    assert (tokens > set(plan.anchors)) == refined
 
 
 def test_a_quick_sweep_is_the_start_of_a_full_one():

@@ -155,6 +155,15 @@ def test_one_rank_alone_has_all_rows(load):
         make_routing(Workload(30, 0, load), dataclasses.replace(SMALL, num_local_experts=SMALL.num_experts))
 
 
+@pytest.mark.parametrize("problem", [DEEPSEEK_V3, QWEN3_235B])
+def test_none_by_the_logits_alone(problem):
+    """For what takes no bias."""
+    workload = Workload(901, problem.num_local_experts, "none")
+    logits, bias = make_routing(workload, problem)
+    ids, _ = route(logits, torch.zeros_like(bias), 1.0, problem)
+    assert not bool(((ids // problem.num_local_experts) == 1).any())
+
+
 def test_an_unknown_load():
     with pytest.raises(
         ValueError, match="routing: expected one of uniform, zipf, concentrated, none, .*, got 'normal'"

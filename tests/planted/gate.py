@@ -29,6 +29,7 @@ MUTATIONS = [
     numerics("if not abs(slope - 1) <= bounds.slope:", "if slope - 1 > bounds.slope:", "a slope below 1 passes"),
     numerics("_SLOPE, _SLOPE_SCATTER = 0.15, 16.0", "_SLOPE, _SLOPE_SCATTER = 0.3, 16.0", "1.5% of everything passes"),
     numerics("_SCATTER = 8.0\n", "_SCATTER = 16.0\n", "parts may scatter twice as far"),
+    numerics("_ONE_ROUNDING) ** 2", "_ONE_ROUNDING) ** 0", "honest results of narrow layers are refused"),
     # Whose rows
     numerics(
         "out, ref = output[has_local_work], reference[has_local_work]",
@@ -57,7 +58,9 @@ MUTATIONS = [
         "sizes[-1] = hidden - (blocks - 1) * BLOCK", "sizes[-1] = BLOCK", "a short last block has too many columns"
     ),
     numerics(
-        "(1 / (rows * width) + 1 / elements)", "(1 / rows + 1 / elements)", "narrow and wide layers scatter alike"
+        "(uneven / (rows * width) + 1 / elements)",
+        "(uneven / rows + 1 / elements)",
+        "narrow and wide layers scatter alike",
     ),
     # Sums
     numerics("self.dot / reference if reference", "self.dot / self.output if reference", "the slope of the other way"),

@@ -108,7 +108,7 @@ MUTATIONS = [
         "if len(known) == len(medians):",
         "if known:",
         "a candidate that fails at a load is compared",
-        ("tests/test_sweep.py",),
+        ("tests/test_sweep.py::test_one_that_is_wrong_at_a_load_is_not_compared",),
     ),
     plan(
         "shift = results.order(workload) % len(plan.candidates)",

@@ -177,3 +177,21 @@ def test_routing(kind):
         del results["slot_token"]
     assert near["pair"] == {5: 9 * ROWS + 8}
     assert far == shifted(near, {"pair": 2**28, "pair_weight": 2**28})
+
+
+def test_weights_by_pointer():
+    """Those that TMA can't read: of the first expert and of the last, 2^31 elements behind it, with the same values."""
+    problem = dataclasses.replace(PROBLEM, intermediate_size=2**19)
+    key = key_of(RoutedInputs)._replace(num_tokens=ROWS, aligned=False)
+    found = []
+    for expert in (0, 8):
+        plan = Pipeline(problem, Given(None, FEW)).plan(key, torch.device("cpu"), DeviceLimits(2, pdl=True))
+        step = next(step for step in plan.steps if step.kernel.function.fn.__name__ == "gemm1_swiglu_kernel")
+        names = tensors(plan, 0) | {
+            "gemm1_weights": Huge(9 * 2**20 * 256, random((PERIOD,), torch.float8_e4m3fn, 2)),
+            "gemm1_weights_scale": torch.ones(9, 2**13, 2),
+            "tokens_per_expert": torch.tensor([ROWS if number == expert else 0 for number in range(9)]).int(),
+        }
+        run_steps([dataclasses.replace(step, grid=(2**19,))], [names], only=[(0,)])  # a program for each tile and more
+        found.append(names["activated"].stored)
+    assert len(found[0]) == ROWS * 128 and found[0] == found[1]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from hybrid_moe.measure.readers import read_records
 from hybrid_moe.measure.records import BenchRecord
-from hybrid_moe.numerics import RULES
 
 
 def table(records: list[BenchRecord]) -> str:
@@ -63,9 +62,7 @@ def main() -> None:
     records: list[BenchRecord] = []
     for path in options.records:
         found = [r for r in read_records(path) if r.timing == options.timing]
-        print(", ".join(f"{key} {value}" for key, value in found[-1].environment.items()))
-        rules = sorted({str(r.correctness.rule or 1) for r in found if r.status == "passed" and r.correctness})
-        print("Passed by " + " or ".join(f"rule {rule}: {RULES[rule]}" for rule in rules) + "\n")
+        print(", ".join(f"{key} {value}" for key, value in found[-1].environment.items()) + "\n")
         records += found
     print(table(records))
 

@@ -62,7 +62,9 @@ def main() -> None:
     records: list[BenchRecord] = []
     for path in options.records:
         found = [r for r in read_records(path) if r.timing == options.timing]
-        print(", ".join(f"{key} {value}" for key, value in found[-1].environment.items()) + "\n")
+        print(", ".join(f"{key} {value}" for key, value in found[-1].environment.items()))
+        rules = sorted({r.correctness.judged_by for r in found if r.status == "passed" and r.correctness})
+        print(f"Passed by {' or '.join(rules)}\n")
         records += found
     print(table(records))
 

@@ -40,6 +40,11 @@ _NEGLIGIBLE = 1e-10
 _ROWS = 1024
 
 
+def describe_rule(rule: str) -> str:
+    """A rule by its number, for people."""
+    return f"rule {rule} ({RULES[rule]})" if rule in RULES else f"rule {rule}"
+
+
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     """Bounds of the gate.

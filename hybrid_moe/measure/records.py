@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ..candidate import PEER_PREFIX, Candidate, ConfigValue
 from ..files import RECORDS, append_line
+from ..numerics import describe_rule
 from ..policy.schema import LARGEST_COUNT, LARGEST_TIME, SLUG, Timing
 from ..problem import MoEProblem, problem_of_definition
 
@@ -72,6 +73,11 @@ class RecordCorrectness(_Model):
     max_slope_error: float | None = None
     rule: int | None = Field(default=None, ge=1)
     tokens: int | None = None
+
+    @property
+    def judged_by(self) -> str:
+        """The rule, for people."""
+        return describe_rule(str(self.rule or 1))
 
 
 class GpuState(_Model):

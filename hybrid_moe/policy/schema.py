@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, core_schema
 
 from ..candidate import Candidate, ConfigValue
-from ..numerics import RULES, Tolerance
+from ..numerics import Tolerance, describe_rule
 from ..problem import MoEProblem
 
 SCHEMA_VERSION = 1
@@ -295,8 +295,7 @@ class Policy(_Model):
     @property
     def gate_rule(self) -> str:
         """By which of `numerics.RULES` the records that it was learned from passed, and what it judges."""
-        rule = self.environment.get(GATE_RULE, "1")
-        return f"rule {rule} ({RULES[rule]})" if rule in RULES else f"rule {rule}"
+        return describe_rule(self.environment.get(GATE_RULE, "1"))
 
     @property
     def timing(self) -> str | None:

@@ -315,6 +315,7 @@ MUTATIONS = [
         "left >= M_BUCKETS[b][0] and",
         "tiles on a bucket's edge are computed twice",
         ORDER,
+        equivalent="the larger tile sums in the same order and stores the same values again: it costs time alone",
     ),
     gemm2(
         "            await_expert(finished_ptr, at, rows, FIRST_M, SIGNALS)\n",

@@ -551,8 +551,10 @@ def test_routing_of_nan(name):
         assert_routed(problem, routing_inputs(problem, logits, bias.index_fill(0, torch.tensor(2), torch.nan), offset))
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 26])
-def test_combine(tokens):
+@pytest.mark.parametrize(("tokens", "branch"), [(1, False), (9, False), (26, False), (9, True)])
+def test_combine(tokens, branch, monkeypatch):
+    """By a branch for each choice too, as with many tokens."""
+    monkeypatch.setattr("hybrid_moe.kernels.combine.BRANCH_TOKENS", 1 if branch else 512)
     problem = problem_named("24 experts")
     inputs = inputs_of(problem, tokens, 5)
     limits = limits_for(problem)

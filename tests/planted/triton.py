@@ -373,6 +373,7 @@ MUTATIONS = [
         "    let_next_kernel_start(PDL)\n    wait_for_previous_kernel(PDL)\n",
         "the kernel after the combine may start before GEMM2 has ended",
         CHUNKS,
+        equivalent="before it writes, it waits for the combine, which has waited for GEMM2",
     ),
     combine("pair // E).to(tl.int64)", "pair // E)", "rows by 32 bits", WIDE),
     combine("token = tl.program_id(0).to(tl.int64)", "token = tl.program_id(0)", "output by 32 bits", WIDE),

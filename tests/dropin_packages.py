@@ -1,4 +1,4 @@
-"""Run the plugin for SGLang or examples/vllm_layer.py inside of the package itself, on the CPU, by hand.
+"""Run the plugin for SGLang or vLLM inside of the package itself, on the CPU, by hand.
 
     python tests/dropin_packages.py vllm
     python tests/dropin_packages.py sglang
@@ -11,6 +11,7 @@ the layer's own weights and the bias in float32. No server is started.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -24,8 +25,6 @@ from hybrid_moe.measure.workloads import LayerWeights, random_weights
 from hybrid_moe.numerics import check
 from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import has_local_work, moe_reference, quantize_rows
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 TOTAL, HIDDEN, INNER, TOP_K, GROUPS, KEPT, FACTOR = 16, 256, 128, 4, 4, 2, 2.5
 # About 8, and exact in bfloat16 when their mean is off.
@@ -62,10 +61,11 @@ def judge(
     run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     added: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    token_counts: tuple[int, ...] = (0, 1, 40),
 ) -> None:
     """Run at some T and check; ``added`` is what the package adds to the routed experts' part."""
     layer = problem(weights.gemm1_weights.shape[0])
-    for tokens in (0, 1, 40):
+    for tokens in token_counts:
         hidden = torch.randn((tokens, HIDDEN), dtype=torch.bfloat16)
         logits = logits_of(hidden)
         output = run(hidden, logits)
@@ -87,20 +87,30 @@ def judge(
 
 
 def vllm() -> None:
-    """The plugin's method in a real `MoERunner`, of one rank; the expert maps of four ranks."""
-    import vllm_layer
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    """The plugin, found by its entry point, in a real `MoERunner` of one rank; the expert maps of four ranks."""
+    from types import SimpleNamespace
+
+    from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
     from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
-    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.plugins import load_plugins_by_group
 
-    vllm_layer.check_interface()
-    vllm_layer.register()
-    config_cls = get_quantization_config("hybrid_moe")
-    assert config_cls.override_quantization_method({"quant_method": "fp8"}, "hybrid_moe") == "hybrid_moe"
+    from hybrid_moe.integrations import vllm as plugin
+
+    load_plugins_by_group("vllm.general_plugins")[plugin.NAME]()
+    quantization = get_quantization_config(plugin.NAME)
+    with tempfile.TemporaryDirectory() as folder:
+        fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        described = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "quantization_config": fp8}
+        Path(folder, "config.json").write_text(json.dumps(described))
+        for asked, taken in ((plugin.NAME, plugin.NAME), (None, "fp8")):
+            model = ModelConfig(model=folder, quantization=asked, skip_tokenizer_init=True)
+            assert model.quantization == taken
+    assert quantization is plugin.HybridMoEConfig
+    plugin.check_interface()
 
     class Gate(torch.nn.Module):
         def __init__(self) -> None:
@@ -110,14 +120,19 @@ def vllm() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
             return x @ self.weight.t(), None
 
-    config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    config = VllmConfig(
+        device_config=DeviceConfig(device="cpu"), additional_config={plugin.NAME: {"backend": "torch_reference"}}
+    )
+    config.scheduler_config.max_num_batched_tokens = 16
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         initialize_model_parallel(1, 1)
         torch.set_default_dtype(torch.bfloat16)
         gate, shared = Gate(), torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
-        cases = (("hybrid_moe", False), ("hybrid_moe", True), ("fp8", False))
-        for number, (quantization, applied_by_runner) in enumerate(cases):
+        cases = (("logits", False), ("logits", True), ("chosen experts", False), ("chosen experts", True))
+        for number, (hook, applied_by_runner) in enumerate(cases):
+            # What is asked about its choice chooses by itself.
+            config.aux_output_config.enable_return_routed_experts = hook == "chosen experts"
             runner = FusedMoEFactory(
                 num_experts=TOTAL,
                 top_k=TOP_K,
@@ -126,7 +141,7 @@ def vllm() -> None:
                 use_grouped_topk=True,
                 num_expert_group=GROUPS,
                 topk_group=KEPT,
-                quant_config=get_quantization_config(quantization).from_config({"quant_method": "fp8", **FP8}),
+                quant_config=quantization.from_config({"quant_method": "fp8", **FP8}),
                 prefix=f"model.layers.{number}.mlp.experts",
                 scoring_func="sigmoid",
                 routed_scaling_factor=FACTOR,
@@ -136,30 +151,51 @@ def vllm() -> None:
                 shared_experts=shared,
             )
             experts = runner.routed_experts
+            assert type(experts.quant_method) is plugin.HybridMoEMethod
+            assert experts.quant_method.is_monolithic == (hook == "logits")
             weights = random_weights(problem(TOTAL), "cpu", seed=number)
             fill(experts, weights)
-            if quantization == "fp8":
-                # As --moe-backend triton gives; without a GPU vLLM finds none.
-                experts.quant_method.fp8_backend = Fp8MoeBackend.TRITON
-                (name,) = vllm_layer.replace_experts(runner, backend="torch_reference")
-                assert name == "routed_experts"
-            else:
-                experts.quant_method.options = {"backend": "torch_reference"}
-                experts.quant_method.process_weights_after_loading(experts)
-            assert type(experts.quant_method) is vllm_layer.HybridMoEMethod
+            experts.quant_method.process_weights_after_loading(experts)
 
             def run(hidden: torch.Tensor, _: torch.Tensor, runner: torch.nn.Module = runner) -> torch.Tensor:
                 with set_forward_context(None, config, num_tokens=len(hidden)):
                     return runner(hidden_states=hidden, router_logits=hidden)
 
-            what = (
-                f"vLLM, --quantization {quantization}, factor applied by {'runner' if applied_by_runner else 'experts'}"
+            what = f"vLLM, {hook}, factor applied by {'runner' if applied_by_runner else 'experts'}"
+            # vLLM's router can't choose for no tokens.
+            token_counts = (0, 1, 40) if hook == "logits" else (1, 40)
+            judge(what, weights, 0, run, lambda x: gate(x)[0], lambda x: shared(x).float(), token_counts)
+
+        config.aux_output_config.enable_return_routed_experts = False
+        routings = {
+            "Kimi-K2": dict(scoring_func="sigmoid", use_grouped_topk=True, num_expert_group=1, topk_group=1),
+            "MiniMax-M2": dict(scoring_func="sigmoid"),
+            "Qwen3": dict(),
+            "OLMoE": dict(renormalize=False),
+            "DeepSeek-V2": dict(renormalize=False, use_grouped_topk=True, num_expert_group=GROUPS, topk_group=KEPT),
+        }
+        for name, routing in routings.items():
+            bias = torch.nn.Parameter(BIAS) if routing.get("scoring_func") else None
+            runner = FusedMoEFactory(
+                num_experts=TOTAL,
+                top_k=TOP_K,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                quant_config=quantization.from_config({"quant_method": "fp8", **FP8}),
+                prefix=f"model.layers.3.{name}.experts",
+                e_score_correction_bias=bias,
+                **routing,
             )
-            judge(what, weights, 0, run, lambda x: gate(x)[0], lambda x: shared(x).float())
+            method = runner.routed_experts.quant_method
+            made = plugin._problem(runner.routed_experts)
+            print(f"vLLM, {name}: {made.definition}, {'logits' if method.is_monolithic else 'chosen experts'}")
+            assert method.is_monolithic == (name != "DeepSeek-V2") and made.n_group == 1
+            assert made.softmax == (bias is None)
 
     for rank in range(4):
         local, expert_map, _ = determine_expert_map(4, rank, TOTAL)
-        assert vllm_layer.local_expert_offset(expert_map, local) == 4 * rank
+        held = SimpleNamespace(expert_map_manager=SimpleNamespace(expert_map=expert_map), local_num_experts=local)
+        assert plugin._local_expert_offset(held) == 4 * rank
 
 
 def sglang() -> None:

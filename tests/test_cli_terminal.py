@@ -259,15 +259,6 @@ def test_interrupted_in_a_command(monkeypatch):
     assert result.stderr.strip() == "interrupted"
 
 
-@pytest.mark.parametrize("framework", ["vllm", "sglang"])
-def test_an_example_without_its_framework_says_so(framework):
-    path = ROOT / "examples" / f"{framework}_layer.py"
-    if not path.exists():
-        pytest.skip("no such example")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 1 and done.stderr == f"{framework} is not installed: pip install {framework}\n"
-
-
 def test_every_backend_is_in_the_doctors_list_with_its_letter():
     text = cli("doctor").stdout
     rows = re.findall(r"^(?:yes|no )  ?([A-Z])  (\S+)$", text.replace("yes ", "yes  "), re.MULTILINE)

@@ -120,7 +120,7 @@ def test_a_cuda_build_without_a_gpu_is_announced(names, said):
 def test_every_direct_dependency_of_development_is_locked():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    libraries = {"sgl", "deepgemm", "flashinfer", "bench"}  # for a GPU, by what its driver and torch want
+    libraries = {"sgl", "deepgemm", "flashinfer", "bench", "vllm"}  # for a GPU, by what its driver and torch want
     wanted = project["dependencies"] + [each for extra in extras.keys() - libraries for each in extras[extra]]
     names = {re.match(r"[\w-]+", each)[0] for each in wanted} - {"hybrid-moe", "triton"}
     locked = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))

@@ -332,6 +332,12 @@ def test_the_entry_point_and_the_option(vllm):
     assert config.get_quant_method(torch.nn.Linear(2, 2), "lm_head") is None
 
 
+def test_a_checkpoint_that_is_not_quantised_is_an_error(vllm):
+    """vLLM makes the configuration without arguments then."""
+    with pytest.raises(ValueError, match="--quantization hybrid_moe: expected a checkpoint .* fp8, got one without"):
+        vllm.experts(quant_config=vllm.quantization())
+
+
 def test_options_reach_the_layer(vllm):
     vllm.config.additional_config["hybrid_moe"]["max_num_tokens"] = 32
     assert vllm.experts().quant_method.hybrid_moe.max_num_tokens == 32

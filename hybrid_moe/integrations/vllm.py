@@ -67,11 +67,11 @@ class HybridMoEConfig(Fp8Config):
 
     Attributes
     ----------
-    warmed_up : set of MoEProblem
-        Of the model's layers so far.
+    warmed_up : set of MoEProblem or None
+        Of the model's layers so far. ``None``: vLLM made it without a checkpoint's configuration.
     """
 
-    warmed_up: set[MoEProblem]
+    warmed_up: set[MoEProblem] | None = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -95,6 +95,11 @@ class HybridMoEConfig(Fp8Config):
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """`HybridMoEMethod` for experts that it can run, else vLLM's method."""
+        if self.warmed_up is None:  # vLLM would read weights in bfloat16 as if they were in FP8
+            raise ValueError(
+                f"--quantization {NAME}: expected a checkpoint whose quantization_config has quant_method fp8, got one "
+                "without"
+            )
         method = super().get_quant_method(layer, prefix)
         if type(method) is not Fp8MoEMethod:
             return method

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import peers
 import torch
 
 from hybrid_moe import backends
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
-from hybrid_moe.inputs import MoEInputs
-from hybrid_moe.measure.bench import Case, Prepare, environment_of, measure
+from hybrid_moe.measure.bench import Case, environment_of, measure
 from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, append_record
 from hybrid_moe.measure.sweep.plan import SHARED_TOKENS, loads_of_ranks, middle_rank
 from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
@@ -49,24 +49,6 @@ FLASHINFER = (Candidate("flashinfer_trtllm"), Candidate("flashinfer_cutlass"))
 SAMPLED_TOKENS = 1024
 
 
-def sgl_peer(inputs: MoEInputs):
-    """The pipeline of sgl-kernel's pieces."""
-    from peers import sgl_pipeline  # where used, as the libraries may be missing
-
-    prepared = sgl_pipeline.prepare(inputs, DEEPSEEK_V3)
-    return lambda output: sgl_pipeline.run(inputs, DEEPSEEK_V3, output, prepared)
-
-
-def deep_gemm_peer(inputs: MoEInputs):
-    """The pipeline of DeepGEMM and torch."""
-    from peers import deep_gemm_pipeline
-
-    return lambda output: deep_gemm_pipeline.run(inputs, DEEPSEEK_V3, output)
-
-
-PEERS: dict[str, Prepare] = {"peer:sgl_kernel": sgl_peer, "peer:deep_gemm": deep_gemm_peer}
-
-
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,13 +56,13 @@ def main() -> None:
     parser.add_argument(
         "--candidate", action="append", help="name or name[key=value]; default triton_fused[gemm=triton]"
     )
-    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs, flashinfer and both peers")
+    parser.add_argument("--all", action="store_true", help="all three grouped GEMMs, flashinfer and the peers")
     parser.add_argument("--between", action="store_true", help=f"also T = {', '.join(map(str, BETWEEN))}")
     parser.add_argument(
         "--model",
         default="deepseek-v3",
         choices=tuple(MODELS),
-        help=f"another model's layer, at T = {', '.join(map(str, MODEL_TOKENS))} and without peers",
+        help=f"another model's layer, at T = {', '.join(map(str, MODEL_TOKENS))}",
     )
     parser.add_argument("--routing", default="uniform", choices=ROUTING_LOADS, help="routing load")
     parser.add_argument(
@@ -100,9 +82,9 @@ def main() -> None:
 
     problem = MODELS[options.model]
     if problem == DEEPSEEK_V3:
-        definitions, between, peers = DEFINITION_WORKLOADS, BETWEEN if options.between else (), tuple(PEERS)
+        definitions, between = DEFINITION_WORKLOADS, BETWEEN if options.between else ()
     else:
-        definitions, between, peers = (), MODEL_TOKENS, ()
+        definitions, between = (), MODEL_TOKENS
     workloads = [w for w in definitions if not options.tokens or w.num_tokens in options.tokens]
     known = {w.num_tokens for w in workloads}
     offset = middle_rank(problem)
@@ -124,12 +106,9 @@ def main() -> None:
         environment[package] = version
     candidates = [Candidate.parse(text) for text in options.candidate or ["triton_fused[gemm=triton]"]]
     if options.all:
-        # A peer runs where its library does, which our pipeline around the same library knows.
         device = DeviceKey.of("cuda")
-        supported = [c for c in (*OURS, *FLASHINFER) if not backends.not_supported_reasons(problem, device, c)]
-        gemms = [c.config.get("gemm") for c in supported]
-        candidates = [*OURS, *(c for c in FLASHINFER if c in supported)]
-        candidates += [Candidate(name) for name in peers if name.removeprefix("peer:") in gemms]
+        supported = [c for c in FLASHINFER if not backends.not_supported_reasons(problem, device, c)]
+        candidates = [*OURS, *supported, *peers.CANDIDATES]
     print(environment, flush=True)
     copies = [random_weights(problem, "cuda", seed) for seed in range(options.copies)]
     head = f"{'T':>6} {'rows':>6} {'share':>5} {'act':>4} {'floor':>8} {'candidate':30}"
@@ -148,7 +127,7 @@ def main() -> None:
         environment,
         seeds=lambda workload: options.seeds if is_main(workload) else 1,
         sample=options.sample,
-        skip=lambda workload, choice: choice.backend in PEERS and not is_main(workload),
+        skip=lambda workload, choice: choice in peers.CANDIDATES and not is_main(workload),
     ):
         for record in records:
             append_record(options.output, record)
@@ -196,7 +175,7 @@ def measured(
             for choice in (*candidates[shift:], *candidates[:shift]):
                 if skip(workload, choice):
                     continue
-                runs, prepare = 15 if workload.num_tokens <= 4096 else 5, PEERS.get(choice.backend)
+                runs, prepare = 15 if workload.num_tokens <= 4096 else 5, peers.prepare_of(problem, choice)
                 records = measure(case, choice, peak, environment, prepare=prepare, runs=runs, clock=clock)
                 yield case, choice, list(records)
             del case

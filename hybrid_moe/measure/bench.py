@@ -202,8 +202,9 @@ def measure(
 ) -> Iterator[BenchRecord]:
     """Yield one record for each way of timing; a candidate that is refused or wrong gets its reason and no speed.
 
-    It is checked on every weight copy, before it is timed and again on what the timed calls wrote.
-    ``prepare`` says how to run what isn't a registered backend; ``choice.backend`` is then ``peer:<name>``.
+    It is checked on every weight copy, before it is timed and again on what the timed calls wrote; a record says
+    whether both times gave the same bits. ``prepare`` says how to run what isn't a registered backend;
+    ``choice.backend`` is then ``peer:<name>``.
     """
     problem = case.problem
     where = DeviceKey.of(case.checked.device).name
@@ -235,6 +236,7 @@ def measure(
         for timing in timings:
             yield BenchRecord(**common, timing=timing, status="failed", reason=wrong)
         return
+    first = [output.clone() for output in rotation.outputs]
     for call in calls:
         call()
     for timing in timings:
@@ -245,6 +247,7 @@ def measure(
         else:
             latency, host = time_eager(calls, runs, clock)
             common["host_us"] = host
+        common["equal_bits"] = all(map(torch.equal, first, rotation.outputs))
         if wrong := judged(f"after {runs} timed runs,"):
             yield BenchRecord(**common, timing=timing, status="failed", reason=wrong)
         else:

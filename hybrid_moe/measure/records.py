@@ -144,6 +144,8 @@ class BenchRecord(_Model):
         fill it, as without local work. Older records don't say.
     code
         What measured: version, digest of the sources, and commit and dirty in a git checkout. Older records don't say.
+    equal_bits
+        Whether the calls before timing and the timed ones wrote the same bits. Older records don't say.
     correctness, environment, timestamp
         The gate's figures, versions and measured device rates, and ISO 8601 time.
     host_us
@@ -182,6 +184,7 @@ class BenchRecord(_Model):
     floor_us: float | None = Field(default=None, ge=0, le=LARGEST_TIME)
     cache: Literal["cold", "warm"] | None = None
     code: dict[str, str | bool] | None = None
+    equal_bits: bool | None = None
     correctness: RecordCorrectness | None = None
     environment: dict[str, EnvironmentValue] = {}
     timestamp: str | None = None

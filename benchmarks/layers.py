@@ -4,7 +4,7 @@ python benchmarks/layers.py --output benchmarks/results/DEVICE/layers.jsonl
 python benchmarks/layers.py --output FILE --layer deepseek-v3 qwen3-235b-tp4 --tokens 1 32 1024 --compile-on 16
 
 Each candidate writes on outputs filled with NaN and is compared with the float32 reference before it is timed and
-after, with every seed; the first seed's time is the result. All of it in one process, in rotating order. A record a
+after, and with further seeds. All of it in one process, in rotating order. A record a
 line; what the file has already isn't measured again. The tiles of SGLang's kernel that are tuned here are kept as
 results/DEVICE/sglang_tiles/*.json. Exit code 1 if a result is wrong.
 """
@@ -16,6 +16,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import FP8, MoEInputs
-from hybrid_moe.measure.bench import Case, environment_of, measure
+from hybrid_moe.measure.bench import Case, Prepare, Rotation, environment_of, measure
 from hybrid_moe.measure.readers import read_records
 from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, MeasurementKey, append_record
 from hybrid_moe.measure.sweep.plan import middle_rank
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help=f"default: {TOKENS}")
     parser.add_argument("--offset", type=int, help="first local expert, in place of the layer's own")
     parser.add_argument("--candidate", nargs="*", help="name or name[key=value]; default: ours and all peers")
-    parser.add_argument("--seeds", type=int, default=3, help="of routing and activations")
+    parser.add_argument("--seeds", type=int, default=3, help="to check; the first is timed")
     parser.add_argument("--compile-on", type=int, default=0, metavar="N", help="compile on N processes before")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -87,8 +88,9 @@ def main() -> None:
         offset = offset_of(name) if options.offset is None else options.offset
         copies = [random_weights(problem, "cuda", seed) for seed in range(COPIES)]
         print(f"{name}, experts from {offset}", flush=True)
-        for workload in workloads(options.tokens, offset, options.seeds):
-            for record in measured(problem, workload, candidates, copies, peak, environment, done):
+        for count in options.tokens:
+            workload = Workload(count, offset)
+            for record in measured(problem, workload, options.seeds, candidates, copies, peak, environment, done):
                 append_record(options.output, record)
                 print(line(record), flush=True)
                 all_right &= record.status != "failed"
@@ -102,14 +104,10 @@ def offset_of(name: str) -> int:
     return middle_rank(MODELS[name]) if offset is None else offset
 
 
-def workloads(tokens: Sequence[int], offset: int, seeds: int) -> list[Workload]:
-    """Every seed at every T."""
-    return [Workload(count, offset, seed=seed) for count in tokens for seed in range(seeds)]
-
-
 def measured(
     problem: MoEProblem,
     workload: Workload,
+    seeds: int,
     candidates: Sequence[Candidate],
     copies: Sequence[LayerWeights],
     peak: PeakRates,
@@ -117,25 +115,40 @@ def measured(
     done: Set[MeasurementKey],
     clock: Clock = CUDA_CLOCK,
 ) -> Iterator[BenchRecord]:
-    """Every candidate at one workload but for those in ``done``; where they start rotates with T and seed.
+    """Every candidate at one workload but for those in ``done``; which comes first rotates with T.
 
-    Seeds after the first are timed briefly: they are there for the check.
+    A record is of the workload's own seed, and ``passed`` if the candidate was right with the following ones too.
     """
     device = DeviceKey.of(copies[0].gemm1_weights.device).name
     base = (device, problem.definition, problem.num_experts, problem.gate_first)
     wanted = [c for c in candidates if MeasurementKey(*base, c, workload.key, "cuda_graph") not in done]
     if not wanted:
         return
-    case = Case.make(workload, problem, copies, SAMPLED_TOKENS)
-    if TUNED in wanted and workload.seed == 0:
+    of_seeds = [replace(workload, seed=workload.seed + n) for n in range(seeds)]
+    case, *others = [Case.make(one, problem, copies, SAMPLED_TOKENS) for one in of_seeds]
+    if TUNED in wanted:
         tune(case)
-    shift = (workload.num_tokens.bit_length() + workload.seed) % len(wanted)
-    runs = 3 if workload.seed else 15 if workload.num_tokens <= 4096 else 5
+    shift = workload.num_tokens.bit_length() % len(wanted)
     for choice in (*wanted[shift:], *wanted[:shift]):
         prepare = peers.prepare_of(problem, choice)
+        runs = 15 if workload.num_tokens <= 4096 else 5
         how = {"prepare": prepare, "timings": ("cuda_graph",), "runs": runs, "clock": clock}
-        yield from measure(case, choice, peak, environment, **how)
+        (record,) = measure(case, choice, peak, environment, **how)
+        if record.status == "passed":
+            wrong = [reason for other in others if (reason := failure(other, choice, prepare))]
+            changed = {"status": "failed", "reason": "; ".join(wrong), "latency_us": None} if wrong else {}
+            record = BenchRecord.model_validate(record.model_dump() | changed | {"seeds": seeds})
+        yield record
         torch.cuda.empty_cache()  # a graph's memory is no other candidate's
+
+
+def failure(case: Case, choice: Candidate, prepare: Prepare) -> str:
+    """Why a candidate is wrong on a case; empty if it isn't."""
+    rotation = Rotation.make(case, choice, prepare)
+    for call in rotation.calls()[: len(rotation.runs)]:
+        call()
+    copy, found = rotation.check()
+    return f"seed {case.workload.seed}, weight copy {copy}: " + "; ".join(found.failures) if found.failures else ""
 
 
 def tune(case: Case) -> None:
@@ -207,3 +220,7 @@ def call_once(name: str, tokens: Sequence[int], choice: Candidate) -> None:
 def prepare_and_call(problem: MoEProblem, choice: Candidate, inputs: MoEInputs, output: torch.Tensor) -> None:
     """For `call_once`."""
     peers.prepare_of(problem, choice)(inputs)(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ from hybrid_moe.kernels.steps import Step
 from hybrid_moe.measure.workloads import MODELS
 from hybrid_moe.problem import MoEProblem
 
-NUM_SMS = {90: 132, 100: 148}
+NUM_SMS = {89: 142, 90: 132, 100: 148, 120: 188}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 200, 250, 400, 2560, 4096, 14107)
 MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several M buckets, and the specialised kernels
@@ -90,7 +90,8 @@ def resources(kernel, capability: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [ptxas.path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", Path(folder) / "kernel.cubin"]
+        gpu = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        command = [ptxas.path, "-v", f"--gpu-name={gpu}", source, "-o", Path(folder) / "kernel.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
     log = done.stderr + done.stdout
     if done.returncode:
@@ -105,6 +106,7 @@ def resources(kernel, capability: int) -> dict[str, object]:
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
         "older_mma": "mma.sync.aligned" in ptx,
+        "fp8_mma": re.search(r"mma\.sync\.aligned\S*\.e4m3", ptx) is not None,
     }
 
 
@@ -160,7 +162,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
 
     JITFunction.run = compile_only
     CompiledKernel.__getitem__ = lambda self, grid: lambda *arguments: None
-    limits = DeviceLimits(NUM_SMS[capability], pdl=True)
+    limits = DeviceLimits(NUM_SMS[capability], pdl=capability >= 90)
     for tokens in token_counts:
         inputs = untouched_inputs(problem, tokens)
         output = torch.empty(tokens, problem.hidden_size, dtype=torch.bfloat16)

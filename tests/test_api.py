@@ -339,14 +339,21 @@ def test_a_b200_with_a_plain_install_runs_this_packages_own_kernels(monkeypatch)
 
 def test_the_reference_says_that_it_is_slow_where_that_is_felt():
     resolve.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="torch_reference runs on nvidia_l40s: .*it is slow"):
-        resolve.decision_table(MoEProblem(), DeviceKey("nvidia_l40s", (8, 9)))
+    with pytest.warns(UserWarning, match="torch_reference runs on nvidia_a100: .*it is slow.*8.9 have no FP8.*Marlin"):
+        resolve.decision_table(MoEProblem(), DeviceKey("nvidia_a100", (8, 0)))
     with pytest.warns(UserWarning, match="torch_reference runs on cpu: .*it is slow"):
         resolve.decision_table(MoEProblem(), DeviceKey("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve.decision_table(PROBLEM, DeviceKey("cpu"))
         resolve.decision_table(MoEProblem(), DeviceKey("cpu"))  # once in a process
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (12, 0), (12, 1)])
+def test_our_kernels_run_where_nothing_was_measured(capability):
+    with pytest.warns(UserWarning, match="no policy for device nvidia_l40s"):
+        table = resolve.decision_table(MoEProblem(), DeviceKey("nvidia_l40s", capability))
+    assert table.choices == (Candidate("triton_fused", {"gemm": "triton"}),)
 
 
 def test_nothing_can_run(spies, inputs, no_interpreter, monkeypatch):

@@ -181,6 +181,16 @@ def test_calls_that_write_nothing_when_they_are_timed(case):
     assert all("not finite" in r.reason and "timed runs" in r.reason for r in found)
 
 
+def test_whether_a_call_repeats_its_bits(case):
+    assert all(record.equal_bits for record in measured(case)[1])
+
+    def spoil(output, copy, call):
+        if copy == 1 and call >= 3:
+            output[BUSY, 0] *= 1.01
+
+    assert [(r.status, r.equal_bits) for r in measured(case, spoil)[1]] == [("passed", False)] * 2
+
+
 def test_a_candidate_that_is_refused(case):
     def prepare(inputs):
         raise BackendUnsupportedError("x", ("no such GPU", "no such library"))
@@ -390,7 +400,7 @@ def test_every_seed_is_checked_and_timed_by_itself(monkeypatch):
         return make(workload, problem, copies, sample)
 
     monkeypatch.setattr(Case, "make", remembered)
-    monkeypatch.setattr(definition_workloads, "PEERS", {name: prepare_of(name) for name in ("peer:a", "peer:b")})
+    monkeypatch.setattr(definition_workloads.peers, "prepare_of", lambda problem, choice: prepare_of(choice.backend))
     workloads = [Workload(3, 4, uuid="u"), Workload(5, 4)]
     found = list(
         definition_workloads.measured(

@@ -428,6 +428,20 @@ def test_gemm1_signals_what_gemm2_waits_for(tokens, routing):
     assert tensors["finished"].tolist() == [*signals.tolist(), int(signals.sum())]
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (12, 0)])
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_tiles_of_gpus_with_less_shared_memory(tokens, capability):
+    limits_for(SMALL)
+    inputs = inputs_of(SMALL, tokens, 4)
+    output = torch.full((tokens, SMALL.hidden_size), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    flow = pipeline.Pipeline(SMALL, provider.TritonGroupedGemm(capability))
+    with uninitialised_memory_filled():
+        memory = torch.empty(flow.arena(tokens).bytes, dtype=torch.uint8, device=DEVICE)
+    flow.run(inputs, output, memory)
+    result = check(output, moe_reference(inputs, SMALL), has_local_work(inputs, SMALL), OWN_KERNELS_TOLERANCE)
+    assert result.passed, result.failures
+
+
 # Routing alone
 
 

@@ -1,9 +1,7 @@
 """Other libraries' grouped GEMMs: our kernels around them, and the calls, on emulations that read memory as they do."""
 
 import dataclasses
-import functools
 import importlib.util
-import sys
 import types
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
 from hybrid_moe.kernels.routing import reserve_routing, route
 from hybrid_moe.kernels.shapes import max_local_rows
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
-from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, check
+from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, check
 from hybrid_moe.problem import MoEProblem
 from hybrid_moe.reference import (
     dequantize_rows,

@@ -279,45 +279,59 @@ def test_a_peer_without_its_library_is_refused(monkeypatch):
 # ---- The script ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_file_has_is_not_measured_again(monkeypatch, tmp_path):
-    clock, prepared = KnownClock(), []
-    monkeypatch.setattr(layers, "tune", lambda case: prepared.append("tuned"))
-
-    def prepare_of(problem, choice):
-        def prepare(inputs):
-            prepared.append(choice)
-            right = moe_reference(inputs, problem, quantize_intermediate=True)
-
-            def run(output):
-                if clock.work(1.0, 5.0):
-                    output.copy_(right)
-
-            return run
-
-        return prepare
-
-    monkeypatch.setattr(peers, "prepare_of", prepare_of)
+@pytest.fixture
+def measure_layer(monkeypatch):
+    """``measure_layer(candidates, done)`` at T = 3 with two seeds; ``spoiled`` gives wrong results with the second."""
+    clock, tuned = KnownClock(), []
+    monkeypatch.setattr(layers, "tune", tuned.append)
     copies = [random_weights(SMALL, "cpu", seed) for seed in range(2)]
-    candidates = [layers.OURS[0], layers.TUNED, *sglang_deep_gemm.CANDIDATES]
+    first = make_inputs(Workload(3, 4), SMALL, copies[0])
+
+    def measure(candidates, done=frozenset(), spoiled=None):
+        def prepare_of(problem, choice):
+            def prepare(inputs):
+                right = moe_reference(inputs, problem, quantize_intermediate=True)
+                if choice == spoiled and not torch.equal(inputs.routing_logits, first.routing_logits):
+                    right += 1
+
+                def run(output):
+                    if clock.work(1.0, 5.0):
+                        output.copy_(right)
+
+                return run
+
+            return prepare
+
+        monkeypatch.setattr(peers, "prepare_of", prepare_of)
+        peak = PeakRates(1e12, 1e15)
+        return list(layers.measured(SMALL, Workload(3, 4), 2, candidates, copies, peak, {}, done, clock))
+
+    return measure, tuned
+
+
+def test_what_a_file_has_is_not_measured_again(measure_layer, tmp_path):
+    measure, tuned = measure_layer
+    ours, masked, contiguous = layers.OURS[0], *sglang_deep_gemm.CANDIDATES
     path = tmp_path / "records.jsonl"
+    for record in measure([layers.TUNED, masked, contiguous]):
+        append_record(path, record)
+    records = read_records(path)
+    assert [r.choice for r in records] == [contiguous, layers.TUNED, masked]
+    assert {(r.timing, r.equal_bits, r.latency_us.runs, r.seeds) for r in records} == {("cuda_graph", True, 15, 2)}
+    assert len(tuned) == 1 and all(" same bits " in layers.line(r) for r in records)
+    done = {r.key for r in records}
+    (record,) = measure([ours, layers.TUNED, masked, contiguous], done)
+    assert record.choice == ours and len(tuned) == 1
+    assert not measure([ours, masked], done | {record.key})
 
-    def measure(workload, of):
-        done = {r.key for r in read_records(path)} if path.exists() else set()
-        found = list(layers.measured(SMALL, workload, of, copies, PeakRates(1e12, 1e15), {}, done, clock))
-        for record in found:
-            append_record(path, record)
-        return found
 
-    first, second = layers.workloads([3], 4, seeds=2)
-    assert [r.choice for r in measure(first, candidates[1:])] == [candidates[3], candidates[1], candidates[2]]
-    assert prepared.count("tuned") == 1
-    found = measure(first, candidates)
-    assert [(r.choice, r.seed, r.timing, r.equal_bits) for r in found] == [(candidates[0], 0, "cuda_graph", True)]
-    assert found[0].latency_us.runs == 15 and " same bits " in layers.line(found[0])
-    assert not measure(first, candidates) and prepared.count("tuned") == 1
-    found = measure(second, candidates)
-    assert {(r.seed, r.latency_us.runs) for r in found} == {(1, 3)} and len(found) == 4
-    assert prepared.count("tuned") == 1
+def test_a_candidate_that_is_wrong_with_another_seed(measure_layer):
+    measure, _ = measure_layer
+    right, wrong = sglang_deep_gemm.CANDIDATES
+    by_choice = {r.choice: r for r in measure([right, wrong], spoiled=wrong)}
+    assert by_choice[right].status == "passed"
+    assert by_choice[wrong].status == "failed" and by_choice[wrong].reason.startswith("seed 1, weight copy ")
+    assert by_choice[wrong].latency_us is None and " failed: seed 1" in layers.line(by_choice[wrong])
 
 
 def record_of(choice, us=None, **fields):

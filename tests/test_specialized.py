@@ -8,7 +8,7 @@ import torch
 
 from hybrid_moe.inputs import MoEInputs
 from hybrid_moe.kernels import shapes
-from hybrid_moe.kernels.grouped_gemm.tiles import TILES_SM90, TILES_SM100, describe, tile_plan
+from hybrid_moe.kernels.grouped_gemm.tiles import TILES_99_KB, TILES_SM90, TILES_SM100, describe, tile_plan
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.pipeline import Pipeline
@@ -84,13 +84,22 @@ def test_from_more_than_eight_tokens_an_expert_on():
     assert gemms(384, problem=kimi) == TRITON and gemms(385, problem=kimi) == HOPPER
 
 
-@pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3)], ids=str)
+@pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3), (12, 0)], ids=str)
 def test_on_hopper_alone(capability):
     assert gemms(4096, capability) == gemms(16, capability) == TRITON
 
 
 @pytest.mark.parametrize(
-    ("capability", "table"), [(None, TILES_SM90), ((9, 0), TILES_SM90), ((10, 0), TILES_SM100), ((10, 3), TILES_SM100)]
+    ("capability", "table"),
+    [
+        (None, TILES_SM90),
+        ((8, 9), TILES_99_KB),
+        ((9, 0), TILES_SM90),
+        ((10, 0), TILES_SM100),
+        ((10, 3), TILES_SM100),
+        ((12, 0), TILES_99_KB),
+        ((12, 1), TILES_99_KB),
+    ],
 )
 def test_each_architecture_has_its_own_tiles(capability, table):
     """On both sides of each bound."""

@@ -14,6 +14,16 @@ from ..device import DeviceKey
 from ..inputs import Inputs
 from ..problem import MoEProblem
 
+NO_FP8 = (
+    "tensor cores before compute capability 8.9 have no FP8. SGLang and vLLM serve such weights there by Marlin, which "
+    "multiplies in bfloat16"
+)
+
+
+def lacks_fp8(device: DeviceKey) -> bool:
+    """Whether the device is a GPU without FP8."""
+    return device.capability is not None and device.capability < (8, 9)
+
 
 class Runner(ABC):
     """A backend prepared for one problem, device and configuration.

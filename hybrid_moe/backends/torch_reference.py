@@ -10,7 +10,7 @@ from ..device import DeviceKey
 from ..inputs import Inputs
 from ..problem import MoEProblem
 from ..reference import moe_reference
-from .base import Backend, ConfigValue, Runner
+from .base import NO_FP8, Backend, ConfigValue, Runner, lacks_fp8
 
 # Elements of the weights from which a call takes seconds on a CPU.
 LARGE = 10**8
@@ -32,7 +32,8 @@ class TorchReference(Backend):
         weights = 3 * problem.num_local_experts * problem.hidden_size * problem.intermediate_size
         if device.name == "cpu" and weights < LARGE:
             return []
-        return ["the layer in plain torch, one expert at a time: it is slow, and can't be captured in a CUDA graph"]
+        slow = "the layer in plain torch, one expert at a time: it is slow, and can't be captured in a CUDA graph"
+        return [f"{slow}. Nothing else can run here: {NO_FP8}" if lacks_fp8(device) else slow]
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner; nothing to prepare."""

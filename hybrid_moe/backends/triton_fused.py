@@ -16,15 +16,15 @@ import torch
 from ..device import DeviceKey
 from ..inputs import Inputs
 from ..problem import MoEProblem
-from .base import Backend, ConfigValue, Runner
+from .base import NO_FP8, Backend, ConfigValue, Runner, lacks_fp8
 
 if TYPE_CHECKING:
     from ..kernels.pipeline import GroupedGemm
 
 GEMMS = ("triton", "sgl_kernel", "deep_gemm")
 LIBRARIES = {"sgl_kernel": "sglang-kernel", "deep_gemm": "sgl-deep-gemm"}
-# Hopper and data-centre Blackwell: what the kernels are compiled and tested for.
-CAPABILITIES = ((9, 0), (10, 0), (10, 3))
+# What the kernels are compiled for: Ada, Hopper, Blackwell of data centres and of workstations.
+CAPABILITIES = ((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 
 
 class TritonFused(Backend):
@@ -53,9 +53,12 @@ class TritonFused(Backend):
         from ..kernels.interpreter import interpreting
 
         if device.capability not in CAPABILITIES and not (device.name == "cpu" and interpreting()):
+            *others, last = map(_text, CAPABILITIES)
             reasons.append(
-                f"device {device.name}: expected compute capability 9.0, 10.0 or 10.3, got {_text(device.capability)}"
+                f"device {device.name}: expected compute capability {', '.join(others)} or {last}, "
+                f"got {_text(device.capability)}"
                 + (" (or Triton's interpreter: TRITON_INTERPRET=1, for tests)" if device.name == "cpu" else "")
+                + (f": {NO_FP8}" if lacks_fp8(device) else "")
             )
         if not reasons:
             gemm = str(config.get("gemm", self.default_config["gemm"]))

@@ -45,7 +45,8 @@ def limits_of(device: torch.device) -> DeviceLimits:
     """Of the device that a call's tensors are on; of no GPU in the interpreter."""
     if device.type != "cuda":
         return DeviceLimits(num_sms=4, pdl=False)
-    return DeviceLimits(torch.cuda.get_device_properties(device).multi_processor_count, pdl=True)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(properties.multi_processor_count, pdl=properties.major >= 9)
 
 
 @contextmanager

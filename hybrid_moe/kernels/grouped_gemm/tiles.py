@@ -112,7 +112,8 @@ class TilePlan:
 
 
 _16_X4_PAIRS, _16_X3_PAIRS = MBucket(16, num_stages=4, k_unroll=2), MBucket(16, num_stages=3, k_unroll=2)
-_16_X4, _64_X3, _64_X4 = MBucket(16, num_stages=4), MBucket(64, num_stages=3), MBucket(64, num_stages=4)
+_16_X3, _16_X4 = MBucket(16, num_stages=3), MBucket(16, num_stages=4)
+_64_X3, _64_X4 = MBucket(64, num_stages=3), MBucket(64, num_stages=4)
 _128_X3, _128_X4 = MBucket(128, num_stages=3), MBucket(128, num_stages=4)
 
 _FUSED_GEMM1 = Tile(block_n=64, num_warps=4, m_buckets=(_16_X4_PAIRS, _64_X4), fused=True)
@@ -188,12 +189,32 @@ TILES_SM100: tuple[tuple[float, TilePlan], ...] = (
     ),
 )
 
+# Never run there: tiles within the 99 KB of shared memory of Ada (8.9) and of Blackwell's workstations (12.0, 12.1).
+TILES_99_KB: tuple[tuple[float, TilePlan], ...] = (
+    (
+        0.5,
+        TilePlan(
+            gemm1=Tile(block_n=64, num_warps=4, m_buckets=(_16_X4,)),
+            gemm2=Tile(block_n=128, num_warps=4, m_buckets=(_16_X3_PAIRS,), fused=True),
+        ),
+    ),
+    (
+        float("inf"),
+        TilePlan(
+            gemm1=Tile(block_n=64, num_warps=8, m_buckets=(_16_X3, _64_X3), programs_per_sm=2, fused=True),
+            gemm2=Tile(block_n=128, num_warps=8, m_buckets=(_16_X4, _64_X4), fused=True),
+        ),
+    ),
+)
+
 
 @functools.lru_cache(maxsize=4096)
 def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None = None) -> TilePlan:
     """The plan for ``num_tokens``: a function of the shapes alone, so that a captured graph keeps it."""
     tokens_per_expert = num_tokens * problem.top_k / problem.num_experts
-    if capability is not None and capability[0] >= 10:
+    if capability is not None and capability[0] in (8, 12):
+        table = TILES_99_KB
+    elif capability is not None and capability[0] >= 10:
         table = TILES_SM100
     else:
         table = TILES_SM90_NARROW if capability == (9, 0) and narrow.fits(problem) else TILES_SM90

@@ -70,6 +70,8 @@ class TritonGroupedGemm(GroupedGemm):
         """GEMM1 and GEMM2 of each pair, the last one's GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, key.num_tokens)
         columns = column_chunk(problem, max_local_rows(problem, key.num_tokens))
+        if self._capability is not None and self._capability < (9, 0):  # no TMA
+            key = key._replace(aligned=False)
         first, second = plan.specialized if key.aligned else (None, None)
         if key.stride_hidden % 16:  # each row is copied 16 bytes at a time
             first = None

@@ -163,9 +163,7 @@ def tune(case: Case) -> None:
 
 def line(record: BenchRecord) -> str:
     """One line of the log."""
-    head = (
-        f"{record.num_tokens:6} seed {record.seed} {record.local_rows:7} {record.active_experts:4} {record.choice!s:44}"
-    )
+    head = f"{record.num_tokens:6} {record.local_rows:7} {record.active_experts:4} {record.choice!s:44}"
     if record.latency_us is None or record.correctness is None or not record.floor_us:
         return f"{head} {record.status}: {record.reason}"
     return (

@@ -23,10 +23,11 @@ OURS = "triton_fused"
 def table(records: list[BenchRecord]) -> str:
     """One row a workload, one column a candidate; the fastest of a row in bold.
 
-    Of several seeds the first is shown, as failed if any of them did. With peers there is one column more: the fastest
-    that isn't of `triton_fused` over the fastest that is.
+    Of several seeds the first is shown, as failed if any of them did. What could run at no T has no column. With peers
+    there is one column more: the fastest that isn't of `triton_fused` over the fastest that is.
     """
-    columns = sorted({str(r.choice) for r in records}, key=lambda name: (name.startswith(PEER_PREFIX), name))
+    tried = {str(r.choice) for r in records if r.status != "unsupported"}
+    columns = sorted(tried, key=lambda name: (name.startswith(PEER_PREFIX), name))
     peers = any(r.is_peer for r in records)
     several = len({r.routing for r in records}) > 1
     rows: dict[tuple[str, int, int], dict[str, BenchRecord]] = {}

@@ -352,6 +352,7 @@ def test_the_table_of_a_layer():
         record_of(layers.CANDIDATES[2], 18.0),
         record_of(wrong, 11.0),
         record_of(wrong, seed=2),
+        record_of(layers.OURS[1], status="unsupported"),
     ]
     head, rule, row, errors = table.table(records).splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") == errors.count("|") == 10

@@ -15,8 +15,8 @@ from ..inputs import Inputs
 from ..problem import MoEProblem
 
 NO_FP8 = (
-    "tensor cores before compute capability 8.9 have no FP8. SGLang and vLLM serve such weights there by Marlin, which "
-    "multiplies in bfloat16"
+    "tensor cores before compute capability 8.9 have no FP8. vLLM serves such weights there by Marlin, which "
+    "multiplies in 16 bits"
 )
 
 

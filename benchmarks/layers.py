@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--compile-on", type=int, default=0, metavar="N", help="compile on N processes before")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("an NVIDIA GPU is wanted; torch finds none")
+        parser.error("expected an NVIDIA GPU, torch finds none")
     candidates = [Candidate.parse(text) for text in options.candidate] if options.candidate else [*CANDIDATES]
     if options.compile_on:
         compile_ahead(options.layer, options.tokens, candidates, options.compile_on)

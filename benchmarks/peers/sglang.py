@@ -40,7 +40,7 @@ def not_supported_reasons() -> list[str]:
     if root is None:
         reasons.append("sglang isn't there: install it, or put its unpacked wheel on PYTHONPATH")
     elif not _file(root, "fused_moe_triton_kernels").is_file():
-        reasons.append(f"sglang in {root} has no kernels/ops/moe/fused_moe_triton_kernels.py: 0.5.16 is wanted")
+        reasons.append(f"sglang in {root} has no kernels/ops/moe/fused_moe_triton_kernels.py: expected release 0.5.16")
     try:
         ops()
     except (ImportError, OSError, RuntimeError) as error:

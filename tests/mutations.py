@@ -8,7 +8,7 @@ The bugs are in ``tests/planted/``, a module for each area with a list ``MUTATIO
 what it becomes, what is wrong then, and the tests that should see it, the quickest first. The text has to be there
 exactly once: one that isn't is an error, so that the list follows the code.
 
-Not part of ``make test``: with two jobs all take about half an hour.
+Not part of ``make test``: with two jobs all took two hours on two busy cores.
 """
 
 from __future__ import annotations

@@ -133,6 +133,14 @@ def test_more_experts_than_a_warp_has_lanes(gemms):
     Call(problem, given_rows(problem, rows), Given(*gemms)).run(stages=2)
 
 
+def test_the_combine_reads_no_column_past_the_last():
+    """Three blocks of columns in the place of four, and as many rows as there can be."""
+    problem = dataclasses.replace(SMALL, top_k=4, hidden_size=384, intermediate_size=128)
+    call = Call(problem, given_rows(problem, [24] * 4), Given(None, None))
+    assert call.plan.steps[-1].constants.arguments["BLOCKS"] == 4
+    call.run(stages=2)
+
+
 def test_bits_do_not_hang_on_the_order():
     """Slots, tiles and signals come in another order each time; no sum does."""
     inputs = given_rows(SMALL, [20, 3, 0, 33])

@@ -3,10 +3,11 @@
     python benchmarks/sglang_server.py --model deepseek-v3 --output results.json
 
 A checkpoint of random weights with the model's real layer widths (and as many layers as asked for) is written to a
-folder in memory, so that every runner loads the same numbers. Each runner has a server of its own (`launch_server`),
-started cold once (no compiled kernel is kept) with ``--cold``, and warm. All are asked the same over HTTP, greedily,
-one server after another: decode at several batch sizes, prefill of 2k and 8k tokens, each three times. Times are the
-client's.
+folder in memory, so that every runner loads the same numbers. Each runner has a server of its own (`launch_server`).
+All are asked the same over HTTP, greedily, one server at a time: decode at several batch sizes, prefill of 2k and 8k
+tokens, each three times. Times are the client's. Runners joined by a comma are up together in the GPU's memory and
+asked by turns, as ``--runners hybrid_moe,triton hybrid_moe,deep_gemm``. A runner that is named again is started again,
+with its kernels compiled, and not asked anything.
 
 How logits are judged: two FP8 kernels that are both right differ by their rounding. ``hybrid_moe``'s log probabilities
 of the prompts' tokens may differ from those of SGLang's Triton runner no more than twice as much as those of SGLang's
@@ -18,6 +19,7 @@ Wants SGLang 0.5.16 or newer, and hybrid_moe installed (its entry point is how S
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -33,6 +35,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +189,7 @@ class Server:
             flags += ["--cuda-graph-bs-prefill", *map(str, args.prefill)]
         else:
             flags.append("--disable-prefill-cuda-graph")
-        command = [sys.executable, "-m", "sglang.launch_server", *flags, *args.server_args]
+        command = [sys.executable, "-m", "sglang.launch_server", *flags, *args.server_arg]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
         environment = os.environ | {
@@ -264,27 +267,34 @@ def timed(server: Server, prompts: list[list[int]], new: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    """What the judge reads, and all times."""
-    found: dict[str, Any] = {"runner": server.runner, "ready_s": server.ready_s, "decode": {}, "prefill": {}}
-    found["text"] = server.generate(16, text="Mixture of experts")["text"]
+def ask_text(server: Server, args: argparse.Namespace) -> Any:
+    return server.generate(16, text="Mixture of experts")["text"]
+
+
+def ask_judged(server: Server, args: argparse.Namespace) -> Any:
+    """Log probabilities of the prompts' tokens, and the tokens that follow."""
     judged = server.generate(64, input_ids=prompts_of(8, 128, 7), return_logprob=True, logprob_start_len=0)
-    found["logprobs"] = [[p[0] for p in j["meta_info"]["input_token_logprobs"][1:]] for j in judged]
-    found["tokens"] = [[p[1] for p in j["meta_info"]["output_token_logprobs"]] for j in judged]
-    for batch in args.batches:
-        rows = []
-        timed(server, prompts_of(batch, 32, 1), 8)
-        for repeat in range(args.repeats):
-            prompts = prompts_of(batch, 32, 100 + repeat)
-            first, whole = timed(server, prompts, 1), timed(server, prompts, args.new)
-            step = (whole - first) / (args.new - 1)
-            rows.append({"ttft_ms": 1e3 * first, "itl_ms": 1e3 * step, "tokens_per_s": batch / step})
-        found["decode"][batch] = rows
-    for length in args.prefill:
-        timed(server, prompts_of(1, length, 2), 1)
-        times = [timed(server, prompts_of(1, length, 200 + r), 1) for r in range(args.repeats)]
-        found["prefill"][length] = [{"ttft_ms": 1e3 * t, "tokens_per_s": length / t} for t in times]
-    return found | {"metrics": server.metrics(), "said": server.said()}
+    return {
+        "logprobs": [[p[0] for p in j["meta_info"]["input_token_logprobs"][1:]] for j in judged],
+        "tokens": [[p[1] for p in j["meta_info"]["output_token_logprobs"]] for j in judged],
+    }
+
+
+def ask_decode(server: Server, args: argparse.Namespace, batch: int) -> list[dict[str, float]]:
+    rows = []
+    timed(server, prompts_of(batch, 32, 1), 8)
+    for repeat in range(args.repeats):
+        prompts = prompts_of(batch, 32, 100 + repeat)
+        first, whole = timed(server, prompts, 1), timed(server, prompts, args.new)
+        step = (whole - first) / (args.new - 1)
+        rows.append({"ttft_ms": 1e3 * first, "itl_ms": 1e3 * step, "tokens_per_s": batch / step})
+    return rows
+
+
+def ask_prefill(server: Server, args: argparse.Namespace, length: int) -> list[dict[str, float]]:
+    timed(server, prompts_of(1, length, 2), 1)
+    times = [timed(server, prompts_of(1, length, 200 + repeat), 1) for repeat in range(args.repeats)]
+    return [{"ttft_ms": 1e3 * seconds, "tokens_per_s": length / seconds} for seconds in times]
 
 
 def difference(a: list[list[float]], b: list[list[float]]) -> float:
@@ -303,8 +313,8 @@ def agreeing(a: list[list[int]], b: list[list[int]]) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="deepseek-v3")
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--runners", nargs="+", default=["triton", "hybrid_moe", "deep_gemm"])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--runners", nargs="+", default=["hybrid_moe", "triton", "deep_gemm", "hybrid_moe"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prefill", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--prefill-graphs", action="store_true", help="capture graphs of these prefills too")
@@ -313,15 +323,13 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=32768, help="size of the key-value cache")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
-    parser.add_argument("--cold", action="store_true", help="start hybrid_moe once before, with nothing compiled")
-    parser.add_argument(
-        "--together", action="store_true", help="start all servers at once; they share the GPU's memory"
-    )
     parser.add_argument("--port", type=int, default=30017)
     parser.add_argument("--limit", type=float, default=240, help="seconds that a server may take to be ready")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/hybrid_moe_checkpoint"))
-    parser.add_argument("--server-args", nargs="*", default=[], help="more of launch_server's, after a last --")
-    parser.add_argument("--logs", type=Path, default=Path("/tmp"), help="folder of the servers' logs")
+    parser.add_argument(
+        "--server-arg", action="append", default=[], help="one more of launch_server's: --server-arg=--x"
+    )
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of the servers' logs")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that the servers are stopped too
@@ -338,33 +346,27 @@ def main() -> None:
             sys.exit("the checkpoint couldn't be written")
     print(f"checkpoint of {args.layers} layers in {time.perf_counter() - start:.0f} s", flush=True)
     said = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    results: dict[str, Any] = {**machine(), "arguments": said, "engines": []}
+    results: dict[str, Any] = {**machine(), "arguments": said, "starts": [], "answers": {}}
     kernels = Path(tempfile.mkdtemp(prefix="kernels-"))
     servers: list[Server] = []
+    port = args.port
     try:
-        if args.cold:
-            servers.append(Server(args.folder, "hybrid_moe", args.port, kernels, args))
-            while not servers[0].is_ready(args.limit):
-                time.sleep(0.1)
-            results["cold"] = {"ready_s": servers[0].ready_s, "said": servers[0].said()}
-            print("cold:", json.dumps(results["cold"]), flush=True)
-            servers.pop().stop()
-        for number, runner in enumerate(args.runners, start=1):
-            servers.append(Server(args.folder, runner, args.port + 100 * number, kernels, args))
-            if not args.together:
-                answer(servers, args, results)
-        answer(servers, args, results)
+        for group in args.runners:
+            for runner in group.split(","):
+                servers.append(Server(args.folder, runner, port, kernels, args))
+                port += 100
+            wait(servers, args, results)
+            ask(servers, args, results)
+            while servers:
+                servers.pop().stop()
     finally:
         for server in servers:
             server.stop()
         shutil.rmtree(kernels)
-    by = {engine["runner"]: engine for engine in results["engines"]}
-    if "triton" in by:
-        for runner, engine in by.items():
-            gap = difference(engine["logprobs"], by["triton"]["logprobs"])
-            same = agreeing(engine["tokens"], by["triton"]["tokens"])
-            results.setdefault("judged", {})[runner] = {"mean_abs_logprob_difference": gap, "agreeing_tokens": same}
-            print(f"{runner}: mean |log probability - triton's| {gap:.5f}; text agrees for {same} of 64 tokens")
+        write(args, results)
+
+
+def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
     if args.output:
         args.output.write_text(json.dumps(results))
 
@@ -377,44 +379,62 @@ def machine() -> dict[str, Any]:
     return {"devices": subprocess.check_output(query, text=True).split("\n")[:-1], "versions": versions}
 
 
-def answer(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Have each server that was started answer all questions, and stop it; one that fails says so."""
+def wait(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Until all are ready but those that fail, which are taken from the list."""
     waiting = list(servers)
     while waiting:
         for server in list(waiting):
             try:
-                if server.is_ready(args.limit):
-                    waiting.remove(server)
+                if not server.is_ready(args.limit):
+                    continue
+                found: dict[str, Any] = {"runner": server.runner, "ready_s": server.ready_s, **server.said()}
             except RuntimeError as error:
-                results.setdefault("failed", {})[server.runner] = str(error)
-                print(error, flush=True)
+                found = {"runner": server.runner, "failed": str(error)}
                 server.stop()
-                waiting.remove(server)
+                servers.remove(server)
+            waiting.remove(server)
+            results["starts"].append(found)
+            print(json.dumps(found), flush=True)
         time.sleep(0.1)
-    for server in servers:
-        if server.process.poll() is None:
-            results["engines"].append(measure(server, args))
-            print_engine(results["engines"][-1])
-            server.stop()
-    servers.clear()
 
 
-def print_engine(engine: dict[str, Any]) -> None:
-    def middle(rows: list[dict[str, float]], key: str) -> float:
-        return statistics.median(row[key] for row in rows)
+def ask(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Each question of each server in turn, shown and written as it is answered."""
+    questions: dict[str, Callable[[Server], Any]] = {
+        "text": lambda server: ask_text(server, args),
+        "judged": lambda server: ask_judged(server, args),
+    }
+    for batch in args.batches:
+        questions[f"decode {batch}"] = functools.partial(ask_decode, args=args, batch=batch)
+    for length in args.prefill:
+        questions[f"prefill {length}"] = functools.partial(ask_prefill, args=args, length=length)
+    questions["metrics"] = Server.metrics
+    asked = [server for server in servers if server.runner not in results["answers"]]
+    for name, question in questions.items():
+        for server in asked:
+            answer = question(server)
+            results["answers"].setdefault(server.runner, {})[name] = answer
+            print(f"{server.runner}, {name}: {shown(answer)}", flush=True)
+        if name == "judged":
+            judge(results)
+        write(args, results)
 
-    print(f"{engine['runner']}: ready in {engine['ready_s']:.1f} s; {json.dumps(engine['said'])}")
-    for batch, rows in engine["decode"].items():
-        print(
-            f"  decode batch {batch}: {middle(rows, 'tokens_per_s'):.0f} tokens/s, between tokens "
-            f"{middle(rows, 'itl_ms'):.2f} ms, first after {middle(rows, 'ttft_ms'):.1f} ms"
-        )
-    for length, rows in engine["prefill"].items():
-        print(
-            f"  prefill {length}: first token after {middle(rows, 'ttft_ms'):.1f} ms, "
-            f"{middle(rows, 'tokens_per_s'):.0f} tokens/s"
-        )
-    print("\n".join(engine["metrics"][:12]), flush=True)
+
+def judge(results: dict[str, Any]) -> None:
+    """How far log probabilities and text are from those of SGLang's Triton runner."""
+    judged = {runner: answers["judged"] for runner, answers in results["answers"].items() if "judged" in answers}
+    for runner, answer in judged.items() if "triton" in judged else ():
+        gap = difference(answer["logprobs"], judged["triton"]["logprobs"])
+        same = agreeing(answer["tokens"], judged["triton"]["tokens"])
+        results.setdefault("judged", {})[runner] = {"mean_abs_logprob_difference": gap, "agreeing_tokens": same}
+        print(f"{runner}: mean |log probability - triton's| {gap:.5f}; text agrees for {same} of 64 tokens", flush=True)
+
+
+def shown(answer: Any) -> str:
+    """The median of what is a list of measurements; the beginning of anything else."""
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        return ", ".join(f"{key} {statistics.median(row[key] for row in answer):.4g}" for key in answer[0])
+    return json.dumps(answer)[:1500] if not isinstance(answer, dict) else ", ".join(answer)
 
 
 if __name__ == "__main__":

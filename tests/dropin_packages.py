@@ -11,6 +11,7 @@ the layer's own weights and the bias in float32. No server is started.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -205,6 +206,8 @@ def sglang() -> None:
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.layers.quantization.fp8 import Fp8Config
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+    from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_context, get_parallel
     from sglang.srt.server_args import MOE_RUNNER_BACKEND_CHOICES, ServerArgs
@@ -282,11 +285,21 @@ def sglang() -> None:
                 lambda x: torch.randn((len(x), TOTAL), dtype=torch.float32),
             )
 
-    before = ModelRunner.load_model, ServerArgs.__post_init__
+    def hooked() -> list[object]:
+        return [
+            ModelRunner.load_model,
+            ServerArgs.__post_init__,
+            DecodeCudaGraphRunner.execute,
+            SchedulerMetricsCollector.log_stats,
+        ]
+
+    before = hooked()
     plugin.register()
     HookRegistry.apply_hooks()
     assert plugin.NAME in MOE_RUNNER_BACKEND_CHOICES
-    assert ModelRunner.load_model is not before[0] and ServerArgs.__post_init__ is not before[1]
+    assert all(now is not then for now, then in zip(hooked(), before, strict=True))
+    for name in ("self.captured_req_width", "self.bs = "):  # read there after a replay
+        assert name in inspect.getsource(DecodeCudaGraphRunner)
 
 
 if __name__ == "__main__":

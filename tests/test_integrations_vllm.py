@@ -271,7 +271,10 @@ REFUSED = [
     (with_config("in_dtype", torch.float16), "expected bfloat16 activations, got torch.float16"),
     (with_config("has_bias", True), "experts with biases"),
     (with_config("is_lora_enabled", True), "LoRA"),
-    (with_config("intermediate_size_per_partition", 192), "intermediate_size: expected a multiple of block=128, got 192"),
+    (
+        with_config("intermediate_size_per_partition", 192),
+        "intermediate_size: expected a multiple of block=128, got 192",
+    ),
     (
         with_parallel(use_all2all_kernels=True, all2all_backend="deepep_high_throughput"),
         "expected --all2all-backend allgather_reducescatter, got deepep_high_throughput",

@@ -7,6 +7,7 @@ from fake_flashinfer import TRTLLM, imported_from, tools_in, write_cutlass_packa
 from grouped_gemm_emulation import deep_gemm, sgl_kernel
 
 from hybrid_moe import Candidate, DeviceKey, backends
+from hybrid_moe.backends import triton_fused as triton_backend
 from hybrid_moe.kernels import interpreter
 from hybrid_moe.measure.workloads import DEEPSEEK_V3
 from hybrid_moe.numerics import DEFAULT_TOLERANCE, OWN_KERNELS_TOLERANCE, Tolerance
@@ -138,3 +139,10 @@ def test_every_candidate_is_held_to_it():
     held = {test.candidate for test in BackendContract.__subclasses__() if hasattr(test, "candidate")}
     held |= {test.candidate for test in InTheInterpreter.__subclasses__()}
     assert held == set(backends.candidates())
+
+
+def test_each_gemm_has_a_provider_of_its_own():
+    modules = {gemm: triton_backend.provider_module(gemm) for gemm in triton_backend.GEMMS}
+    assert len(set(modules.values())) == len(modules)
+    with pytest.raises(ValueError, match="gemm: expected one of triton, sgl_kernel, deep_gemm, got 'torch'"):
+        triton_backend.provider_module("torch")

@@ -99,9 +99,11 @@ def _gemm(name: str, device: DeviceKey) -> GroupedGemm:
         from ..kernels.grouped_gemm.sgl import SglGroupedGemm
 
         return SglGroupedGemm()
-    from ..kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
+    if name == "deep_gemm":
+        from ..kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 
-    return DeepGemmGroupedGemm()
+        return DeepGemmGroupedGemm()
+    raise ValueError(f"gemm: expected one of {', '.join(GEMMS)}, got {name!r}")
 
 
 def provider_module(gemm: str) -> str:

@@ -279,5 +279,5 @@ MUTATIONS = [
         "GEMM2 with columns that its tiles don't divide",
     ),
     narrow("<= MAX_INTERMEDIATE", "< MAX_INTERMEDIATE", "sums as long as its stages elsewhere"),
-    narrow("max_rows > NARROW_UNIT_ROWS", "True", "wide units for few rows"),
+    narrow("max_local_rows(problem, key.num_tokens) > NARROW_UNIT_ROWS", "True", "wide units for few rows"),
 ]

@@ -11,8 +11,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ....problem import MoEProblem
 from ...aggregate import aggregate
 from ...launcher import Constants, DeviceLimits
-from ...shapes import pow2
-from ...steps import Tiles
+from ...plan import LaunchKey
+from ...shapes import max_local_rows, pow2
+from ...steps import Operand, Tiles
 from ..completion import Signals
 
 # Renamed between the Triton releases 3.6 and 3.9.
@@ -295,6 +296,30 @@ def gemm2_constants(
         **_shared_arguments(problem, limits, resources),
     }
     return Constants(arguments, {**limits.options, **resources.options})
+
+
+def gemm2_operands(
+    problem: MoEProblem, key: LaunchKey, first_column: int, share: Share, row_tile: int | None, weight_rows: int
+) -> tuple[Operand, ...]:
+    """Of the second GEMM's kernels, which copy ``row_tile`` rows of the activation at once, ``weight_rows`` of weights.
+
+    ``row_tile`` of None: the activation is read by pointer.
+    """
+    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
+    return (
+        "activated" if row_tile is None else SwizzledTiles("activated", 1, max_rows, inner, 1, row_tile),
+        "activated_scale",
+        SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, weight_rows),
+        "gemm2_weights_scale",
+        "tokens_per_expert",
+        share.counter("finished"),
+        "rows",
+        share.counter("gemm2_tile_counter"),
+        first_column,
+        max_rows,
+        share.above,
+        share.most,
+    )
 
 
 def _shared_arguments(problem: MoEProblem, limits: DeviceLimits, resources: Resources) -> dict[str, int | bool]:

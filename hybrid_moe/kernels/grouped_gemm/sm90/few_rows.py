@@ -66,6 +66,7 @@ from .common import (
     channel_slots,
     gemm1_constants,
     gemm2_constants,
+    gemm2_operands,
     load_rows,
     load_tile,
     make_pipeline,
@@ -618,21 +619,7 @@ def gemm2(
 
     ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
-    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
-    operands = (
-        "activated",
-        "activated_scale",
-        SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, BLOCK_N.value),
-        "gemm2_weights_scale",
-        "tokens_per_expert",
-        share.counter("finished"),
-        "rows",
-        share.counter("gemm2_tile_counter"),
-        first_column,
-        max_rows,
-        share.above,
-        share.most,
-    )
+    operands = gemm2_operands(problem, key, first_column, share, None, BLOCK_N.value)
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
     return Step(GEMM2, grid, operands, gemm2_constants(problem, limits, RESOURCES, columns, first))

@@ -63,6 +63,7 @@ from .common import (
     channel_slots,
     gemm1_constants,
     gemm2_constants,
+    gemm2_operands,
     load_rows,
     load_tile,
     make_pipeline,
@@ -577,20 +578,6 @@ def gemm2(
 
     ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
-    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
-    operands = (
-        SwizzledTiles("activated", 1, max_rows, inner, 1, BLOCK_M.value),
-        "activated_scale",
-        SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, 128),
-        "gemm2_weights_scale",
-        "tokens_per_expert",
-        share.counter("finished"),
-        "rows",
-        share.counter("gemm2_tile_counter"),
-        first_column,
-        max_rows,
-        share.above,
-        share.most,
-    )
+    operands = gemm2_operands(problem, key, first_column, share, BLOCK_M.value, 128)
     constants = gemm2_constants(problem, limits, RESOURCES, columns, first)
     return Step(GEMM2, (limits.num_sms,), operands, constants)

@@ -58,9 +58,9 @@ from .common import (
     PLAIN,
     Resources,
     Share,
-    SwizzledTiles,
     TileScheduler,
     gemm2_constants,
+    gemm2_operands,
     load_rows,
     load_tile,
 )
@@ -433,22 +433,8 @@ def gemm2(
 
     ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
-    e, inner, max_rows = problem.num_local_experts, problem.intermediate_size, max_local_rows(problem, key.num_tokens)
-    operands = (
-        SwizzledTiles("activated", 1, max_rows, inner, 1, BLOCK_M.value),
-        "activated_scale",
-        SwizzledTiles("gemm2_weights", e, problem.hidden_size, inner, 1, BLOCK_N.value),
-        "gemm2_weights_scale",
-        "tokens_per_expert",
-        share.counter("finished"),
-        "rows",
-        share.counter("gemm2_tile_counter"),
-        first_column,
-        max_rows,
-        share.above,
-        share.most,
-    )
-    wide = columns % UNIT_N == 0 and max_rows > NARROW_UNIT_ROWS
+    operands = gemm2_operands(problem, key, first_column, share, BLOCK_M.value, BLOCK_N.value)
+    wide = columns % UNIT_N == 0 and max_local_rows(problem, key.num_tokens) > NARROW_UNIT_ROWS
     unit_n = UNIT_N if wide else NARROW_UNIT_N
     units = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // unit_n)
     grid = (min(units, PROGRAMS * limits.num_sms),)

@@ -28,7 +28,7 @@ BAD = {
     "fake_b@32 zipf": "wrong",
     "fake_a@8 uniform": "raise",
 }
-LIMIT_S = 0.3
+LIMIT_S = 1.0  # for what hangs; on a busy machine the others take a third of a second
 
 
 def attempt(path, most=10**6):

@@ -223,7 +223,7 @@ def test_rows_that_fill_no_tile():
 # Their Triton tiles: the specialised kernels don't run in the interpreter.
 SEVERAL_BUCKETS = sorted(
     {
-        dataclasses.replace(plan, specialized=(None, None))
+        dataclasses.replace(plan, specialized=(None, None), many_above=None)
         for table in (tiles.TILES_SM90, tiles.TILES_SM100)
         for _, plan in table
         if len(plan.gemm1.m_buckets) > 1

@@ -68,7 +68,7 @@ def test_replays_are_counted_beside_calls(weights, spies):  # noqa: F811
         (Candidate("two"), 1, 7),
     ]
     assert [len(spy.runs) for spy in spies] == [1, 0]
-    with pytest.raises(ValueError, match="num_tokens is 0"):
+    with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 1, got 0"):
         layer.count_replay(0)
 
 

@@ -152,7 +152,7 @@ def test_torchs_own_checks_of_the_operators(weights, tokens, name, routed):
     layer = layer_of(inputs, backend=REFERENCE)
     options = [layer._handle]
     if "fused_moe" in name:
-        options = [calling.handle_of("torch_reference", None, None), 3, 4, 2, False, None, 16 if routed else None]
+        options = [calling.handle_of("torch_reference", None, None, None), 3, 4, 2, False, None, 16 if routed else None]
     if name.endswith("_out"):
         options.append(torch.full((tokens, 256), 7.0, dtype=torch.bfloat16))
     operator, before = getattr(custom_ops, name), copy.deepcopy(inputs)

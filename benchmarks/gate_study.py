@@ -28,6 +28,7 @@ from gate.pipelines import FUSED, PIPELINES, results
 
 from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
+from hybrid_moe.files import write_whole
 from hybrid_moe.inputs import FP8, MoEInputs
 from hybrid_moe.measure.bench import preparing, tolerance_of
 from hybrid_moe.measure.sweep.plan import middle_rank
@@ -245,7 +246,8 @@ def main() -> None:
                 print(f"| {name}{remark} | {whole} | {own} | {others} |", flush=True)
     where = {"device": DeviceKey.of(options.device).name, "torch": torch.__version__}
     where["hidden_size"] = str(options.hidden_size or "each model's own")
-    options.output.write_text(json.dumps({"where": where, "honest": tails, "corruptions": found}, indent=1) + "\n")
+    content = json.dumps({"where": where, "honest": tails, "corruptions": found}, indent=1) + "\n"
+    write_whole(options.output, content.encode())
     if wrong:
         sys.exit(1)
 

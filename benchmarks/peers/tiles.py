@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hybrid_moe.device import DeviceKey
+from hybrid_moe.files import write_whole
 from hybrid_moe.problem import MoEProblem
 
 from .sglang import BLOCK, package_dir
@@ -123,8 +124,7 @@ def tuned_path(problem: MoEProblem) -> Path:
 def keep(path: Path, num_tokens: int, best: Tile) -> None:
     """Add one T to a file of tiles."""
     found = (load(path) or {}) | {num_tokens: best}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({str(t): found[t] for t in sorted(found)}, indent=1) + "\n")
+    write_whole(path, (json.dumps({str(t): found[t] for t in sorted(found)}, indent=1) + "\n").encode())
 
 
 def fastest(tiles: Sequence[Tile], time: Callable[[Tile], float | None]) -> Tile | None:

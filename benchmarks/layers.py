@@ -144,6 +144,7 @@ def measured(
 
 def failure(case: Case, choice: Candidate, prepare: Prepare) -> str:
     """Why a candidate is wrong on a case; empty if it isn't."""
+    torch.cuda.empty_cache()  # of the graph that was timed
     rotation = Rotation.make(case, choice, prepare)
     for call in rotation.calls()[: len(rotation.runs)]:
         call()

@@ -52,6 +52,7 @@ from hybrid_moe.kernels.grouped_gemm.base import GroupedGemm
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import ALIGN, DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sm90.common import LINE, PLAIN
+from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import Constants, limits_of
 from hybrid_moe.kernels.pipeline import Pipeline
 from hybrid_moe.kernels.routing import CLEAR
@@ -104,6 +105,14 @@ def routed_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
         problem=problem,
         backend="triton_fused[gemm=triton]",
     )
+
+
+def plain_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The layer by the GEMMs for every GPU, with the tiles of one that has no others."""
+    inputs = inputs_of(problem, tokens)
+    output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=DEVICE)
+    Pipeline(problem, TritonGroupedGemm(capability=(8, 9))).run(inputs, output)
+    return output
 
 
 def around(gemm: GroupedGemm, problem: MoEProblem, tokens: int) -> torch.Tensor:
@@ -252,6 +261,8 @@ CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
     "901": functools.partial(pipeline, tokens=901),
     "200": functools.partial(pipeline, tokens=200),
     "15": functools.partial(pipeline, tokens=15),
+    "plain": functools.partial(plain_pipeline, tokens=40),
+    "one_token": functools.partial(pipeline, tokens=1, intermediate_size=256),
     "narrow": functools.partial(pipeline, tokens=16, intermediate_size=256),
     "routed": functools.partial(routed_pipeline, tokens=15),
     "around_sgl": functools.partial(around, SglGroupedGemm(), tokens=40),

@@ -56,8 +56,9 @@ SMALL = MoEProblem(
 LOADS: tuple[RoutingLoad, ...] = ("uniform", "zipf", "concentrated", "none")
 # Calls of a thread that it hasn't looked back at.
 IN_FLIGHT = 32
-# Memory that may come and go between rounds: events, small tensors of the allocator's rounding.
-ALLOCATED_SLACK, RESERVED_SLACK, HOST_SLACK = 2**20, 256 * 2**20, 64 * 2**20
+# Memory that may come and go between rounds: events, small tensors of the allocator's rounding. What stays reserved
+# once the unused is given back depends on where the graphs of the moment lie, so on chance: a share of it.
+ALLOCATED_SLACK, HOST_SLACK, RESERVED_SLACK = 2**20, 64 * 2**20, 0.25
 
 
 @dataclass
@@ -453,7 +454,8 @@ def _result(
         failures.append(f"{breaches} shadow checks found a wrong result")
     if len(rounds) >= 3:
         first, last = rounds[1], rounds[-1]
-        for name, slack in (("allocated", ALLOCATED_SLACK), ("trimmed", RESERVED_SLACK), ("host", HOST_SLACK)):
+        slacks = {"allocated": ALLOCATED_SLACK, "host": HOST_SLACK, "trimmed": RESERVED_SLACK * first.get("trimmed", 0)}
+        for name, slack in slacks.items():
             if name in first and name in last and last[name] > first[name] + slack:
                 failures.append(f"memory grows: {name} {first[name]:,} bytes after round 2, {last[name]:,} at the end")
     table: dict[tuple[str, str], Latencies] = defaultdict(Latencies)

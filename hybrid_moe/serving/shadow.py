@@ -76,7 +76,7 @@ class ShadowCheck:
     on_breach: OnBreach = "log"
     dump_dir: str | Path | None = None
     tolerance: Tolerance = DEFAULT_TOLERANCE
-    max_overhead: float = 0.005
+    max_overhead: float = 0.003
 
     def __post_init__(self) -> None:
         for name in ("every", "tokens"):

@@ -53,9 +53,10 @@ $(VENV)/.testing: $(VENV)/.extra-test
 demo: $(VENV)/.installed
 	$(BIN)/hybrid-moe demo
 
-# Two workers: kernels in the interpreter keep a core busy each. A file's tests stay in one process.
+# Two workers: kernels in the interpreter keep a core busy each. A file's tests stay in one process, as they share what
+# they compile; tests/conftest.py says which files come first.
 test: $(VENV)/.testing
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Aside, where only tests/test_compile.py looks: 188 MB to fetch, 641 MB on the disk, 12 s of one core in the tests.
 oldest-triton: $(OLDEST_TRITON)

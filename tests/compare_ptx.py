@@ -38,7 +38,7 @@ def dump(folder: Path, capability: int, models: list[str]) -> None:
         row = {
             "kernel": name,
             "options": {key: value for key, value in options.items() if isinstance(value, int)},
-            **resources(kernel, capability),
+            **resources(kernel),
             "ptx": normalised_ptx(kernel.asm["ptx"], kernel.name),
             "sass": normalised_sass(sass.stdout, kernel.name),
         }

@@ -8,12 +8,12 @@ their layers, at the T that take the most intricate tiles, and without what surr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
@@ -83,26 +83,31 @@ def untouched_inputs(problem: MoEProblem, tokens: int) -> MoEInputs:
     )
 
 
-def resources(kernel, capability: int) -> dict[str, object]:
-    """Shared memory, and ptxas's own count of registers and spills."""
-    ptx = kernel.asm["ptx"]
-    ptxas = get_ptxas(capability)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        gpu = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        command = [ptxas.path, "-v", f"--gpu-name={gpu}", source, "-o", Path(folder) / "kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    log = done.stderr + done.stdout
-    if done.returncode:
-        raise RuntimeError(f"ptxas refused {kernel.name}: {log}")
-    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+def keep_ptxas_log() -> None:
+    """Have Triton keep what ptxas says beside each kernel, in a cache apart from that of calls."""
+    make_cubin = CUDABackend.make_cubin
+
+    def make_and_keep(self, source, metadata, *options):
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            cubin = make_cubin(self, source, metadata, *options)
+        metadata["ptxas_log"] = log.getvalue()
+        return cubin
+
+    CUDABackend.make_cubin = make_and_keep
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "with_ptxas_log")
+
+
+def resources(kernel) -> dict[str, object]:
+    """Shared memory, ptxas's own count of registers and spills, and the matrix instructions."""
+    ptx, log = kernel.asm["ptx"], kernel.metadata.ptxas_log
     registers = re.search(r"Used (\d+) registers", log)
+    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return {
         "triton": triton.__version__,
         "shared": kernel.metadata.shared,
-        "registers": int(registers.group(1)) if registers else None,
-        "spill_bytes": int(spill.group(1)) + int(spill.group(2)) if spill else None,
+        "registers": int(registers.group(1)),
+        "spill_bytes": int(spill.group(1)) + int(spill.group(2)),
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
         "older_mma": "mma.sync.aligned" in ptx,
@@ -190,6 +195,7 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
 
 def compile_layers(capability: int, models: Sequence[str]):
     """`compile_all` for the layers of these models, or in full for DeepSeek-V3's if none is named."""
+    keep_ptxas_log()
     layers = [(MODELS[model], MODEL_TOKEN_COUNTS, False) for model in models] or [(MoEProblem(), TOKEN_COUNTS, True)]
     for layer in layers:
         yield from compile_all(capability, *layer)
@@ -198,5 +204,5 @@ def compile_layers(capability: int, models: Sequence[str]):
 if __name__ == "__main__":
     capability, *models = sys.argv[1:]
     for name, options, kernel in compile_layers(int(capability), models):
-        row = {"kernel": name, "options": options, **resources(kernel, int(capability))}
+        row = {"kernel": name, "options": options, **resources(kernel)}
         print(json.dumps(row), flush=True)

@@ -21,8 +21,8 @@ TESTS = Path(__file__).parent
 # What a block can have: 227 KiB on sm_90 and sm_100, 99 KiB on sm_89 and sm_120.
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Spilled registers go through memory: a tile that needs more is too large. On Hopper those of many rows for inputs that
-# TMA can't read, which compute addresses, keep up to 80 bytes.
-SPILL_BYTES = {89: 0, 90: 80, 100: 0, 120: 0}
+# TMA can't read, which compute addresses, keep up to 88 bytes.
+SPILL_BYTES = {89: 0, 90: 88, 100: 0, 120: 0}
 KERNELS = {
     "clear_kernel",
     "route_kernel",
@@ -166,8 +166,8 @@ def test_the_layers_of_other_models():
         narrow = [row for row in rows if row["options"].get("INTERMEDIATE", 512) < 512]
         rare = [row for row in narrow if row["kernel"] == "gemm2_kernel" and capability == 90]
         assert [describe(row) for row in rows if row["spill_bytes"] > limit and row not in rare] == []
-        # With Triton 3.9 a register of GEMM1 for 48 experts and for 128, with 3.6 a few of GEMM2 for 128.
-        assert {describe(row) for row in rows if row["kernel"] in SPECIALIZED and row["spill_bytes"] > 32} == set()
+        # With Triton 3.9 and its options to ptxas a few registers of GEMM1 for 48 experts and of narrow ones for 128.
+        assert {describe(row) for row in rows if row["kernel"] in SPECIALIZED and row["spill_bytes"] > 56} == set()
         if capability == 90:
             assert [row["spill_bytes"] for row in rows if row["kernel"] == NARROW] == [0] * 2
         sizes = {(MODELS[model].hidden_size, MODELS[model].intermediate_size) for model in models}

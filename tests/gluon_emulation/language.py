@@ -192,10 +192,9 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
     region = pointer.region
     values = convert(value, region.dtype)
     values = values.data if isinstance(values, Tensor) else torch.tensor(values, dtype=region.dtype)
-    shape = torch.broadcast_shapes(offsets.shape, values.shape)
-    if shape != offsets.shape:
-        offsets, wanted = offsets.expand(shape), wanted.expand(shape)
-    values = values.to(region.dtype).expand(shape)[wanted]
+    if values.shape != offsets.shape:
+        offsets, wanted, values = torch.broadcast_tensors(offsets, wanted, values)
+    values = values.to(region.dtype)[wanted]
     if values.numel():
         task.stores.append(Store(region, region.index(offsets[wanted]), values, task.program))
 

@@ -158,6 +158,8 @@ def gather(pointer: Pointer, mask: Any, other: Any, seen: int | None, program: i
     if mask is None:
         return region.storage.read(region.dtype, region.index(torch.as_tensor(pointer.offset)), seen, program)
     offsets, wanted = places(pointer, mask)
+    if bool(wanted.all()):
+        return region.storage.read(region.dtype, region.index(offsets), seen, program)
     result = torch.empty(offsets.shape, dtype=region.dtype)
     if other is None:
         poison(result)
@@ -185,13 +187,11 @@ class Descriptor:
 
     def read(self, start: Sequence[int], seen: int | None) -> torch.Tensor:
         """The block that starts there."""
-        offsets, inside = torch.zeros(self.block_shape, dtype=torch.int64), torch.ones(self.block_shape, dtype=bool)
-        for axis, (first, length, stride, size) in enumerate(
-            zip(start, self.block_shape, self.strides, self.shape, strict=True)
-        ):
-            at = (torch.arange(length) + int(first)).view([-1 if a == axis else 1 for a in range(len(self.shape))])
-            offsets = offsets + at * stride
-            inside = inside & (at >= 0) & (at < size)
+        offsets, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+        for first, length, stride, size in zip(start, self.block_shape, self.strides, self.shape, strict=True):
+            at = torch.arange(int(first), int(first) + length)
+            offsets = offsets[..., None] + at * stride
+            inside = inside[..., None] & (at >= 0) & (at < size)
         return gather(Pointer(self.region, offsets), Tensor(inside), 0.0, seen, -1)
 
 

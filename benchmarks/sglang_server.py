@@ -1,17 +1,19 @@
 """SGLang's server with hybrid_moe as its MoE runner, beside SGLang's own runners: the same logits, and how fast.
 
-    python benchmarks/sglang_server.py --model deepseek-v3 --output results.json
+    python benchmarks/sglang_server.py --model deepseek-v3 --output results.jsonl
+    python benchmarks/sglang_server.py --table results.jsonl
 
 A checkpoint of random weights with the model's real layer widths (and as many layers as asked for) is written to a
-folder in memory, so that every runner loads the same numbers. Each runner has a server of its own (`launch_server`).
-All are asked the same over HTTP, greedily, one server at a time: decode at several batch sizes, prefill of 2k and 8k
-tokens, each three times. Times are the client's. Runners joined by a comma are up together in the GPU's memory and
-asked by turns, as ``--runners hybrid_moe,triton hybrid_moe,deep_gemm``. A runner that is named again is started again,
-with its kernels compiled, and not asked anything.
+folder in memory, so that every runner loads the same numbers. Each runner has a server of its own (`launch_server`),
+one after another, and is asked the same over HTTP, greedily: decode at several batch sizes, prefill of 2k and 8k
+tokens, each three times. Times are the client's. Then SGLang's profiler records some steps, for the time of each
+kernel. Every start adds a line to the results, so that runs can be split; ``--table`` needs no GPU. A runner that is
+named again is started again, with its kernels compiled, and not asked anything.
 
 How logits are judged: two FP8 kernels that are both right differ by their rounding. ``hybrid_moe``'s log probabilities
 of the prompts' tokens may differ from those of SGLang's Triton runner no more than twice as much as those of SGLang's
-DeepGEMM runner do (mean absolute difference), and the text is compared for as long as it agrees.
+DeepGEMM runner do (mean absolute difference). The text is compared for as long as it agrees, and where it parts, the
+two tokens' log probabilities should be as close as that (a tie).
 
 Wants SGLang 0.5.16 or newer, and hybrid_moe installed (its entry point is how SGLang finds it).
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import importlib.metadata
 import json
 import multiprocessing
@@ -32,12 +35,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hybrid_moe.files import append_line
 
 VOCAB = 32768
 COMMON = {"torch_dtype": "bfloat16", "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"}
@@ -179,12 +185,11 @@ class Server:
         options = {
             "model-path": folder, "port": port, "moe-runner-backend": runner, "attention-backend": "triton",
             "sampling-backend": "pytorch", "grammar-backend": "none", "fp8-gemm-backend": "triton",
-            "mem-fraction-static": 0.9, "max-total-tokens": args.kv_tokens,
-            "cuda-graph-max-bs-decode": max(args.batches), "max-running-requests": max(args.batches),
+            "mem-fraction-static": 0.9, "max-total-tokens": args.kv_tokens, "max-running-requests": max(args.batches),
             "chunked-prefill-size": max([2048, *args.prefill]), "tp-size": args.tp, "ep-size": args.ep,
             "random-seed": 0,
         }  # fmt: skip
-        flags = ["--disable-radix-cache", "--enable-metrics"]
+        flags = ["--disable-radix-cache", "--enable-metrics", "--cuda-graph-bs-decode", *map(str, args.batches)]
         if args.prefill_graphs:
             flags += ["--cuda-graph-bs-prefill", *map(str, args.prefill)]
         else:
@@ -200,32 +205,34 @@ class Server:
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # it would take a second
         }
         self.started = time.perf_counter()
-        self.ready_s = 0.0
         with open(self.log, "w") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
-    def is_ready(self, limit: float) -> bool:
-        """Whether it answers now; RuntimeError if it has stopped, or takes longer than ``limit`` seconds."""
-        if time.perf_counter() - self.started > limit:
-            raise RuntimeError(f"the server of {self.runner} isn't ready after {limit} s; see {self.log}")
-        if self.process.poll() is not None:
-            raise RuntimeError(f"the server of {self.runner} stopped:\n" + self.log.read_text(errors="replace")[-6000:])
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
-        except (OSError, urllib.error.URLError):
-            return False
-        self.ready_s = time.perf_counter() - self.started
-        return True
+    def wait(self, limit: float) -> float:
+        """Seconds until it answered; RuntimeError if it stops, or takes longer than ``limit`` seconds."""
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.runner} stopped:\n" + self.log.read_text(errors="replace")[-6000:])
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+            except (OSError, urllib.error.URLError):
+                if time.perf_counter() - self.started > limit:
+                    raise RuntimeError(f"{self.runner} isn't ready after {limit} s; see {self.log}") from None
+                time.sleep(0.1)
+            else:
+                return time.perf_counter() - self.started
+
+    def post(self, path: str, body: dict[str, Any]) -> bytes:
+        url, content = f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode()
+        asked = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(asked, timeout=300).read()
 
     def generate(self, new: int, **request: Any) -> Any:
         """Greedily, ``new`` tokens of each prompt."""
         sampling = {"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True}
-        body = json.dumps(request | {"sampling_params": sampling}).encode()
-        url = f"http://127.0.0.1:{self.port}/generate"
-        asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        return json.loads(urllib.request.urlopen(asked, timeout=300).read())
+        return json.loads(self.post("/generate", request | {"sampling_params": sampling}))
 
     def metrics(self) -> list[str]:
         """Our lines of ``/metrics``."""
@@ -248,11 +255,11 @@ class Server:
     def stop(self) -> None:
         """End it and what it has started."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, 15)
+            os.killpg(self.process.pid, signal.SIGTERM)
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, 9)
+                os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(20)
 
 
@@ -272,11 +279,15 @@ def ask_text(server: Server, args: argparse.Namespace) -> Any:
 
 
 def ask_judged(server: Server, args: argparse.Namespace) -> Any:
-    """Log probabilities of the prompts' tokens, and the tokens that follow."""
-    judged = server.generate(64, input_ids=prompts_of(8, 128, 7), return_logprob=True, logprob_start_len=0)
+    """Log probabilities of the prompts' tokens, and the best three at each place of what follows."""
+    judged = server.generate(
+        64, input_ids=prompts_of(8, 128, 7), return_logprob=True, logprob_start_len=0, top_logprobs_num=3
+    )
+    answers = [answer["meta_info"] for answer in judged]
     return {
-        "logprobs": [[p[0] for p in j["meta_info"]["input_token_logprobs"][1:]] for j in judged],
-        "tokens": [[p[1] for p in j["meta_info"]["output_token_logprobs"]] for j in judged],
+        "logprobs": [[round(p[0], 4) for p in answer["input_token_logprobs"][1:]] for answer in answers],
+        "best": [[[[p[1], round(p[0], 4)] for p in place] for place in a["output_top_logprobs"]] for a in answers],
+        "tokens": [[p[1] for p in answer["output_token_logprobs"]] for answer in answers],
     }
 
 
@@ -297,17 +308,52 @@ def ask_prefill(server: Server, args: argparse.Namespace, length: int) -> list[d
     return [{"ttft_ms": 1e3 * seconds, "tokens_per_s": length / seconds} for seconds in times]
 
 
-def difference(a: list[list[float]], b: list[list[float]]) -> float:
-    pairs = [abs(x - y) for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True)]
-    return statistics.fmean(pairs)
+PROFILED_STEPS = 10
 
 
-def agreeing(a: list[list[int]], b: list[list[int]]) -> list[int]:
-    """Tokens up to the first that differs, for each prompt."""
-    return [
-        next((i for i, (x, y) in enumerate(zip(u, v, strict=True)) if x != y), len(u))
-        for u, v in zip(a, b, strict=True)
-    ]
+def ask_profile(server: Server, args: argparse.Namespace, batch: int = 0, length: int = 0) -> dict[str, Any]:
+    """GPU time by kernel of some decode steps of ``batch`` sequences, or of the prefill of one of ``length`` tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = {"output_dir": folder, "activities": ["GPU"], "with_stack": False, "record_shapes": False}
+        if length:
+            server.post("/start_profile", wanted)
+            timed(server, prompts_of(1, length, 300), 1)
+            server.post("/stop_profile", {})
+        else:
+            prompts = prompts_of(batch, 32, 300)
+            prefill_s = timed(server, prompts, 1)
+            asked = threading.Thread(target=timed, args=(server, prompts, 200))
+            asked.start()
+            time.sleep(prefill_s + 0.1)  # the steps are to be of decode alone
+            server.post("/start_profile", wanted | {"num_steps": PROFILED_STEPS})
+            asked.join()
+        end = time.perf_counter() + 60
+        while not (traces := sorted(Path(folder).rglob("*TP-0*.trace.json.gz"))) and time.perf_counter() < end:
+            time.sleep(0.5)
+        time.sleep(0.5)  # it is being written
+        return kernels_of(traces[0], 1 if length else PROFILED_STEPS)
+
+
+def kernels_of(trace: Path, steps: int) -> dict[str, Any]:
+    """Of a step: microseconds from the first kernel to the last, with a kernel running, and by kernel name."""
+    with gzip.open(trace) as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy")]
+    events.sort(key=lambda event: event["ts"])
+    busy, until = 0.0, events[0]["ts"]
+    kernels: dict[str, list[float]] = {}
+    for event in events:
+        end = event["ts"] + event["dur"]
+        busy += max(0.0, end - max(until, event["ts"]))
+        until = max(until, end)
+        found = kernels.setdefault(event["name"][:160], [0, 0.0])
+        found[0] += 1
+        found[1] += event["dur"]
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])
+    return {
+        "span_us": (until - events[0]["ts"]) / steps,
+        "busy_us": busy / steps,
+        "kernels": [[name, count / steps, us / steps] for name, (count, us) in longest],
+    }
 
 
 def main() -> None:
@@ -320,55 +366,67 @@ def main() -> None:
     parser.add_argument("--prefill-graphs", action="store_true", help="capture graphs of these prefills too")
     parser.add_argument("--new", type=int, default=128, help="tokens generated by each decode run")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kv-tokens", type=int, default=32768, help="size of the key-value cache")
+    parser.add_argument("--kv-tokens", type=int, default=65536, help="size of the key-value cache")
+    parser.add_argument("--profile", nargs="*", type=int, default=[32, 128], help="decode batches to profile")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--port", type=int, default=30017)
     parser.add_argument("--limit", type=float, default=240, help="seconds that a server may take to be ready")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/hybrid_moe_checkpoint"))
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="folder of the checkpoint")
+    parser.add_argument("--kernels", type=Path, help="folder of compiled kernels that stays; else an empty one")
     parser.add_argument(
         "--server-arg", action="append", default=[], help="one more of launch_server's: --server-arg=--x"
     )
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of the servers' logs")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="file of results, a line for each start")
+    parser.add_argument("--table", type=Path, help="print the results in this file, run nothing")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that the servers are stopped too
+    if args.table:
+        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that the server is stopped too
     args.logs.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    if not (args.folder / "model.safetensors.index.json").exists():
+    checkpoint = args.folder / f"{args.model}-{args.layers}"
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        start = time.perf_counter()
         # In a process of its own, so that the GPU's memory is the servers'.
         writer = multiprocessing.get_context("spawn").Process(
-            target=write_checkpoint, args=(args.folder, args.model, args.layers)
+            target=write_checkpoint, args=(checkpoint, args.model, args.layers)
         )
         writer.start()
         writer.join()
         if writer.exitcode:
             sys.exit("the checkpoint couldn't be written")
-    print(f"checkpoint of {args.layers} layers in {time.perf_counter() - start:.0f} s", flush=True)
-    said = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    results: dict[str, Any] = {**machine(), "arguments": said, "starts": [], "answers": {}}
-    kernels = Path(tempfile.mkdtemp(prefix="kernels-"))
-    servers: list[Server] = []
-    port = args.port
+        print(f"checkpoint of {args.layers} layers in {time.perf_counter() - start:.0f} s", flush=True)
+    kernels = args.kernels or Path(tempfile.mkdtemp(prefix="kernels-"))
     try:
-        for group in args.runners:
-            for runner in group.split(","):
-                servers.append(Server(args.folder, runner, port, kernels, args))
-                port += 100
-            wait(servers, args, results)
-            ask(servers, args, results)
-            while servers:
-                servers.pop().stop()
+        for number, runner in enumerate(args.runners):
+            record = run(checkpoint, runner, number, kernels, args)
+            if args.output:
+                append_line(args.output, json.dumps(record).encode() + b"\n")
     finally:
-        for server in servers:
-            server.stop()
-        shutil.rmtree(kernels)
-        write(args, results)
+        if args.kernels is None:
+            shutil.rmtree(kernels)
 
 
-def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    if args.output:
-        args.output.write_text(json.dumps(results))
+def run(checkpoint: Path, runner: str, number: int, kernels: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Start a server, ask it what this process hasn't asked its runner before, and stop it."""
+    said = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    record: dict[str, Any] = {"runner": runner, **machine(), "arguments": said, "answers": {}}
+    server = Server(checkpoint, runner, args.port + 100 * number, kernels, args)
+    try:
+        record |= {"ready_s": server.wait(args.limit), **server.said()}
+        print(json.dumps({name: value for name, value in record.items() if name != "arguments"}), flush=True)
+        if runner not in args.runners[:number]:
+            for name, question in questions_of(args).items():
+                record["answers"][name] = question(server)
+                print(f"{runner}, {name}: {shown(record['answers'][name])}", flush=True)
+    except (RuntimeError, OSError) as error:
+        record["failed"] = str(error)
+        print(f"{runner}: {error}", flush=True)
+    finally:
+        server.stop()
+    return record
 
 
 def machine() -> dict[str, Any]:
@@ -379,62 +437,114 @@ def machine() -> dict[str, Any]:
     return {"devices": subprocess.check_output(query, text=True).split("\n")[:-1], "versions": versions}
 
 
-def wait(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Until all are ready but those that fail, which are taken from the list."""
-    waiting = list(servers)
-    while waiting:
-        for server in list(waiting):
-            try:
-                if not server.is_ready(args.limit):
-                    continue
-                found: dict[str, Any] = {"runner": server.runner, "ready_s": server.ready_s, **server.said()}
-            except RuntimeError as error:
-                found = {"runner": server.runner, "failed": str(error)}
-                server.stop()
-                servers.remove(server)
-            waiting.remove(server)
-            results["starts"].append(found)
-            print(json.dumps(found), flush=True)
-        time.sleep(0.1)
-
-
-def ask(servers: list[Server], args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Each question of each server in turn, shown and written as it is answered."""
+def questions_of(args: argparse.Namespace) -> dict[str, Callable[[Server], Any]]:
     questions: dict[str, Callable[[Server], Any]] = {
-        "text": lambda server: ask_text(server, args),
-        "judged": lambda server: ask_judged(server, args),
+        "text": functools.partial(ask_text, args=args),
+        "judged": functools.partial(ask_judged, args=args),
     }
     for batch in args.batches:
         questions[f"decode {batch}"] = functools.partial(ask_decode, args=args, batch=batch)
     for length in args.prefill:
         questions[f"prefill {length}"] = functools.partial(ask_prefill, args=args, length=length)
     questions["metrics"] = Server.metrics
-    asked = [server for server in servers if server.runner not in results["answers"]]
-    for name, question in questions.items():
-        for server in asked:
-            answer = question(server)
-            results["answers"].setdefault(server.runner, {})[name] = answer
-            print(f"{server.runner}, {name}: {shown(answer)}", flush=True)
-        if name == "judged":
-            judge(results)
-        write(args, results)
-
-
-def judge(results: dict[str, Any]) -> None:
-    """How far log probabilities and text are from those of SGLang's Triton runner."""
-    judged = {runner: answers["judged"] for runner, answers in results["answers"].items() if "judged" in answers}
-    for runner, answer in judged.items() if "triton" in judged else ():
-        gap = difference(answer["logprobs"], judged["triton"]["logprobs"])
-        same = agreeing(answer["tokens"], judged["triton"]["tokens"])
-        results.setdefault("judged", {})[runner] = {"mean_abs_logprob_difference": gap, "agreeing_tokens": same}
-        print(f"{runner}: mean |log probability - triton's| {gap:.5f}; text agrees for {same} of 64 tokens", flush=True)
+    for batch in args.profile:
+        questions[f"profile decode {batch}"] = functools.partial(ask_profile, args=args, batch=batch)
+    if args.profile and args.prefill:
+        longest = max(args.prefill)
+        questions[f"profile prefill {longest}"] = functools.partial(ask_profile, args=args, length=longest)
+    return questions
 
 
 def shown(answer: Any) -> str:
     """The median of what is a list of measurements; the beginning of anything else."""
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return ", ".join(f"{key} {statistics.median(row[key] for row in answer):.4g}" for key in answer[0])
+    if isinstance(answer, dict) and "busy_us" in answer:
+        return f"step {answer['span_us']:.0f} us, busy {answer['busy_us']:.0f} us"
     return json.dumps(answer)[:1500] if not isinstance(answer, dict) else ", ".join(answer)
+
+
+# ---- The table ----
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: a column for each runner, a part for each model and number of ranks."""
+    parts: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        arguments = record["arguments"]
+        key = (*(arguments[name] for name in ("model", "layers", "tp", "ep")), tuple(record["devices"]))
+        parts.setdefault(key, {}).setdefault(record["runner"], []).append(record)
+    return "\n\n".join(
+        f"{model}, {layers} layers, tp {tp}, ep {ep}, {len(devices)} x {devices[0]}\n\n{part_of(runners)}"
+        for (model, layers, tp, ep, devices), runners in parts.items()
+    )
+
+
+def part_of(runners: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [" | ".join(["", *runners]), "|".join(["---", *("---:" for _ in runners)])]
+
+    def row(name: str, cells: list[str]) -> None:
+        if any(cells):
+            lines.append(" | ".join([name, *cells]))
+
+    starts = [[start for start in found if "failed" not in start] for found in runners.values()]
+    for key, name in {
+        "ready_s": "start to ready, s, each start", "load_s": "of it: weights", "warm_up_s": "of it: warm-up",
+        "graphs_s": "of it: graphs",
+    }.items():  # fmt: skip
+        row(name, [", ".join(f"{total(start[key]):.1f}" for start in found if start[key]) for found in starts])
+    answers = [next((s["answers"] for s in found if s["answers"]), {}) for found in starts]
+    for question in dict.fromkeys(name for answer in answers for name in answer if name.startswith(("dec", "pre"))):
+        for key in ("ttft_ms", "itl_ms", "tokens_per_s"):
+            row(f"{question}, {key}", [spread(answer.get(question, ()), key) for answer in answers])
+    for question in dict.fromkeys(name for answer in answers for name in answer if name.startswith("profile")):
+        profiles = [answer.get(question) for answer in answers]
+        row(f"{question}, step us", [f"{p['span_us']:.0f}" if p else "" for p in profiles])
+        row(f"{question}, GPU busy us", [f"{p['busy_us']:.0f}" if p else "" for p in profiles])
+        row(f"{question}, MoE kernels us", [f"{moe_us(p):.0f}" if p else "" for p in profiles])
+    judged = dict(zip(runners, (answer.get("judged") for answer in answers), strict=True))
+    reference = judged.get("triton")
+    if reference:
+        compared = [judge(answer, reference) if answer else {} for answer in judged.values()]
+        for name in dict.fromkeys(name for one in compared for name in one):
+            row(f"beside triton: {name}", [one.get(name, "") for one in compared])
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def total(seconds: float | list[float]) -> float:
+    return seconds if isinstance(seconds, float) else sum(seconds)
+
+
+def spread(rows: Any, key: str) -> str:
+    """Median, smallest and largest."""
+    values = [row[key] for row in rows if key in row]
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else ""
+
+
+# Kernels of SGLang's runners and of this package between the choice of experts and the layer's sum.
+MOE_KERNEL = re.compile("moe|expert|grouped|gemm1|gemm2|act_and_mul|silu|combine|permute|gather|scatter")
+
+
+def moe_us(profile: dict[str, Any]) -> float:
+    return sum(us for name, _, us in profile["kernels"] if MOE_KERNEL.search(name.lower()))
+
+
+def judge(answer: dict[str, Any], reference: dict[str, Any]) -> dict[str, str]:
+    """How far log probabilities and text are from the reference's."""
+    pairs = zip(answer["logprobs"], reference["logprobs"], strict=True)
+    gaps = [abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)]
+    agreeing, ties = [], []
+    for ours, theirs, best in zip(answer["tokens"], reference["tokens"], reference["best"], strict=True):
+        at = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        agreeing.append(at)
+        if at < len(ours):
+            of = dict(best[at])
+            ties.append(of[theirs[at]] - of[ours[at]] if ours[at] in of else float("inf"))
+    return {
+        "mean abs difference of log probabilities": f"{statistics.fmean(gaps):.4f}",
+        "tokens of 64 that agree": ", ".join(map(str, sorted(agreeing))),
+        "largest gap between the two tokens where texts part": f"{max(ties):.4f}" if ties else "",
+    }
 
 
 if __name__ == "__main__":

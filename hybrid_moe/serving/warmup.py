@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from ..candidate import Candidate
 from ..inputs import Inputs, MoEInputs, RoutedInputs
 from ..problem import MoEProblem
 from .quantize_input import quantize
+
+_log = logging.getLogger("hybrid_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +87,21 @@ def synthetic(
 
 
 def compile_all(runner_of: Callable[[int], Runner], calls: Iterable[Inputs], device: torch.device) -> None:
-    """Compile the kernels of all calls at once; what a call has to compile by itself, or fails to, is left to it."""
+    """Compile the kernels of all calls at once; what a call has to compile by itself, or fails to, is left to it.
+
+    A failure is no more than logged here: the call that follows raises it again, and there the candidate is put in
+    quarantine and the next one takes its place.
+    """
     if device.type == "cuda":
         # Imported where used: `import hybrid_moe` imports no kernel library.
         from ..kernels.launcher import compiling_in_parallel
 
         with compiling_in_parallel():
             for inputs in calls:
-                with contextlib.suppress(Exception):  # its call raises it again, where it is dealt with
+                try:
                     runner_of(inputs.num_tokens).compile(inputs)
+                except Exception as error:  # whatever a library raises, or the kernels' compiler
+                    _log.info("nothing compiled ahead for T = %d: %r", inputs.num_tokens, error)
 
 
 def synchronize(device: torch.device) -> None:

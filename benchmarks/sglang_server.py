@@ -25,6 +25,7 @@ import contextlib
 import functools
 import gzip
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -328,13 +329,26 @@ def ask_profile(server: Server, args: argparse.Namespace, batch: int = 0, length
         return kernels_of(traces[0], 1 if length else PROFILED_STEPS)
 
 
+# Names that only the routed experts have: of SGLang's Triton and DeepGEMM runners, and of this package.
+MOE_KERNEL = re.compile(
+    "fused_moe|moe_align|moe_sum|count_and_sort|grouped|deep_gemm|ep_scatter|ep_gather|masked"
+    "|(clear|route|scatter|gather|combine|one_token|gemm[12]|swiglu_quantize|gemm1_swiglu|quantize_rows)_kernel"
+)
+# What both may have between two of those, as quantisation and activation, in one stream.
+MOE_GAP = 3
+
+
 def kernels_of(trace: Path, steps: int) -> dict[str, Any]:
-    """Of a step: microseconds from the first kernel to the last, with a kernel running, and by kernel name."""
+    """Of a step: microseconds from the first kernel to the last, with a kernel running, and by kernel name.
+
+    ``moe_us`` is of the routed experts from their choice to their sum.
+    """
     with gzip.open(trace) as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy")]
     events.sort(key=lambda event: event["ts"])
     busy, until = 0.0, events[0]["ts"]
     kernels: dict[str, list[float]] = {}
+    streams: dict[Any, list[dict[str, Any]]] = {}
     for event in events:
         end = event["ts"] + event["dur"]
         busy += max(0.0, end - max(until, event["ts"]))
@@ -342,10 +356,17 @@ def kernels_of(trace: Path, steps: int) -> dict[str, Any]:
         found = kernels.setdefault(event["name"][:160], [0, 0.0])
         found[0] += 1
         found[1] += event["dur"]
+        streams.setdefault(event.get("args", {}).get("stream"), []).append(event)
+    moe = 0.0
+    for stream in streams.values():
+        at = [number for number, event in enumerate(stream) if MOE_KERNEL.search(event["name"])]
+        ours = {n for a, b in itertools.pairwise(at) if b - a <= MOE_GAP + 1 for n in range(a, b)} | set(at)
+        moe += sum(stream[number]["dur"] for number in ours)
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])
     return {
         "span_us": (until - events[0]["ts"]) / steps,
         "busy_us": busy / steps,
+        "moe_us": moe / steps,
         "kernels": [[name, count / steps, us / steps] for name, (count, us) in longest],
     }
 
@@ -495,7 +516,7 @@ def part_of(runners: dict[str, list[dict[str, Any]]]) -> str:
         profiles = [answer.get(question) for answer in answers]
         row(f"{question}, step us", [f"{p['span_us']:.0f}" if p else "" for p in profiles])
         row(f"{question}, GPU busy us", [f"{p['busy_us']:.0f}" if p else "" for p in profiles])
-        row(f"{question}, MoE kernels us", [f"{moe_us(p):.0f}" if p else "" for p in profiles])
+        row(f"{question}, MoE kernels us", [f"{p['moe_us']:.0f}" if p else "" for p in profiles])
     judged = dict(zip(runners, (answer.get("judged") for answer in answers), strict=True))
     reference = judged.get("triton")
     if reference:
@@ -513,14 +534,6 @@ def spread(rows: Any, key: str) -> str:
     """Median, smallest and largest."""
     values = [row[key] for row in rows if key in row]
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else ""
-
-
-# Kernels of SGLang's runners and of this package between the choice of experts and the layer's sum.
-MOE_KERNEL = re.compile("moe|expert|grouped|gemm1|gemm2|act_and_mul|silu|combine|permute|gather|scatter")
-
-
-def moe_us(profile: dict[str, Any]) -> float:
-    return sum(us for name, _, us in profile["kernels"] if MOE_KERNEL.search(name.lower()))
 
 
 def judge(answer: dict[str, Any], reference: dict[str, Any]) -> dict[str, str]:

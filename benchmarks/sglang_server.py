@@ -331,8 +331,8 @@ def ask_profile(server: Server, args: argparse.Namespace, batch: int = 0, length
 
 # Names that only the routed experts have: of SGLang's Triton and DeepGEMM runners, and of this package.
 MOE_KERNEL = re.compile(
-    "fused_moe|moe_align|moe_sum|count_and_sort|deep_gemm|ep_scatter|ep_gather|^hopper_"
-    "|^(clear|route|scatter|gather|combine|one_token|gemm2|swiglu_quantize|gemm1_swiglu|quantize_rows)_kernel"
+    "fused_moe|moe_align|moe_sum|moe_fused_mul|count_and_sort|deep_gemm|ep_scatter|ep_gather|fill_gateup|post_reorder"
+    "|^hopper_|^(clear|route|scatter|gather|combine|one_token|gemm2|swiglu_quantize|gemm1_swiglu|quantize_rows)_kernel"
 )
 # What both may have between two of those, as quantisation and activation, in one stream.
 MOE_GAP = 3

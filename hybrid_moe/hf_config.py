@@ -46,8 +46,8 @@ class ModelLayer:
     has_routing_bias
         Whether the checkpoint has a bias for the choice; zeros stand for none.
     shared_experts
-        Shared experts besides the routed ones. They are not part of the problem: the framework runs them, or they are
-        fused as one more expert, which tokens choose by ``topk_ids``.
+        Shared experts besides the routed ones. They are part of the problem with ``fuse_shared_experts`` alone; else the
+        framework runs them.
     unpadded_size
         Width of the rank's shard before `shards.tensor_parallel_shard` pads it to whole blocks.
     """
@@ -99,6 +99,7 @@ def read_hf_config(
     tp: int = 1,
     ep: int = 1,
     gate_first: bool = False,
+    fuse_shared_experts: bool = False,
     check_quantization: bool = True,
 ) -> ModelLayer:
     """The routed experts of a model on one rank.
@@ -113,6 +114,9 @@ def read_hf_config(
         Ranks among which the experts are spread.
     gate_first
         See `MoEProblem`.
+    fuse_shared_experts
+        Have the shared experts in the problem (``num_shared_experts``), where a rank has all routed ones. Several are
+        one MLP in a checkpoint, to be cut into experts of ``moe_intermediate_size`` columns.
     check_quantization
         Refuse what isn't FP8 in 128x128 blocks; ``False`` for a checkpoint that will be quantised so.
 
@@ -171,6 +175,15 @@ def read_hf_config(
             reasons.append(f"expected SwiGLU as it is, got {key} {fields[key]}")
     if fields.get("zero_expert_num"):
         reasons.append(f"expected experts that compute, got {fields['zero_expert_num']} that pass their input on")
+    shared = int(_first(fields, "n_shared_experts num_shared_experts") or 0)
+    if fuse_shared_experts:
+        shared_width = _first(fields, "shared_expert_intermediate_size moe_shared_expert_intermediate_size")
+        if not shared:
+            reasons.append("expected n_shared_experts to fuse, got none")
+        elif shared_width not in (None, shared * width):
+            reasons.append(f"expected shared experts as wide as the routed ones, to fuse them, got {shared_width} columns")
+        if ep != 1:
+            reasons.append(f"expected all routed experts on a rank that shared ones are fused on, got ep={ep}")
     if check_quantization:
         reasons += _quantization_reasons(fields.get("quantization_config"))
     for key, value in (("tp", tp), ("ep", ep)):
@@ -197,11 +210,11 @@ def read_hf_config(
         intermediate_size=padded_width(width, tp),
         routing_method=routing,
         gate_first=gate_first,
+        num_shared_experts=shared if fuse_shared_experts else 0,
     )
     factor = fields.get("routed_scaling_factor")
     bias = bool(fields.get("use_routing_bias", family.bias or method == "noaux_tc"))
-    shared = _first(fields, "n_shared_experts num_shared_experts") or 0
-    return ModelLayer(problem, 1.0 if factor is None else float(factor), bias, int(shared), width // tp)
+    return ModelLayer(problem, 1.0 if factor is None else float(factor), bias, shared, width // tp)
 
 
 def padded_width(width: int, tp: int) -> int:

@@ -35,7 +35,7 @@ class MoEInputs(NamedTuple):
     hidden_states_scale
         ``[H/128, T]`` float32, any strides.
     gemm1_weights, gemm1_weights_scale
-        ``[E, 2I, H]`` float8_e4m3fn and ``[E, 2I/128, H/128]`` float32.
+        ``[E, 2I, H]`` float8_e4m3fn and ``[E, 2I/128, H/128]`` float32. E: local experts, then shared ones.
     gemm2_weights, gemm2_weights_scale
         ``[E, H, I]`` float8_e4m3fn and ``[E, H/128, I/128]`` float32.
     local_expert_offset
@@ -263,7 +263,7 @@ def with_python_numbers(inputs: Inputs) -> Inputs:
 def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
     """Check the tensors that belong to the layer, its offset and its scaling factor."""
     device = inputs.gemm1_weights.device
-    e, h, i, b = problem.num_local_experts, problem.hidden_size, problem.intermediate_size, problem.block
+    e, h, i, b = problem.all_routed.num_local_experts, problem.hidden_size, problem.intermediate_size, problem.block
     _check("gemm1_weights", inputs.gemm1_weights, (e, 2 * i, h), FP8, device, contiguous=True)
     _check("gemm1_weights_scale", inputs.gemm1_weights_scale, (e, 2 * i // b, h // b), torch.float32, device, True)
     _check("gemm2_weights", inputs.gemm2_weights, (e, h, i), FP8, device, contiguous=True)
@@ -271,14 +271,15 @@ def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
     if isinstance(inputs, MoEInputs):
         either = (torch.bfloat16, torch.float32)
         _check("routing_bias", inputs.routing_bias, (problem.num_experts,), either, device, contiguous=True)
-    last, offset = problem.num_experts - e, inputs.local_expert_offset
+    local, offset = problem.num_local_experts, inputs.local_expert_offset
+    last = problem.num_experts - local
     # A tensor has __index__ too, but reading it back would wait for the GPU at every call.
     if isinstance(offset, bool | torch.Tensor) or not hasattr(offset, "__index__"):
         raise TypeError(f"local_expert_offset: expected an int, as it decides the launch, got {offset!r}")
     offset = operator.index(offset)
     if not 0 <= offset <= last:
         raise ValueError(
-            f"local_expert_offset: expected 0 to {last}, got {offset}: {e} of {problem.num_experts} experts are local"
+            f"local_expert_offset: expected 0 to {last}, got {offset}: {local} of {problem.num_experts} experts are local"
         )
     factor = inputs.routed_scaling_factor
     if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):

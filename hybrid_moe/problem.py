@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import numbers
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from .hf_config import read_hf_config
@@ -51,6 +51,10 @@ class MoEProblem:
     gate_first
         Order of the halves of ``gemm1_weights``: ``False`` (the definition) stores ``up`` in rows
         ``[0, I)`` and ``gate`` in rows ``[I, 2I)``; ``True`` (SGLang, vLLM) the other way round.
+    num_shared_experts
+        Experts that every token has besides its ``top_k``, with weight one: neither the normalisation nor the scaling
+        factor is theirs. The weights' tensors have them behind the routed ones. Only where all routed experts are
+        local.
 
     Raises
     ------
@@ -68,6 +72,7 @@ class MoEProblem:
     block: int = 128
     routing_method: RoutingMethod = "deepseek_v3"
     gate_first: bool = False
+    num_shared_experts: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -79,10 +84,12 @@ class MoEProblem:
             "hidden_size",
             "intermediate_size",
             "block",
+            "num_shared_experts",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            value, least = getattr(self, name), int(name != "num_shared_experts")
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+                wanted = "a positive integer" if least else "an integer of at least 0"
+                raise ValueError(f"{name}: expected {wanted}, got {value!r}")
             object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
         if self.block != 128:
             raise ValueError(f"block is {self.block}; only 128 is supported: give weights quantised in 128x128 blocks")
@@ -97,6 +104,12 @@ class MoEProblem:
         if self.num_local_experts > self.num_experts:
             raise ValueError(
                 f"num_local_experts: expected at most num_experts={self.num_experts}, got {self.num_local_experts}"
+            )
+        if self.num_shared_experts and self.num_local_experts < self.num_experts:
+            raise ValueError(
+                f"num_shared_experts: expected 0 with {self.num_local_experts} of {self.num_experts} experts local, got "
+                f"{self.num_shared_experts}: every rank would add them to the sum. Run them beside the routed experts, "
+                "each rank for its own tokens"
             )
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group: expected a divisor of num_experts={self.num_experts}, got {self.n_group}")
@@ -131,26 +144,52 @@ class MoEProblem:
         return self.routing_method != "softmax_no_renorm"
 
     @property
+    def all_routed(self) -> MoEProblem:
+        """The same layer as what follows the choice sees it: shared experts are routed ones, which all tokens chose.
+
+        Of a layer without any it is the layer itself.
+        """
+        return _all_routed(self) if self.num_shared_experts else self
+
+    @property
     def max_local_rows_per_token(self) -> int:
         """Most (token, local expert) pairs that one token can have."""
         return min(self.top_k, self.num_local_experts)
 
     @classmethod
-    def from_hf_config(cls, config: Any, *, tp: int = 1, ep: int = 1, gate_first: bool = False) -> MoEProblem:
+    def from_hf_config(
+        cls, config: Any, *, tp: int = 1, ep: int = 1, gate_first: bool = False, fuse_shared_experts: bool = False
+    ) -> MoEProblem:
         """The routed experts that a model's ``config.json`` describes, on one rank.
 
         Parameters, errors and more of what the configuration says: `hybrid_moe.hf_config.read_hf_config`.
         """
-        return cls(**read_hf_config(config, tp=tp, ep=ep, gate_first=gate_first).fields)
+        options = dict(tp=tp, ep=ep, gate_first=gate_first, fuse_shared_experts=fuse_shared_experts)
+        return cls(**read_hf_config(config, **options).fields)
 
     @property
     def definition(self) -> str:
         """The flashinfer-bench definition name; for people and file names, not a key."""
         groups = f"_ng{self.n_group}_kg{self.topk_group}" if not self.softmax else ""
+        shared = f"_s{self.num_shared_experts}" if self.num_shared_experts else ""
         return (
             f"moe_fp8_block_scale_{_ROUTING_NAMES[self.routing_method]}_routing_topk{self.top_k}{groups}"
-            f"_e{self.num_local_experts}_h{self.hidden_size}_i{self.intermediate_size}"
+            f"_e{self.num_local_experts}{shared}_h{self.hidden_size}_i{self.intermediate_size}"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _all_routed(problem: MoEProblem) -> MoEProblem:
+    experts = problem.num_experts + problem.num_shared_experts
+    return replace(
+        problem,
+        num_experts=experts,
+        num_local_experts=experts,
+        top_k=problem.top_k + problem.num_shared_experts,
+        n_group=1,
+        topk_group=1,
+        num_shared_experts=0,
+    )
 
 
 def sizes_of_definition(name: str) -> dict[str, Any]:
@@ -164,7 +203,7 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
     number = "([0-9]{1,9})"
     match = re.fullmatch(
         f"moe_fp8_block_scale_(?:ds_routing_topk{number}_ng{number}_kg{number}|"
-        f"(renormalize_naive|default)_routing_topk{number})_e{number}_h{number}_i{number}",
+        f"(renormalize_naive|default)_routing_topk{number})_e{number}(?:_s{number})?_h{number}_i{number}",
         name,
     )
     if match is None:
@@ -173,8 +212,8 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
             "wanted, or as moe_fp8_block_scale_renormalize_naive_routing_topk8_e16_h4096_i1536"
         )
     routing = _ROUTING_BY_NAME[match[4] or "ds"]
-    grouped, n_group, topk_group, ungrouped, local, hidden, inter = (
-        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8)
+    grouped, n_group, topk_group, ungrouped, local, shared, hidden, inter = (
+        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8, 9)
     )
     return {
         "num_local_experts": local,
@@ -184,6 +223,7 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
         "hidden_size": hidden,
         "intermediate_size": inter,
         "routing_method": routing,
+        "num_shared_experts": shared,
     }
 
 

@@ -65,10 +65,20 @@ def route(
 
 
 def chosen_experts(inputs: Inputs, problem: MoEProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and weights as `route` has them; those of a call that gives them are as they were given."""
+    """Ids and weights as `route` has them, or as a call gives them; behind them those of the shared experts.
+
+    A shared expert's id is the first that no routed one has, or follows; its weight is one.
+    """
     if isinstance(inputs, MoEInputs):
-        return route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
-    return inputs.topk_ids, inputs.topk_weights
+        ids, weights = route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
+    else:
+        ids, weights = inputs.topk_ids, inputs.topk_weights
+    if not problem.num_shared_experts:
+        return ids, weights
+    routed, every = problem.num_experts, problem.all_routed.num_experts
+    ids = ids.masked_fill((ids < 0) | (ids >= routed), -1)  # a shared expert's id chooses none
+    shared = torch.arange(routed, every, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+    return torch.cat([ids, shared], dim=1), torch.cat([weights, torch.ones_like(shared, dtype=weights.dtype)], dim=1)
 
 
 def _top_lower_index_first(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -117,7 +127,7 @@ def moe_reference(inputs: Inputs, problem: MoEProblem, *, quantize_intermediate:
     ids, weights = chosen_experts(inputs, problem)
     output = torch.zeros(inputs.hidden_states.shape, dtype=torch.float32, device=inputs.hidden_states.device)
     half = problem.intermediate_size
-    for local in range(problem.num_local_experts):
+    for local in range(problem.all_routed.num_local_experts):
         token, position = (ids == inputs.local_expert_offset + local).nonzero(as_tuple=True)
         if not token.numel():
             continue
@@ -140,6 +150,6 @@ def has_local_work(inputs: Inputs, problem: MoEProblem) -> torch.Tensor:
 
 
 def local_rows_per_expert_and_token(inputs: Inputs, problem: MoEProblem) -> torch.Tensor:
-    """``[T, num_local_experts]`` bool: which local experts each token chose."""
+    """``[T, num_local_experts + num_shared_experts]`` bool: which of this rank's experts each token has."""
     local = chosen_experts(inputs, problem)[0].unsqueeze(2) - inputs.local_expert_offset
-    return (local == torch.arange(problem.num_local_experts, device=local.device)).any(dim=1)
+    return (local == torch.arange(problem.all_routed.num_local_experts, device=local.device)).any(dim=1)

@@ -24,7 +24,7 @@ from hybrid_moe.inputs import FP8, Inputs, MoEInputs, RoutedInputs
 from hybrid_moe.measure.workloads import Workload, make_inputs, random_weights
 from hybrid_moe.numerics import Tolerance, check
 from hybrid_moe.problem import MoEProblem
-from hybrid_moe.reference import has_local_work, moe_reference
+from hybrid_moe.reference import has_local_work, moe_reference, route
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=4, n_group=4, topk_group=2, hidden_size=256, intermediate_size=256
@@ -61,7 +61,7 @@ class BackendContract:
         What is computed, and how close it has to be.
     twin
         Whether the reference quantises the activation between the GEMMs too, as the candidate does.
-    takes_routed, takes_gate_first
+    takes_routed, takes_gate_first, takes_shared_experts
         What it can do; it has to refuse what it can't.
     refused
         Devices that it can't run on; none if it runs everywhere.
@@ -81,6 +81,7 @@ class BackendContract:
     twin = True
     takes_routed = True
     takes_gate_first = True
+    takes_shared_experts = True
     refused: tuple[DeviceKey, ...] = (DeviceKey("gpu_of_2020", (8, 0)), DeviceKey("of_no_kind"))
     library: str | None = None
     alignment = 1
@@ -136,9 +137,10 @@ class BackendContract:
         assert bool(guarded[[0, -1]].isnan().all()), "written outside of the output"
         return output
 
-    def assert_right(self, inputs: Inputs, output: torch.Tensor) -> None:
-        reference = moe_reference(inputs, self.problem, quantize_intermediate=self.twin)
-        verdict = check(output, reference, has_local_work(inputs, self.problem), self.tolerance)
+    def assert_right(self, inputs: Inputs, output: torch.Tensor, problem: MoEProblem | None = None) -> None:
+        problem = problem or self.problem
+        reference = moe_reference(inputs, problem, quantize_intermediate=self.twin)
+        verdict = check(output, reference, has_local_work(inputs, problem), self.tolerance)
         assert verdict.failures == (), verdict
 
     # -- what it says of itself --
@@ -230,6 +232,33 @@ class BackendContract:
         for tokens in (1, 26):
             routed = self.routed(tokens)
             self.assert_right(routed, self.call(routed))
+
+    def test_shared_experts(self):
+        """Behind the routed ones, which are all local. Chosen with these, by ids and weights, they give the same bits."""
+        experts = self.problem.num_experts
+        sizes = dict(num_local_experts=experts, intermediate_size=256)  # on a GPU DeepSeek-V3's by tensor parallel 8
+        problem = dataclasses.replace(self.problem, **sizes, num_shared_experts=1)
+        reasons = backends.not_supported_reasons(problem, self.device, self.candidate)
+        assert any("num_shared_experts" in reason for reason in reasons) != self.takes_shared_experts
+        if not self.takes_shared_experts:
+            return
+        for tokens in self.tokens:
+            inputs = make_inputs(Workload(tokens, seed=tokens), problem, weights_of(problem, self.where))
+            layer = HybridMoE.from_inputs(inputs, problem, backend=self.candidate)
+            output = self.call(inputs, layer)
+            self.assert_right(inputs, output, problem)
+        assert torch.equal(self.call(inputs, layer), output)
+        inputs = make_inputs(Workload(5), problem, weights_of(problem, self.where))
+        ids, weights = route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
+        chosen = RoutedInputs(ids.int(), weights, *inputs[2:])
+        output = self.call(chosen, HybridMoE.from_inputs(chosen, problem, backend=self.candidate))
+        chosen = chosen._replace(
+            topk_ids=torch.nn.functional.pad(chosen.topk_ids, (0, 1), value=experts),
+            topk_weights=torch.nn.functional.pad(weights, (0, 1), value=1.0),
+        )
+        layer = HybridMoE.from_inputs(chosen, problem.all_routed, backend=self.candidate)
+        assert torch.equal(self.call(chosen, layer), output)
+        self.assert_right(chosen, output, problem.all_routed)
 
     def test_strides(self):
         inputs = self.inputs(7)

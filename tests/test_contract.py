@@ -77,7 +77,7 @@ class TestFlashinferTrtllm(BackendContract):
     device = BLACKWELL
     tolerance = Tolerance(max_relative_l2=0.08)  # GEMM1's result is rounded to fp8 before SwiGLU and after it
     twin = False
-    takes_routed = takes_gate_first = False
+    takes_routed = takes_gate_first = takes_shared_experts = False
     refused = (HOPPER, *BackendContract.refused)
     library = "flashinfer"
     tokens = (1, 2, 33)
@@ -126,7 +126,7 @@ class TestOnAGpu(BackendContract):
             pytest.skip(f"{choice} can't run here: {'; '.join(reasons)}")
         own = choice.backend in ("triton_fused", "torch_reference")
         self.tolerance = OWN_KERNELS_TOLERANCE if own else DEFAULT_TOLERANCE
-        self.takes_routed = choice.backend != "flashinfer_trtllm"
+        self.takes_routed = self.takes_shared_experts = choice.backend != "flashinfer_trtllm"
         self.takes_gate_first = own
         self.capturable = choice.backend != "torch_reference"
         if choice.backend.startswith("flashinfer"):

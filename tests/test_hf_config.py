@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -155,6 +156,19 @@ def test_ranks():
         read_hf_config(fields, tp=3)
     with pytest.raises(ValueError, match="tp: expected a positive integer, got 0"):
         read_hf_config(fields, tp=0)
+
+
+def test_shared_experts_that_are_fused():
+    fields = EXPRESSED["DeepSeek-V3"][0]
+    problem = MoEProblem.from_hf_config(fields, tp=8, fuse_shared_experts=True)
+    assert problem == dataclasses.replace(MoEProblem.from_hf_config(fields, tp=8), num_shared_experts=1)
+    for changed, ep, reason in (
+        ({}, 8, "all routed experts on a rank that shared ones are fused on, got ep=8"),
+        ({"n_shared_experts": None}, 1, "n_shared_experts to fuse, got none"),
+        ({"moe_shared_expert_intermediate_size": 512}, 1, "shared experts as wide as the routed ones"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            read_hf_config(fields | changed, ep=ep, fuse_shared_experts=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 20000])

@@ -28,7 +28,13 @@ from hybrid_moe.kernels.shapes import column_chunk, max_local_rows
 from hybrid_moe.measure.workloads import MODELS, Workload, make_inputs, random_weights
 from hybrid_moe.numerics import OWN_KERNELS_TOLERANCE, Tolerance, check
 from hybrid_moe.policy import resolve
-from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference, route
+from hybrid_moe.reference import (
+    chosen_experts,
+    has_local_work,
+    local_rows_per_expert_and_token,
+    moe_reference,
+    route,
+)
 from hybrid_moe.serving.call import _cached_dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,6 +70,10 @@ PROBLEMS = {
     "gate first": dict(gate_first=True),
     "softmax": dict(n_group=1, topk_group=1, routing_method="softmax"),
     "softmax, no renormalisation": dict(n_group=1, topk_group=1, routing_method="softmax_no_renorm"),
+    "a shared expert": dict(num_local_experts=16, num_shared_experts=1),
+    "two shared experts, no groups": dict(
+        num_experts=15, num_local_experts=15, top_k=3, n_group=1, topk_group=1, num_shared_experts=2
+    ),
     "softmax over 24": dict(
         num_experts=24, num_local_experts=6, top_k=3, n_group=1, topk_group=1, routing_method="softmax"
     ),
@@ -91,16 +101,7 @@ def run(problem, inputs):
     guarded = torch.full((tokens + 2, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     output = guarded[1 : tokens + 1]
     with uninitialised_memory_filled():
-        result = fused_moe(
-            *inputs,
-            top_k=problem.top_k,
-            n_group=problem.n_group,
-            topk_group=problem.topk_group,
-            gate_first=problem.gate_first,
-            routing_method=problem.routing_method,
-            output=output,
-            backend=CHOICE,
-        )
+        result = fused_moe(*inputs, problem=problem, output=output, backend=CHOICE)
     assert result is output
     assert bool(guarded[[0, -1]].isnan().all())
     return output
@@ -451,7 +452,7 @@ def routed(problem, inputs, *steps, rows=()):
         (inputs.num_tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device=inputs.hidden_states.device
     )
     key, arena = LaunchKey.of(inputs, addresses_of(inputs), output, 1), Arena()
-    reserve_routing(arena, problem, inputs.num_tokens)
+    reserve_routing(arena, problem.all_routed, inputs.num_tokens)
     with uninitialised_memory_filled():
         memory = torch.empty(arena.bytes, dtype=torch.uint8, device=DEVICE)
     call = by_name(inputs, output, arena, memory)
@@ -472,14 +473,12 @@ def routing_inputs(problem, logits, bias, offset, factor=2.5):
 def assert_routed(problem, inputs):
     """Each token's choices and weights are the reference's, and each local pair has a place of its own."""
     call = routed(problem, inputs)
-    ids, weights = (
-        t.cpu() for t in route(inputs.routing_logits, inputs.routing_bias, inputs.routed_scaling_factor, problem)
-    )
-    e, tokens = problem.num_local_experts, inputs.num_tokens
+    ids, weights = (t.cpu() for t in chosen_experts(inputs, problem))
+    e, tokens = problem.all_routed.num_local_experts, inputs.num_tokens
     local = ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < e)
     pair = call["pair"].cpu().long()
-    assert pair.shape == (tokens, problem.top_k)
+    assert pair.shape == ids.shape
     assert torch.equal(torch.where(pair >= 0, pair % e, -1), torch.where(is_local, local, -1))
     wanted = torch.where(is_local, weights, 0.0)
     torch.testing.assert_close(call["pair_weight"].cpu(), wanted, rtol=1e-5, atol=1e-7, equal_nan=True)
@@ -551,7 +550,7 @@ def test_routing_of_extreme_logits():
     assert_routed(SMALL, routing_inputs(SMALL, logits, torch.zeros(16), 0))
 
 
-@pytest.mark.parametrize("name", ["24 experts", "odd lengths", "one group", "softmax"])
+@pytest.mark.parametrize("name", ["24 experts", "odd lengths", "one group", "softmax", "a shared expert"])
 def test_routing_of_nan(name):
     """NaN is the greatest score, and its group the best: not one more group is open by it."""
     problem = problem_named(name)

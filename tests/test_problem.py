@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybrid_moe.device import DeviceKey, device_slug
 from hybrid_moe.inputs import FP8, MoEInputs, Stated, check_output, plain_num_tokens, problem_of
-from hybrid_moe.problem import MoEProblem
+from hybrid_moe.problem import MoEProblem, problem_of_definition
 
 SMALL = MoEProblem(
     num_experts=16, num_local_experts=4, top_k=3, n_group=4, topk_group=2, hidden_size=256, intermediate_size=128
@@ -117,6 +117,27 @@ def test_a_size_is_a_positive_int(name, value):
     with pytest.raises(ValueError) as caught:
         MoEProblem(**{name: value})
     assert str(caught.value) == f"{name}: expected a positive integer, got {value!r}"
+
+
+def test_shared_experts():
+    whole = dataclasses.replace(SMALL, num_local_experts=16)
+    problem = dataclasses.replace(whole, num_shared_experts=2)
+    assert problem.definition == "moe_fp8_block_scale_ds_routing_topk3_ng4_kg2_e16_s2_h256_i128"
+    assert problem_of_definition(problem.definition, num_experts=16) == problem
+    assert "_s" not in whole.definition.removeprefix("moe_fp8_block_scale") and whole.all_routed is whole
+    routed = problem.all_routed
+    assert (routed.num_experts, routed.num_local_experts, routed.top_k, routed.n_group) == (18, 18, 5, 1)
+    assert routed.num_shared_experts == 0 and routed.max_local_rows_per_token == 5
+    inputs = inputs_of(whole)
+    with pytest.raises(ValueError, match=r"gemm1_weights: expected shape \[18, 256, 256\], got \[16, 256, 256\]"):
+        problem_of(inputs, problem)
+    weights = inputs_of(routed)[4:8]
+    assert problem_of(inputs._replace(**dict(zip(TENSORS[4:], weights, strict=True))), problem) == problem
+    with pytest.raises(ValueError, match="num_shared_experts: expected 0 with 4 of 16 experts local, got 1: every rank"):
+        dataclasses.replace(SMALL, num_shared_experts=1)
+    for value in (-1, 1.0, True, None):
+        with pytest.raises(ValueError, match="num_shared_experts: expected an integer of at least 0, got"):
+            dataclasses.replace(whole, num_shared_experts=value)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ class _CutlassRunner(Runner):
 
         As ``getWorkspaceDeviceBufferSizes`` has it (``kernels`` 2978), in a process that has seen no larger T.
         """
-        p = self._problem
+        p = self._problem.all_routed
         e, h, i = p.num_local_experts, p.hidden_size, p.intermediate_size
         rows = num_tokens * p.top_k
         external = num_tokens * h * 2 + rows * 8

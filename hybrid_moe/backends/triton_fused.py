@@ -62,7 +62,7 @@ class TritonFused(Backend):
             )
         if not reasons:
             gemm = str(config.get("gemm", self.default_config["gemm"]))
-            reasons.extend(_gemm(gemm, device).not_supported_reasons(problem, device))
+            reasons.extend(_gemm(gemm, device).not_supported_reasons(problem.all_routed, device))
         return reasons
 
     def kernels(
@@ -77,7 +77,7 @@ class TritonFused(Backend):
             return None
         from ..kernels.grouped_gemm.tiles import describe
 
-        return describe(problem, num_tokens, capability)
+        return describe(problem.all_routed, num_tokens, capability)
 
     def prepare(self, problem: MoEProblem, device: DeviceKey, config: Mapping[str, ConfigValue]) -> Runner:
         """Make the runner; kernels compile at its first call for a token count's tiles."""

@@ -123,7 +123,8 @@ def print_learned(policy: Policy) -> None:
     """Print what was learned: regimes, reasons and regrets."""
     files = ", ".join(f"{digest.name} ({digest.records} records)" for digest in policy.inputs)
     problem = policy.problem
-    experts = f"{problem.num_local_experts} of {problem.num_experts} experts"
+    shared = f", {problem.num_shared_experts} shared" if problem.num_shared_experts else ""
+    experts = f"{problem.num_local_experts} of {problem.num_experts} experts{shared}"
     out.print(f"[bold]{policy.device}[/], {problem.definition} ({experts})\nlearned from {escape(files)}")
     out.print(view.regimes(policy))
     first, omitted, last = shortened(policy.regimes)

@@ -31,6 +31,9 @@ _OPTIONS: Mapping[str, Any] = {
     "routing_method": Annotated[
         RoutingMethod | None, typer.Option(help="How scores are made of the logits. [default: deepseek_v3]")
     ],
+    "num_shared_experts": Annotated[
+        int | None, typer.Option(min=0, help="Experts of every token, fused behind the routed ones. [default: 0]")
+    ],
     "gate_first": Annotated[
         bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
     ],

@@ -95,7 +95,7 @@ def run(
         out.print(
             f"[bold]{moe.device.name}[/], {problem.definition}\n"
             f"T = {point.num_tokens}, offset {point.local_expert_offset}, {point.routing} routing: "
-            f"{load.local_rows} local rows on {load.active_experts} of {problem.num_local_experts} local experts"
+            f"{load.local_rows} local rows on {load.active_experts} of {problem.all_routed.num_local_experts} local experts"
         )
         out.print(f"[bold]runs[/]    [bold green]{escape(str(decision.choice))}[/]")
         for reason in decision.reasons:
@@ -154,4 +154,4 @@ def _check_memory(problem: MoEProblem, num_tokens: int, device: torch.device) ->
 
 
 def _weight_bytes(problem: MoEProblem) -> int:
-    return 3 * problem.num_local_experts * problem.hidden_size * problem.intermediate_size
+    return 3 * problem.all_routed.num_local_experts * problem.hidden_size * problem.intermediate_size

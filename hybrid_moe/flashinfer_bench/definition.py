@@ -103,7 +103,15 @@ _INPUTS: dict[str, tuple[list[str] | None, str, str]] = {
 
 
 def definition_of(problem: MoEProblem) -> dict[str, Any]:
-    """The Definition of a problem as a JSON object, as ``flashinfer_bench.data.Definition`` (0.1.2) reads it."""
+    """The Definition of a problem as a JSON object, as ``flashinfer_bench.data.Definition`` (0.1.2) reads it.
+
+    Raises
+    ------
+    ValueError
+        The problem has shared experts.
+    """
+    if problem.num_shared_experts:
+        raise ValueError(f"num_shared_experts: expected 0 in a Definition, got {problem.num_shared_experts}")
     sizes = {
         "num_experts": (problem.num_experts, "Experts of the whole model."),
         "num_local_experts": (problem.num_local_experts, "Experts of this rank."),

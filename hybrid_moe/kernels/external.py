@@ -28,11 +28,11 @@ class External(NamedTuple):
     hidden_states
         ``[T, H]`` bfloat16.
     experts
-        ``[T, top_k]`` int32, in the order of their scores. The local experts are 0 to E - 1 and the others follow,
+        ``[T, top_k]`` int32, in the order of their scores, and behind them the shared ones. The local experts are 0 to E - 1 and the others follow,
         modulo the number of experts: to the library this rank is the first, wherever its experts start. Where there
         is none, the number of experts.
     weights
-        ``[T, top_k]`` float32, with the scaling factor.
+        Float32, with the scaling factor; one of shared experts.
     """
 
     hidden_states: torch.Tensor
@@ -86,9 +86,9 @@ def external_inputs(inputs: Inputs, problem: MoEProblem, limits: DeviceLimits) -
 
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, device: torch.device) -> Plan:
-    tokens, arena = key.num_tokens, Arena()
-    arena.reserve("experts", (tokens, problem.top_k), torch.int32)
-    arena.reserve("weights", (tokens, problem.top_k), torch.float32)
+    tokens, arena, choices = key.num_tokens, Arena(), problem.all_routed.top_k
+    arena.reserve("experts", (tokens, choices), torch.int32)
+    arena.reserve("weights", (tokens, choices), torch.float32)
     routing = (*key.kind._fields[:2], "experts", "weights", "local_expert_offset")
     if key.kind is RoutedInputs:
         operands = (*routing, key.stride_routing, key.stride_weights)
@@ -121,7 +121,8 @@ def _renumber_constants(problem: MoEProblem, limits: DeviceLimits) -> Constants:
     arguments = {
         "NUM_EXPERTS": problem.num_experts,
         "TOP_K": problem.top_k,
-        "TOP_K_POW2": pow2(problem.top_k),
+        "TOP_K_POW2": pow2(problem.all_routed.top_k),
+        "NUM_SHARED": problem.num_shared_experts,
         "PDL": limits.pdl,
     }
     return Constants(arguments, {**limits.options, "num_warps": 1})

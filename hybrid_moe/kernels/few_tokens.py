@@ -119,7 +119,7 @@ def few_tokens(inputs: Inputs, topk_ids: torch.Tensor, topk_weights: torch.Tenso
     inputs
         As `moe_reference` has them, the activations contiguous.
     topk_ids, topk_weights
-        ``[T, top_k]`` int32 and float32, contiguous; see `hybrid_moe.reference.chosen_experts`.
+        ``[T, top_k + num_shared_experts]`` int32 and float32, contiguous; see `hybrid_moe.reference.chosen_experts`.
     problem
         The layer.
 
@@ -128,6 +128,7 @@ def few_tokens(inputs: Inputs, topk_ids: torch.Tensor, topk_weights: torch.Tenso
     torch.Tensor
         ``[T, H]`` float32; zeros for a token without a local expert.
     """
+    problem = problem.all_routed
     tokens, hidden, inter = inputs.num_tokens, problem.hidden_size, problem.intermediate_size
     device, offset = inputs.hidden_states.device, int(inputs.local_expert_offset)
     inner = torch.empty((tokens * problem.top_k, inter), dtype=torch.float32, device=device)

@@ -25,13 +25,14 @@ class Pipeline:
 
     def __init__(self, problem: MoEProblem, gemm: GroupedGemm) -> None:
         self._problem = problem
+        self._layer = problem.all_routed  # to the experts' GEMMs
         self._gemm = gemm
         # Serving meets few keys: its T, in tensors with the same strides.
         self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
 
     def arena(self, num_tokens: int, row_alignment: int | None = None) -> Arena:
         """Where the intermediate tensors of a call lie."""
-        problem, gemm, arena = self._problem, self._gemm, Arena()
+        problem, gemm, arena = self._layer, self._gemm, Arena()
         reserve_routing(arena, problem, num_tokens, gemm.counters(problem, num_tokens))
         gemm.reserve(arena, problem, num_tokens, gemm.usual_row_alignment if row_alignment is None else row_alignment)
         return arena
@@ -46,13 +47,13 @@ class Pipeline:
             middle = (low + high) // 2
             return [low, high] if middle == low else [*ends(low, middle), *ends(middle + 1, high)]
 
-        sizing = functools.partial(self._gemm.sizing, self._problem)
+        sizing = functools.partial(self._gemm.sizing, self._layer)
         return max(self.arena(num_tokens).bytes for num_tokens in ends(first, last))
 
     def plan(self, key: LaunchKey, device: torch.device, limits: DeviceLimits) -> Plan:
         """The steps of a call."""
         arena = self.arena(key.num_tokens, key.row_alignment)
-        steps = [*route(self._problem, limits, key, arena), *self._gemm.steps(self._problem, limits, key)]
+        steps = [*route(self._problem, limits, key, arena), *self._gemm.steps(self._layer, limits, key)]
         return Plan(key, arena, steps, device)
 
     def _make_plan(self, key: LaunchKey, device: torch.device) -> Plan:

@@ -62,6 +62,17 @@ def ordered(value):
 
 
 @triton.jit
+def with_shared(expert, weight, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):
+    """A token's experts and weights with the shared experts behind them, whose weight is one whatever the others are."""
+    if NUM_SHARED > 0:
+        shared = tl.arange(0, expert.shape[0]) - TOP_K
+        is_shared = (shared >= 0) & (shared < NUM_SHARED)
+        expert = tl.where(is_shared, NUM_EXPERTS + shared, expert)
+        weight = tl.where(is_shared, 1.0, weight)
+    return expert, weight
+
+
+@triton.jit
 def select_experts(
     logits_ptr,
     bias_ptr,
@@ -77,10 +88,12 @@ def select_experts(
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
 ):
-    """A token's experts in the order of their scores, int32, and their weights, float32; what is past TOP_K is void.
+    """A token's experts in the order of their scores, int32, the shared ones behind them, and their weights, float32.
 
-    NaN is the greatest score. All weights are NaN where a score is, by the logits or by the bias.
+    What is past all of them is void. NaN is the greatest score. The chosen experts' weights are NaN where a score is, by
+    the logits or by the bias.
     """
     NEG_INF: tl.constexpr = float("-inf")
     group = tl.arange(0, N_GROUP_POW2)[:, None]
@@ -136,12 +149,21 @@ def select_experts(
         weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
     else:
         weight = topk_score * routed_scaling_factor
-    return topk_expert, tl.where(has_nan, float("nan"), weight)
+    weight = tl.where(has_nan, float("nan"), weight)
+    return with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)
 
 
 @triton.jit
 def given_experts(
-    ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS: tl.constexpr, TOP_K, TOP_K_POW2: tl.constexpr
+    ids_ptr,
+    weights_ptr,
+    token,
+    stride_ids,
+    stride_weights,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
 ):
     """As `select_experts`, of a token whose experts were chosen before the call; -1, with weight zero, for none.
 
@@ -158,7 +180,8 @@ def given_experts(
     same = expert[:, None] == expert[None, :]
     weight = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
     named_before = tl.sum((same & (choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
-    return tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
+    expert, weight = tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
+    return with_shared(expert, weight, NUM_EXPERTS, TOP_K, NUM_SHARED)
 
 
 @triton.jit
@@ -220,6 +243,7 @@ def route_kernel(
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -247,6 +271,7 @@ def route_kernel(
         GROUP_SIZE_POW2,
         SOFTMAX,
         RENORMALIZE,
+        NUM_SHARED,
     )
     place_pairs(
         topk_expert,
@@ -260,7 +285,7 @@ def route_kernel(
         num_counters,
         local_expert_offset,
         E,
-        TOP_K,
+        TOP_K + NUM_SHARED,
         TOP_K_POW2,
         ALONE,
         PDL,
@@ -284,6 +309,7 @@ def scatter_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
     ALONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -293,7 +319,7 @@ def scatter_kernel(
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert, weight = given_experts(
-        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2, NUM_SHARED
     )
     place_pairs(
         expert,
@@ -307,7 +333,7 @@ def scatter_kernel(
         num_counters,
         local_expert_offset,
         E,
-        TOP_K,
+        TOP_K + NUM_SHARED,
         TOP_K_POW2,
         ALONE,
         PDL,
@@ -332,6 +358,7 @@ def select_kernel(
     GROUP_SIZE_POW2: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (T,), one warp each. For a library that sorts by itself: all experts, the local ones first: 0 to E - 1.
@@ -356,8 +383,10 @@ def select_kernel(
         GROUP_SIZE_POW2,
         SOFTMAX,
         RENORMALIZE,
+        NUM_SHARED,
     )
-    store_experts(topk_expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, N_GROUP * GROUP_SIZE, TOP_K)
+    every: tl.constexpr = N_GROUP * GROUP_SIZE + NUM_SHARED
+    store_experts(topk_expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, every, TOP_K + NUM_SHARED)
 
 
 @triton.jit
@@ -385,6 +414,7 @@ def renumber_kernel(
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`select_kernel` where the experts are chosen already. Grid and order as there."""
@@ -392,9 +422,10 @@ def renumber_kernel(
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert, weight = given_experts(
-        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2, NUM_SHARED
     )
-    store_experts(expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, NUM_EXPERTS, TOP_K)
+    every: tl.constexpr = NUM_EXPERTS + NUM_SHARED
+    store_experts(expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, every, TOP_K + NUM_SHARED)
 
 
 CLEAR, ROUTE, SCATTER = Kernel(clear_kernel), Kernel(route_kernel), Kernel(scatter_kernel)
@@ -451,9 +482,10 @@ def _clear_constants(limits: DeviceLimits) -> Constants:
 def _scatter_constants(problem: MoEProblem, limits: DeviceLimits, alone: bool) -> Constants:
     arguments = {
         "NUM_EXPERTS": problem.num_experts,
-        "E": problem.num_local_experts,
+        "E": problem.all_routed.num_local_experts,
         "TOP_K": problem.top_k,
-        "TOP_K_POW2": pow2(problem.top_k),
+        "TOP_K_POW2": pow2(problem.all_routed.top_k),
+        "NUM_SHARED": problem.num_shared_experts,
         "ALONE": alone,
         "PDL": limits.pdl,
     }
@@ -467,7 +499,7 @@ def _route_constants(
     # One for each dtype of the bias, as each has its own binary.
     arguments = {
         "STRIDE_LOGITS": stride_logits,
-        "E": problem.num_local_experts,
+        "E": problem.all_routed.num_local_experts,
         **selection_constants(problem),
         "ALONE": alone,
         "PDL": limits.pdl,
@@ -479,7 +511,7 @@ def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
     """How experts are selected: the last compile-time arguments of `routing.select_experts`, in its order."""
     return {
         "TOP_K": problem.top_k,
-        "TOP_K_POW2": pow2(problem.top_k),
+        "TOP_K_POW2": pow2(problem.all_routed.top_k),
         "N_GROUP": problem.n_group,
         "N_GROUP_POW2": pow2(problem.n_group),
         "TOPK_GROUP": problem.topk_group,
@@ -487,4 +519,5 @@ def selection_constants(problem: MoEProblem) -> dict[str, int | bool]:
         "GROUP_SIZE_POW2": pow2(problem.group_size),
         "SOFTMAX": problem.softmax,
         "RENORMALIZE": problem.renormalize,
+        "NUM_SHARED": problem.num_shared_experts,
     }

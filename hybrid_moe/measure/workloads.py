@@ -77,6 +77,7 @@ def num_experts_of(definition: str) -> int | None:
     """Experts of the whole model, where a definition is the layer of one of `MODELS` on however many ranks."""
     sizes = sizes_of_definition(definition)
     local = sizes.pop("num_local_experts")
+    del sizes["num_shared_experts"]
     found = {
         model.num_experts
         for model in MODELS.values()
@@ -185,7 +186,7 @@ def random_weights(problem: MoEProblem, device: torch.device | str, seed: int = 
 def _random_blocks(
     problem: MoEProblem, shape: tuple[int, int], std: float, device: torch.device | str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    e, b = problem.num_local_experts, problem.block
+    e, b = problem.all_routed.num_local_experts, problem.block
     values = torch.empty((e, *shape), dtype=FP8, device=device)
     scale = torch.empty((e, shape[0] // b, shape[1] // b), dtype=torch.float32, device=device)
     for expert in range(e):

@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -83,9 +84,13 @@ _Sequence = Annotated[tuple[_T, ...], Field(strict=False)]
 _SortedDict = Annotated[dict[str, _T], AfterValidator(lambda value: dict(sorted(value.items())))]
 
 
+# Of the problem, younger than some files: left out, as all files without shared experts have it, it is 0.
+_LATER = "num_shared_experts"
+
+
 def _whole(kind: type[Any]) -> BeforeValidator:
     # A field left out would take the dataclass's default silently: a guess about the very key that policies match on.
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.name != _LATER]
 
     def check(value: object) -> object:
         if isinstance(value, dict):
@@ -95,6 +100,10 @@ def _whole(kind: type[Any]) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def _as_written(problem: MoEProblem) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(problem).items() if value or name != _LATER}
 
 
 class Evidence(_Model):
@@ -278,7 +287,7 @@ class Policy(_Model):
 
     schema_version: Literal[1] = 1
     device: str = Field(pattern=SLUG)
-    problem: Annotated[MoEProblem, _whole(MoEProblem)]
+    problem: Annotated[MoEProblem, _whole(MoEProblem), PlainSerializer(_as_written)]
     definition: str
     candidates: _Sequence[CandidateField]
     default: CandidateField

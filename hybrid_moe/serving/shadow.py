@@ -168,7 +168,7 @@ class _Slot:
         self.numbers = pinned(1, torch.int64)[:, 0]
         self.output = pinned(problem.hidden_size, torch.bfloat16)
         self.reference = pinned(problem.hidden_size, torch.float32)
-        self.ids = pinned(problem.top_k, torch.int32)
+        self.ids = pinned(problem.all_routed.top_k, torch.int32)
 
 
 @dataclass(slots=True)
@@ -402,7 +402,7 @@ class Shadow:
 
     def _has_local_work(self, inputs: Inputs, ids: torch.Tensor) -> torch.Tensor:
         local = ids - int(inputs.local_expert_offset)
-        return ((local >= 0) & (local < self._problem.num_local_experts)).any(dim=1)
+        return ((local >= 0) & (local < self._problem.all_routed.num_local_experts)).any(dim=1)
 
     @torch.no_grad()
     def _by_the_specification(self, sample: Sample) -> Correctness | None:

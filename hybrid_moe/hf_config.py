@@ -46,8 +46,7 @@ class ModelLayer:
     has_routing_bias
         Whether the checkpoint has a bias for the choice; zeros stand for none.
     shared_experts
-        Shared experts besides the routed ones. They are part of the problem with ``fuse_shared_experts`` alone; else the
-        framework runs them.
+        Shared experts besides the routed ones: part of the problem by ``fuse_shared_experts``, else the framework's.
     unpadded_size
         Width of the rank's shard before `shards.tensor_parallel_shard` pads it to whole blocks.
     """
@@ -181,7 +180,9 @@ def read_hf_config(
         if not shared:
             reasons.append("expected n_shared_experts to fuse, got none")
         elif shared_width not in (None, shared * width):
-            reasons.append(f"expected shared experts as wide as the routed ones, to fuse them, got {shared_width} columns")
+            reasons.append(
+                f"expected shared experts as wide as the routed ones, to fuse them, got {shared_width} columns"
+            )
         if ep != 1:
             reasons.append(f"expected all routed experts on a rank that shared ones are fused on, got ep={ep}")
     if check_quantization:

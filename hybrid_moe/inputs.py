@@ -279,7 +279,8 @@ def check_weights(inputs: Inputs, problem: MoEProblem) -> None:
     offset = operator.index(offset)
     if not 0 <= offset <= last:
         raise ValueError(
-            f"local_expert_offset: expected 0 to {last}, got {offset}: {local} of {problem.num_experts} experts are local"
+            f"local_expert_offset: expected 0 to {last}, got {offset}: "
+            f"{local} of {problem.num_experts} experts are local"
         )
     factor = inputs.routed_scaling_factor
     if isinstance(factor, bool | torch.Tensor) or not isinstance(factor, numbers.Real):

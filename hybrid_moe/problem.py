@@ -107,9 +107,9 @@ class MoEProblem:
             )
         if self.num_shared_experts and self.num_local_experts < self.num_experts:
             raise ValueError(
-                f"num_shared_experts: expected 0 with {self.num_local_experts} of {self.num_experts} experts local, got "
-                f"{self.num_shared_experts}: every rank would add them to the sum. Run them beside the routed experts, "
-                "each rank for its own tokens"
+                f"num_shared_experts: expected 0 with {self.num_local_experts} of {self.num_experts} experts local, "
+                f"got {self.num_shared_experts}: every rank would add them to the sum. Run them beside the routed "
+                "experts, each rank for its own tokens"
             )
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group: expected a divisor of num_experts={self.num_experts}, got {self.n_group}")
@@ -164,8 +164,8 @@ class MoEProblem:
 
         Parameters, errors and more of what the configuration says: `hybrid_moe.hf_config.read_hf_config`.
         """
-        options = dict(tp=tp, ep=ep, gate_first=gate_first, fuse_shared_experts=fuse_shared_experts)
-        return cls(**read_hf_config(config, **options).fields)
+        layer = read_hf_config(config, tp=tp, ep=ep, gate_first=gate_first, fuse_shared_experts=fuse_shared_experts)
+        return cls(**layer.fields)
 
     @property
     def definition(self) -> str:

@@ -234,7 +234,7 @@ class BackendContract:
             self.assert_right(routed, self.call(routed))
 
     def test_shared_experts(self):
-        """Behind the routed ones, which are all local. Chosen with these, by ids and weights, they give the same bits."""
+        """Behind the routed ones, which are all local; as chosen ones of weight one they give the same bits."""
         experts = self.problem.num_experts
         sizes = dict(num_local_experts=experts, intermediate_size=256)  # on a GPU DeepSeek-V3's by tensor parallel 8
         problem = dataclasses.replace(self.problem, **sizes, num_shared_experts=1)

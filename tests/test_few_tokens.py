@@ -55,6 +55,12 @@ def test_given_experts_some_of_them_none_and_some_twice():
     assert error < 1e-5 and bool(idle[0])
 
 
+def test_shared_experts():
+    problem = dataclasses.replace(PROBLEM, num_local_experts=16, num_shared_experts=2)
+    inputs = make_inputs(Workload(3), problem, random_weights(problem, DEVICE))
+    assert difference(inputs, problem)[0] < 1e-5
+
+
 @pytest.mark.gpu
 def test_deepseek_v3():
     inputs = make_inputs(Workload(16, 96), DEEPSEEK_V3, random_weights(DEEPSEEK_V3, DEVICE))

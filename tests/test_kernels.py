@@ -474,7 +474,7 @@ def assert_routed(problem, inputs):
     """Each token's choices and weights are the reference's, and each local pair has a place of its own."""
     call = routed(problem, inputs)
     ids, weights = (t.cpu() for t in chosen_experts(inputs, problem))
-    e, tokens = problem.all_routed.num_local_experts, inputs.num_tokens
+    e = problem.all_routed.num_local_experts
     local = ids - inputs.local_expert_offset
     is_local = (local >= 0) & (local < e)
     pair = call["pair"].cpu().long()

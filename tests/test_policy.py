@@ -75,6 +75,16 @@ def test_round_trip_keeps_the_policy_and_its_bytes(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_shared_experts_are_part_of_the_problem_and_left_out_where_there_are_none():
+    whole = MoEProblem(num_local_experts=256)
+    shared = dataclasses.replace(whole, num_shared_experts=1)
+    for problem in (whole, shared):
+        written = dumps_policy(make_policy(problem=problem))
+        assert Policy.model_validate_json(written).problem == problem
+        assert ("num_shared_experts" in json.loads(written)["problem"]) == (problem == shared)
+    assert policy_path(Path(), "gpu_x", whole) != policy_path(Path(), "gpu_x", shared)
+
+
 def test_order_of_mappings_does_not_change_the_bytes():
     other = make_policy(environment={"driver": "1", "torch": "2"})
     assert dumps_policy(other) == dumps_policy(make_policy())

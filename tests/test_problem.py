@@ -133,7 +133,9 @@ def test_shared_experts():
         problem_of(inputs, problem)
     weights = inputs_of(routed)[4:8]
     assert problem_of(inputs._replace(**dict(zip(TENSORS[4:], weights, strict=True))), problem) == problem
-    with pytest.raises(ValueError, match="num_shared_experts: expected 0 with 4 of 16 experts local, got 1: every rank"):
+    with pytest.raises(
+        ValueError, match="num_shared_experts: expected 0 with 4 of 16 experts local, got 1: every rank"
+    ):
         dataclasses.replace(SMALL, num_shared_experts=1)
     for value in (-1, 1.0, True, None):
         with pytest.raises(ValueError, match="num_shared_experts: expected an integer of at least 0, got"):

@@ -36,7 +36,7 @@ from hybrid_moe.kernels.external import external_inputs
 from hybrid_moe.measure.workloads import random_weights
 from hybrid_moe.numerics import check
 from hybrid_moe.policy import resolve
-from hybrid_moe.reference import has_local_work, local_rows_per_expert_and_token, moe_reference
+from hybrid_moe.reference import chosen_experts, has_local_work, local_rows_per_expert_and_token, moe_reference
 
 pytestmark = needs_kernels
 
@@ -80,8 +80,9 @@ def chosen_by_our_kernel(inputs, problem):
 def assert_sorted(problem, routed):
     """Each local pair has a place of its own, and all others none and weight zero."""
     found = tensors_after_routing(problem, routed)
-    ids, weights = routed.topk_ids.cpu().long(), routed.topk_weights.cpu()
-    e, tokens = problem.num_local_experts, routed.num_tokens
+    ids, weights = (tensor.cpu() for tensor in chosen_experts(routed, problem))
+    e, tokens = problem.all_routed.num_local_experts, routed.num_tokens
+    ids = ids.long()
     local = ids - routed.local_expert_offset
     is_local = (local >= 0) & (local < e)
     pair = found["pair"].cpu().long()
@@ -99,7 +100,9 @@ def assert_sorted(problem, routed):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 65])
-@pytest.mark.parametrize("name", ["odd lengths", "more choices than local experts", "all experts local", "smallest"])
+@pytest.mark.parametrize(
+    "name", ["odd lengths", "more choices than local experts", "all experts local", "a shared expert"]
+)
 def test_any_choice_is_sorted(name, tokens):
     problem = problem_named(name)
     offset = (problem.num_experts - problem.num_local_experts) // 2

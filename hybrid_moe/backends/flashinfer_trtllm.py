@@ -206,7 +206,9 @@ def _problem_reasons(problem: MoEProblem) -> list[str]:
     if problem.routing_method not in _ROUTING_METHOD_TYPE:
         reasons.append(f"routing_method: expected {', '.join(_ROUTING_METHOD_TYPE)}, got {problem.routing_method!r}")
     if problem.num_shared_experts:
-        reasons.append(f"num_shared_experts: expected 0, got {problem.num_shared_experts}: it has experts by choice alone")
+        reasons.append(
+            f"num_shared_experts: expected 0, got {problem.num_shared_experts}: it has experts by choice alone"
+        )
     if problem.num_experts % 4:
         reasons.append(f"num_experts: expected a multiple of 4, got {problem.num_experts}")
     if problem.num_experts > _MAX_EXPERTS:

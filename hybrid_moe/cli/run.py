@@ -75,7 +75,7 @@ def run(
             correctness = checked(output, inputs, problem, decision.choice)
         begin("timing")
         time = simple_time(call, where)
-    load = Work.of(inputs, problem)
+    load, held = Work.of(inputs, problem), problem.all_routed.num_local_experts
 
     if as_json:
         print_json(
@@ -95,7 +95,7 @@ def run(
         out.print(
             f"[bold]{moe.device.name}[/], {problem.definition}\n"
             f"T = {point.num_tokens}, offset {point.local_expert_offset}, {point.routing} routing: "
-            f"{load.local_rows} local rows on {load.active_experts} of {problem.all_routed.num_local_experts} local experts"
+            f"{load.local_rows} local rows on {load.active_experts} of {held} local experts"
         )
         out.print(f"[bold]runs[/]    [bold green]{escape(str(decision.choice))}[/]")
         for reason in decision.reasons:

@@ -28,11 +28,11 @@ class External(NamedTuple):
     hidden_states
         ``[T, H]`` bfloat16.
     experts
-        ``[T, top_k]`` int32, in the order of their scores, and behind them the shared ones. The local experts are 0 to E - 1 and the others follow,
-        modulo the number of experts: to the library this rank is the first, wherever its experts start. Where there
-        is none, the number of experts.
+        ``[T, top_k + num_shared_experts]`` int32, in the order of their scores, the shared ones last. The local experts
+        are 0 to E - 1 and the others follow, modulo the number of experts: to the library this rank is the first,
+        wherever its experts start. Where there is none, the number of experts.
     weights
-        Float32, with the scaling factor; one of shared experts.
+        As many, float32, with the scaling factor.
     """
 
     hidden_states: torch.Tensor

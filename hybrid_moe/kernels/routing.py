@@ -63,7 +63,7 @@ def ordered(value):
 
 @triton.jit
 def with_shared(expert, weight, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):
-    """A token's experts and weights with the shared experts behind them, whose weight is one whatever the others are."""
+    """A token's experts and weights with the shared experts behind them, whose weight is one whatever the others'."""
     if NUM_SHARED > 0:
         shared = tl.arange(0, expert.shape[0]) - TOP_K
         is_shared = (shared >= 0) & (shared < NUM_SHARED)
@@ -92,8 +92,8 @@ def select_experts(
 ):
     """A token's experts in the order of their scores, int32, the shared ones behind them, and their weights, float32.
 
-    What is past all of them is void. NaN is the greatest score. The chosen experts' weights are NaN where a score is, by
-    the logits or by the bias.
+    What is past all of them is void. NaN is the greatest score. All weights but those of shared experts are NaN where a
+    score is, by the logits or by the bias.
     """
     NEG_INF: tl.constexpr = float("-inf")
     group = tl.arange(0, N_GROUP_POW2)[:, None]

@@ -26,6 +26,7 @@ ODD = ("tests/test_contract.py::TestTriton::test_tensors_at_odd_addresses",)
 STRIDES = ("tests/test_contract.py::TestTriton::test_strides",)
 WIDE = ("tests/test_emulated_addresses.py",)
 ACTIVATIONS = ("tests/test_activations.py",)
+SHARED = ("tests/test_kernels.py::test_routing",)
 NAN = ("tests/test_kernels.py::test_routing_of_nan", "tests/test_not_a_number.py::test_one_by_one")
 
 
@@ -153,6 +154,34 @@ MUTATIONS = [
         "    let_next_kernel_start(PDL)\n    clear(",
         "counters are cleared while the call before counts",
         ORDER,
+    ),
+    # Shared experts
+    routing(
+        "    return with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)",
+        "    weight = weight / routed_scaling_factor\n"
+        "    expert, weight = with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)\n"
+        "    return expert, weight * routed_scaling_factor",
+        "a shared expert's weight has the scaling factor",
+        SHARED,
+    ),
+    routing(
+        "tl.sum(topk_score, axis=0) + 1e-20",
+        "tl.sum(topk_score, axis=0) + NUM_SHARED + 1e-20",
+        "shared experts count in the normalisation",
+        SHARED,
+    ),
+    routing(
+        "is_shared = (shared >= 0) & (shared < NUM_SHARED)",
+        "is_shared = (shared >= 0) & (shared < NUM_SHARED) & (tl.program_id(0) < tl.num_programs(0) - 1)",
+        "the last token has no shared expert",
+        SHARED,
+    ),
+    routing("NUM_EXPERTS + shared, expert)", "NUM_EXPERTS, expert)", "each shared expert is the first", SHARED),
+    routing(
+        "    return with_shared(expert, weight, NUM_EXPERTS, TOP_K, NUM_SHARED)",
+        "    return expert, weight",
+        "no shared experts beside those chosen before",
+        GIVEN,
     ),
     # Experts that are chosen already
     routing(

@@ -116,8 +116,9 @@ def _against(best: Standing) -> str:
 
 
 def _in_words(problem: MoEProblem) -> str:
+    shared = f" and {problem.num_shared_experts} shared" if problem.num_shared_experts else ""
     return (
-        f"{problem.num_local_experts} of {problem.num_experts} experts on this rank, {problem.num_shared_experts} shared, top {problem.top_k} from "
+        f"{problem.num_local_experts} of {problem.num_experts} experts{shared} on this rank, top {problem.top_k} from "
         f"{problem.topk_group} of {problem.n_group} groups, {problem.routing_method} routing, hidden size "
         f"{problem.hidden_size}, intermediate size {problem.intermediate_size}, FP8 with scales of {problem.block} x "
         f"{problem.block} blocks, "

@@ -2,10 +2,15 @@
 
     python benchmarks/soak.py                     # five minutes on DeepSeek-V3's layer, on a GPU
     python benchmarks/soak.py --seconds 3600 --threads 16 --output soak/
+    python benchmarks/soak.py --small --multiprocessors 8 --calls 20000 --seconds 5   # a small layer on a part of the GPU
 
 Eight threads share four streams. Each draws calls at random: T from 0 to 16384, loads, e4m3 and bfloat16 hidden states,
 logits and chosen experts, a new output and one that is given, with and without a workspace, eager and as a replay of a
-graph of its own, which is captured again now and then. Meanwhile the policy is exchanged every few seconds.
+graph of its own, which is captured again now and then. In ``uniform`` loads each expert's popularity is drawn, from all
+alike to a few that have everything. Meanwhile the policy is exchanged every few seconds.
+
+``--multiprocessors`` gives all streams to a green context, which has so many (CUDA rounds them up): launches of more
+programs than fit at once, which wait for one another, must end there too.
 
 Every output is compared on the device, bit for bit, with what the same candidate computed before the soak; that was
 checked against the reference by the rule of `hybrid_moe.numerics`. Candidates whose results aren't the same bits twice
@@ -168,7 +173,11 @@ class Soak:
             routed: [self._layer_like(self.layers[name], policy=policy) for policy in self.policies]
             for routed, name in ((False, "plain"), (True, "routed"))
         }
-        self.streams = [torch.cuda.Stream(self.device) for _ in range(options.streams)] if self.cuda else [None]
+        self.new_stream: Callable[[], torch.cuda.Stream] = lambda: torch.cuda.Stream(self.device)
+        self.multiprocessors = None
+        if options.multiprocessors:
+            self.new_stream, self.multiprocessors = part_of_gpu(options.multiprocessors)
+        self.streams = [self.new_stream() for _ in range(options.streams)] if self.cuda else [None]
         self.cases = self._cases()
         self.by_size: dict[tuple[str, int], list[Case]] = defaultdict(list)
         for case in self.cases:
@@ -211,6 +220,11 @@ class Soak:
         workload = Workload(tokens, self.base.local_expert_offset, load, seed=number)
         drawn = make_inputs(workload, self.problem, _weights_of(self.base))
         inputs: Inputs = drawn._replace(routing_bias=self.base.routing_bias)
+        if load == "uniform" and tokens > 1:
+            popularity = [self.random.gauss(0, 1) for _ in range(self.problem.num_experts)]
+            spread = self.random.uniform(0, 8)
+            shifts = torch.tensor(popularity, device=self.device) * spread
+            inputs = inputs._replace(routing_logits=inputs.routing_logits + shifts)
         if kind == "bfloat16":
             hidden = inputs.hidden_states.float() * 0.01
             inputs = inputs._replace(hidden_states=hidden.bfloat16(), hidden_states_scale=None)
@@ -253,7 +267,7 @@ class Worker(threading.Thread):
         self.soak, self.number = soak, number
         self.random = random.Random(f"{soak.options.seed} {number}")
         self.stream = soak.streams[number % len(soak.streams)]
-        self.capture_stream = torch.cuda.Stream(soak.device) if soak.cuda else None
+        self.capture_stream = soak.new_stream() if soak.cuda else None
         self.latencies: dict[tuple[str, str], Latencies] = defaultdict(Latencies)
         self.wrong = torch.zeros((), dtype=torch.int64, device=soak.device)
         self.checked, self.counted = 0, 0
@@ -346,6 +360,30 @@ class Worker(threading.Thread):
         self.latencies[what].add(begin.elapsed_time(end) * 1e3)
 
 
+def part_of_gpu(multiprocessors: int) -> tuple[Callable[[], torch.cuda.Stream], int]:
+    """What makes streams on a part of the current GPU, and how many multiprocessors that has."""
+    from cuda.bindings import driver  # comes with torch for CUDA
+
+    def called(result: Sequence[Any]) -> Any:
+        if int(result[0]):
+            raise SystemExit(f"--multiprocessors {multiprocessors}: {driver.cuGetErrorString(result[0])[1].decode()}")
+        return result[1] if len(result) == 2 else result[1:]
+
+    torch.cuda.synchronize()  # the device's own context is there
+    device = called(driver.cuDeviceGet(torch.cuda.current_device()))
+    whole = called(driver.cuDeviceGetDevResource(device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
+    parts = called(driver.cuDevSmResourceSplitByCount(1, whole, 0, multiprocessors))[0]
+    wanted = called(driver.cuDevResourceGenerateDesc(parts, 1))
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    context = called(driver.cuGreenCtxCreate(wanted, device, flags))
+    not_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+
+    def new_stream() -> torch.cuda.Stream:
+        return torch.cuda.ExternalStream(int(called(driver.cuGreenCtxStreamCreate(context, not_blocking, 0))))
+
+    return new_stream, parts[0].sm.smCount
+
+
 def band(tokens: int, soak: Soak) -> str:
     """The regime of the device's policy that holds T, or else a band of T."""
     if soak.policies:
@@ -415,8 +453,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     try:
         for worker in workers:
             worker.start()
-        while (elapsed := time.monotonic() - begin) < options.seconds or len(rounds) < 3:
-            soak.deadline = time.monotonic() + min(options.round_seconds, max(options.seconds - elapsed, 0.1))
+        while (
+            (elapsed := time.monotonic() - begin) < options.seconds
+            or len(rounds) < 3
+            or sum(worker.checked for worker in workers) < options.calls
+        ):
+            left = options.seconds - elapsed if elapsed < options.seconds else options.round_seconds
+            soak.deadline = time.monotonic() + min(options.round_seconds, max(left, 0.1))
             soak.barrier.wait()
             soak.barrier.wait(timeout=600)
             elapsed = time.monotonic() - begin
@@ -467,6 +510,7 @@ def _result(
         "problem": soak.problem.definition,
         "environment": {"python": platform.python_version(), **installed_versions()},
         "options": {k: v for k, v in vars(soak.options).items() if k != "output"},
+        "multiprocessors": soak.multiprocessors,
         "seconds": round(seconds, 1),
         "calls": sum(worker.checked for worker in workers),
         "wrong": wrong,
@@ -498,8 +542,9 @@ def _first(regime: str) -> int:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result for people."""
+    part = f", {result['multiprocessors']} multiprocessors" if result["multiprocessors"] else ""
     lines = [
-        f"{result['device']}, {result['problem']}: {result['seconds']:g} s, {result['calls']:,} calls by "
+        f"{result['device']}{part}, {result['problem']}: {result['seconds']:g} s, {result['calls']:,} calls by "
         f"{result['options']['threads']} threads, {result['captures']} graphs captured, {result['reloads']} reloads, "
         f"{', '.join(result['candidates'])}",
         "",
@@ -528,6 +573,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--calls", type=int, default=0, help="go on until so many are made")
+    parser.add_argument("--multiprocessors", type=int, help="of the GPU, in a green context; default: all, without one")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=16384)
@@ -544,6 +591,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder for soak.json and soak.md")
     options = parser.parse_args(arguments)
+    if options.multiprocessors and (options.cpu or not torch.cuda.is_available()):
+        parser.error("--multiprocessors: expected an NVIDIA GPU that torch can use, got none")
     if not options.small and (options.cpu or not torch.cuda.is_available()):
         parser.error("expected an NVIDIA GPU that torch can use, got none; --small soaks a small layer on the CPU")
     return options

@@ -1,13 +1,11 @@
 """Grouped FP8 block-scale GEMMs for many rows on Hopper, in Gluon: one warp group loads, two multiply.
 
 Where an expert has rows enough that arithmetic binds, a program that waits for each product before it promotes it
-leaves the tensor cores idle half of the time. Here two consumers never wait for one another: while one promotes, the
-other multiplies.
+leaves the tensor cores idle half of the time. Here each consumer has the next product under way while it promotes one.
 
-A tile is 128 rows by 256 weight rows. Each consumer has all its rows and half of its columns, in two chunks of 64 rows,
-of which the second is left out where an expert's last tile has no more than 64. GEMM1's 256 columns are 128 of up and
-128 of gate, of which each consumer has 64: SwiGLU's operands. A row's 128 columns share one scale, for which the two
-exchange the largest value of their halves.
+A tile is 128 rows by 256 weight rows. Each consumer has 64 of its rows, in registers, and multiplies them by 64 weight
+rows at a time, so that two products and all sums fit into its registers; where an expert's last tile has no more than
+64 rows, the second consumer leaves it out. GEMM1's 256 columns are 128 of up and 128 of gate: SwiGLU's operands.
 
 Roles (12 warps)
     producer (``[8:12]``)
@@ -22,20 +20,15 @@ Barriers (arrivals)
         consumers -> producer: both have read the stage.
     scheduler.published (1)
         producer -> consumers: the number of the next tile.
-    row_max.ready (1), GEMM1
-        consumer -> the other one: its maxima of a tile, in one of two buffers by turns.
 
-Timeline (b: blocks of the sum)
+Timeline (b: blocks of the sum; 0 to 3: the groups of 64 columns)
     producer    load b0 b1 ... | publish | load the next tile's b0 b1 ...
-    consumer 0  mma b0 upper, promote, mma b0 lower, promote | ... | next tile's number and scales | epilogue | ...
-    consumer 1  the same, half a block later
+    consumers   rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | rows b1 ...
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -54,7 +47,6 @@ from .common import (
     ALL,
     COPY,
     LINE,
-    PLAIN,
     Pipeline,
     Resources,
     Share,
@@ -72,32 +64,11 @@ from .common import (
 
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
-CHUNK = gl.constexpr(64)  # rows of a product: what wgmma takes
-WG_N = gl.constexpr(128)  # weight rows of each consumer, and of a block of the sum
-ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
-HALF = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]))
-
-
-@aggregate
-class RowMax:
-    """How the consumers exchange the largest values of their halves of a tile's rows: two buffers, by turns."""
-
-    values: gl.shared_memory_descriptor  # [turn, consumer, chunk] of [CHUNK] float32
-    ready: gl.shared_memory_descriptor  # [turn, consumer] barriers
-
-    @gluon.jit
-    def exchange(self, upper, lower, turn, WG: gl.constexpr):
-        """Of whole rows. A consumer is at most one tile ahead of the other."""
-        parity = turn & 1
-        mine, others = parity * 4 + WG * 2, parity * 4 + (1 - WG) * 2
-        self.values.index(mine).store(upper)
-        self.values.index(mine + 1).store(lower)
-        mbarrier.arrive(self.ready.index(parity * 2 + WG), count=1)
-        mbarrier.wait(self.ready.index(parity * 2 + 1 - WG), (turn >> 1) & 1)
-        BY_ROW: gl.constexpr = gl.SliceLayout(1, HALF)
-        upper = larger(upper, self.values.index(others).load(BY_ROW))
-        lower = larger(lower, self.values.index(others + 1).load(BY_ROW))
-        return upper, lower
+CHUNK = gl.constexpr(64)  # rows of a consumer, and of a product: what wgmma takes
+PART_N = gl.constexpr(128)  # weight rows of a load: they share a scale
+GROUP_N = gl.constexpr(64)  # weight rows of a product
+ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]))
+ROWS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=ACC.value, k_width=4))
 
 
 @aggregate
@@ -111,7 +82,6 @@ class Gemm1:
     max_rows: gl.tensor
     pipeline: Pipeline
     scheduler: TileScheduler
-    row_max: RowMax
     hidden_ptr: gl.tensor
     hidden_scale_ptr: gl.tensor
     weight: tma.tensor_descriptor
@@ -158,12 +128,13 @@ class Gemm2:
     PDL: gl.constexpr
 
     @gluon.jit
-    def scales_at(self, tile, WG: gl.constexpr):
-        """Where the scales of a consumer's columns are; the first expert's if there is no tile."""
+    def scales_at(self, tile):
+        """Where the scales of a tile's left and right 128 columns are; the first expert's if there is no tile."""
         K_BLOCKS: gl.constexpr = self.INTERMEDIATE // 128
         expert = gl.where(tile.expert < self.E, tile.expert, 0)
-        block = expert * (self.HIDDEN // 128) + self.first_column // 128 + tile.n * 2 + WG
-        return self.weight_scale_ptr + block * K_BLOCKS
+        block = expert * (self.HIDDEN // 128) + self.first_column // 128 + tile.n * 2
+        first = self.weight_scale_ptr + block * K_BLOCKS
+        return first, first + K_BLOCKS
 
 
 @gluon.jit
@@ -185,16 +156,14 @@ def gemm1_producer(p):
         column = gl.arange(0, 128, layout=gl.SliceLayout(0, COPY))
         x_at = p.hidden_ptr + (x_row.to(gl.int64) * p.STRIDE_HIDDEN)[:, None] + column[None, :]
         x_mask = x_real[:, None] & (column[None, :] >= 0)
-        weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * WG_N
+        weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * PART_N
         scale_at = p.hidden_scale_ptr + row.to(gl.int64) * p.stride_scale_t
         for block in range(p.HIDDEN // 128):
             stage = step % pipeline.STAGES
             pipeline.producer_acquire(step, BLOCK_N * 128)
             bar = pipeline.full.index(stage)
-            for wg in gl.static_range(2):
-                w = pipeline.weight.index(stage * 2 + wg)
-                load_tile(p.weight, [weight_row + p.UP + wg * 64, block * 128], bar, w.slice(0, 64, dim=0))
-                load_tile(p.weight, [weight_row + p.GATE + wg * 64, block * 128], bar, w.slice(64, 64, dim=0))
+            load_tile(p.weight, [weight_row + p.UP, block * 128], bar, pipeline.weight.index(stage * 2))
+            load_tile(p.weight, [weight_row + p.GATE, block * 128], bar, pipeline.weight.index(stage * 2 + 1))
             load_rows(pipeline.x.index(stage), x_at + block * 128, mask=x_mask)
             load_rows(pipeline.x_scale.index(stage), scale_at, mask=real)
             pipeline.producer_commit(step)
@@ -232,9 +201,9 @@ def gemm2_producer(p):
             stage = step % pipeline.STAGES
             pipeline.producer_acquire(step, (BLOCK_M + BLOCK_N) * 128)
             bar = pipeline.full.index(stage)
-            for wg in gl.static_range(2):
-                w = pipeline.weight.index(stage * 2 + wg)
-                load_tile(p.weight, [weight_row + wg * WG_N, block * 128], bar, w)
+            for part in gl.static_range(2):
+                w = pipeline.weight.index(stage * 2 + part)
+                load_tile(p.weight, [weight_row + part * PART_N, block * 128], bar, w)
             load_tile(p.activated, [tile.rows_before + tile.m * BLOCK_M, block * 128], bar, pipeline.x.index(stage))
             load_rows(pipeline.x_scale.index(stage), scale_at, mask=real)
             pipeline.producer_commit(step)
@@ -246,68 +215,72 @@ def gemm2_producer(p):
 
 
 @gluon.jit
-def promoted(total, product, row_scale, left, right, SPLIT_SCALES: gl.constexpr):
-    """The sum with one block's product, promoted by the scales of its rows and of its left and right 64 columns."""
-    if SPLIT_SCALES:
-        column = gl.arange(0, WG_N, layout=gl.SliceLayout(0, ACC))
-        scale = gl.where(column < WG_N // 2, left, right)
-        return total + product * (row_scale[:, None] * scale[None, :])
-    else:
-        return total + product * (row_scale * left)[:, None]
-
-
-@gluon.jit
-def await_stage(pipeline, step, pred, FENCE: gl.constexpr):
-    """Wait until a stage is full, and load the scales of its rows: of the upper 64 and of the lower."""
-    pipeline.consumer_wait(step, pred)
-    if FENCE:
-        fence_async_shared()  # rows that were not written by TMA
-    scale = pipeline.x_scale.index(step % pipeline.STAGES)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
-    return scale.slice(0, CHUNK).load(BY_ROW), scale.slice(CHUNK, CHUNK).load(BY_ROW)
+def multiply_group(pipeline, stage, x, product, use_acc, GROUP: gl.constexpr):
+    """Start the product of a consumer's rows with 64 of a stage's weight rows."""
+    w = pipeline.weight.index(stage * 2 + GROUP // 2).slice(GROUP % 2 * GROUP_N, GROUP_N, dim=0)
+    return warpgroup_mma(x, w.permute((1, 0)), product, use_acc=use_acc, is_async=True)
 
 
 @gluon.jit
 def multiply(
-    pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, SPLIT_SCALES: gl.constexpr,
-    CHUNKS: gl.constexpr, WG: gl.constexpr,
-):  # fmt: skip
-    """The sums of a consumer's columns: of a tile's upper 64 rows and, if CHUNKS is 2, of its lower ones; next step.
+    pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr
+):
+    """The sums of a consumer's rows with each group of 64 columns; next step.
 
-    The next block is awaited while this block's last product runs, so that only a promotion separates two products. A
-    product takes the previous one as its accumulator, which ``use_acc`` (false, unknown to the compiler) ignores: its
-    registers are reused, and not before it has been promoted.
+    The next block is awaited while the last product runs. A product takes the one before the last as its accumulator,
+    which ``use_acc`` (false, unknown to the compiler) ignores: its registers are reused, and not before it has been
+    promoted.
     """
-    total = gl.zeros([CHUNK, WG_N], gl.float32, layout=ACC)
-    below = gl.zeros([CHUNK, WG_N], gl.float32, layout=ACC)
-    product = gl.zeros([CHUNK, WG_N], gl.float32, layout=ACC)
-    upper_scale, lower_scale = await_stage(pipeline, step, True, SPLIT_SCALES)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    sum0 = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    sum1 = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    sum2 = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    sum3 = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    even = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    odd = gl.zeros([CHUNK, GROUP_N], gl.float32, layout=ACC)
+    pipeline.consumer_wait(step)
+    stage = step % pipeline.STAGES
     for block in range(K_BLOCKS):
-        stage = step % pipeline.STAGES
-        x = pipeline.x.index(stage)
-        w = pipeline.weight.index(stage * 2 + WG).permute((1, 0))
+        # Loaded in the block before, each byte would take a register.
+        x = pipeline.x.index(stage).slice(WG * CHUNK, CHUNK, dim=0).load(ROWS)
+        row_scale = pipeline.x_scale.index(stage).slice(WG * CHUNK, CHUNK).load(BY_ROW)
+        even = multiply_group(pipeline, stage, x, even, use_acc, 0)
         ahead = gl.minimum(block + 1, K_BLOCKS - 1)
-        product = warpgroup_mma(x.slice(0, CHUNK, dim=0), w, product, use_acc=use_acc, is_async=True)
         next_left, next_right = gl.load(left_at + ahead), gl.load(right_at + ahead)
-        if CHUNKS == 2:
-            product = warpgroup_mma_wait(0, deps=[product])
-            total = promoted(total, product, upper_scale, left, right, SPLIT_SCALES)
-            product = warpgroup_mma(x.slice(CHUNK, CHUNK, dim=0), w, product, use_acc=use_acc, is_async=True)
-        next_upper, next_lower = await_stage(pipeline, step + 1, block + 1 < K_BLOCKS, SPLIT_SCALES)
-        product = warpgroup_mma_wait(0, deps=[product])
+        left_scale, right_scale = (row_scale * left)[:, None], (row_scale * right)[:, None]
+        odd = multiply_group(pipeline, stage, x, odd, use_acc, 1)
+        even = warpgroup_mma_wait(1, deps=[even])
+        sum0 = sum0 + even * left_scale
+        even = multiply_group(pipeline, stage, x, even, use_acc, 2)
+        odd = warpgroup_mma_wait(1, deps=[odd])
+        sum1 = sum1 + odd * left_scale
+        odd = multiply_group(pipeline, stage, x, odd, use_acc, 3)
+        even = warpgroup_mma_wait(1, deps=[even])
+        sum2 = sum2 + even * right_scale
+        next_stage = (step + 1) % pipeline.STAGES
+        pipeline.consumer_wait(step + 1, block + 1 < K_BLOCKS)
+        odd = warpgroup_mma_wait(0, deps=[odd])
         pipeline.consumer_release(step)
-        if CHUNKS == 2:
-            below = promoted(below, product, lower_scale, left, right, SPLIT_SCALES)
-        else:
-            total = promoted(total, product, upper_scale, left, right, SPLIT_SCALES)
-        left, right, upper_scale, lower_scale = next_left, next_right, next_upper, next_lower
+        sum3 = sum3 + odd * right_scale
+        left, right = next_left, next_right
+        stage = next_stage
         step += 1
-    return total, below, step
+    return sum0, sum1, sum2, sum3, step
+
+
+@gluon.jit
+def leave_out(pipeline, step, K_BLOCKS: gl.constexpr):
+    """Release the stages of a tile in which this consumer has no rows; next step."""
+    for _ in range(K_BLOCKS):
+        pipeline.consumer_wait(step)
+        pipeline.consumer_release(step)
+        step += 1
+    return step
 
 
 @gluon.jit
 def gemm1_consumer(p, WG: gl.constexpr):
-    """GEMM1's left (WG 0) or right 64 columns of up and of gate, with their SwiGLU and quantisation."""
+    """GEMM1's upper (WG 0) or lower 64 rows of each tile, with their SwiGLU and quantisation."""
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     expert, tokens = p.scheduler.load_tokens_per_expert("")
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
@@ -317,100 +290,79 @@ def gemm1_consumer(p, WG: gl.constexpr):
     up_at, gate_at = p.scales_at(tile)
     up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
     while tile.expert < p.E:
-        rows = tile.rows - tile.m * BLOCK_M
-        # Two loops: a branch inside one would copy and spill the accumulators.
-        if rows > CHUNK:
-            total, below, step = multiply(
-                p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, True, 2, WG
+        first_slot = tile.m * BLOCK_M + WG * CHUNK
+        rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * PART_N
+        if rows > 0:
+            up0, up1, gate0, gate1, step = multiply(
+                p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, WG
             )
+            left, right = swiglu_of(gate0, up0), swiglu_of(gate1, up1)
+            amax = larger(amax_of(left), amax_of(right))
+            scale = store_quantized(p, left, amax, first_row, rows, column)
+            store_quantized(p, right, amax, first_row, rows, column + GROUP_N)
+            slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ACC))
+            gl.store(p.out_scale_ptr + tile.n.to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
         else:
-            total, below, step = multiply(
-                p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, True, 1, WG
-            )
-        done = tile
-        first_row = done.rows_before + done.m * BLOCK_M
-        # Prefetch the next tile's first scales during the epilogue.
+            step = leave_out(p.pipeline, step, K_BLOCKS)
+        signal(p.finished_ptr, tile.expert, p.E)
         number = p.scheduler.next_tile(turn)
         expert, tokens = p.scheduler.load_tokens_per_expert("")
         tile = p.scheduler.locate(number, expert, tokens)
         up_at, gate_at = p.scales_at(tile)
         up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
-        value = swiglu(total)
-        value_below = swiglu(below)
-        amax = amax_of(value)
-        amax_below = amax_of(value_below)
-        amax, amax_below = p.row_max.exchange(amax, amax_below, turn, WG)
-        store_quantized(p, value, amax, first_row, rows, done.n, WG)
-        if rows > CHUNK:
-            store_quantized(p, value_below, amax_below, first_row + CHUNK, rows - CHUNK, done.n, WG)
-        signal(p.finished_ptr, done.expert, p.E)
         turn += 1
 
 
 @gluon.jit
 def gemm2_consumer(p, WG: gl.constexpr):
-    """GEMM2's left (WG 0) or right 128 columns of each tile."""
+    """GEMM2's upper (WG 0) or lower 64 rows of each tile."""
     K_BLOCKS: gl.constexpr = p.INTERMEDIATE // 128
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
     step = 0
     turn = 0
     use_acc = p.max_rows < 0
-    scale_at = p.scales_at(tile, WG)
-    scale = gl.load(scale_at)
+    left_at, right_at = p.scales_at(tile)
+    left, right = gl.load(left_at), gl.load(right_at)
     while tile.expert < p.E:
-        rows = tile.rows - tile.m * BLOCK_M
-        if rows > CHUNK:
-            total, below, step = multiply(
-                p.pipeline, scale_at, scale_at, scale, scale, step, use_acc, K_BLOCKS, False, 2, WG
+        first_slot = tile.m * BLOCK_M + WG * CHUNK
+        rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * BLOCK_N
+        if rows > 0:
+            sum0, sum1, sum2, sum3, step = multiply(
+                p.pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS, WG
             )
+            store_rows(p, sum0, first_row, rows, column)
+            store_rows(p, sum1, first_row, rows, column + GROUP_N)
+            store_rows(p, sum2, first_row, rows, column + 2 * GROUP_N)
+            store_rows(p, sum3, first_row, rows, column + 3 * GROUP_N)
         else:
-            total, below, step = multiply(
-                p.pipeline, scale_at, scale_at, scale, scale, step, use_acc, K_BLOCKS, False, 1, WG
-            )
-        done = tile
-        first_row = done.rows_before + done.m * BLOCK_M
+            step = leave_out(p.pipeline, step, K_BLOCKS)
         tile = p.scheduler.locate(p.scheduler.next_tile(turn), expert, tokens)
-        scale_at = p.scales_at(tile, WG)
-        scale = gl.load(scale_at)
-        column = done.n * BLOCK_N + WG * WG_N
-        store_rows(p, total, first_row, rows, column)
-        if rows > CHUNK:
-            store_rows(p, below, first_row + CHUNK, rows - CHUNK, column)
+        left_at, right_at = p.scales_at(tile)
+        left, right = gl.load(left_at), gl.load(right_at)
         turn += 1
 
 
 @gluon.jit
-def swiglu(total):
-    """``silu(gate) * up`` of a chunk whose left 64 columns are up and whose right 64 are gate."""
-    up, gate = total.reshape([CHUNK, 2, WG_N // 2]).permute(0, 2, 1).split()
-    up = gl.convert_layout(up, HALF)
-    gate = gl.convert_layout(gate, HALF)
-    return swiglu_of(gate, up)
-
-
-@gluon.jit
-def store_quantized(p, value, amax, first_row, rows, block_n, WG: gl.constexpr):
-    """Store 64 of a 128 block's columns in e4m3, and its scales."""
+def store_quantized(p, value, amax, first_row, rows, first_column):
+    """Store 64 of a 128 block's columns in e4m3; the scales of the rows."""
     quantized, scale = quantize(value, amax)
     wide: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     quantized = gl.convert_layout(quantized, wide)
     slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, wide))
-    column = block_n * 128 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, wide))
+    column = first_column + gl.arange(0, GROUP_N, layout=gl.SliceLayout(0, wide))
     at = p.out_ptr + (first_row + slot).to(gl.int64)[:, None] * p.INTERMEDIATE + column[None, :]
     gl.store(at, quantized, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
-    if WG == 0:
-        slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, HALF))
-        gl.store(p.out_scale_ptr + block_n.to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
+    return scale
 
 
 @gluon.jit
 def store_rows(p, total, first_row, rows, first_column):
-    """Store a chunk in bfloat16."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    """Store 64 columns in bfloat16."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     value = gl.convert_layout(total.to(gl.bfloat16), wide)
     slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, wide))
-    column = first_column + gl.arange(0, WG_N, layout=gl.SliceLayout(0, wide))
+    column = first_column + gl.arange(0, GROUP_N, layout=gl.SliceLayout(0, wide))
     at = p.out_ptr + (first_row + slot).to(gl.int64)[:, None] * p.COLUMNS + column[None, :]
     gl.store(at, value, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
 
@@ -419,7 +371,7 @@ def store_rows(p, total, first_row, rows, first_column):
 def hopper_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
-    weight,  # descriptor of [E * 2 * INTERMEDIATE, HIDDEN] e4m3, 64 rows by 128
+    weight,  # descriptor of [E * 2 * INTERMEDIATE, HIDDEN] e4m3, 128 rows by 128
     weight_scale_ptr,  # [E, 2 * INTERMEDIATE/128, HIDDEN/128] float32
     tokens_per_expert_ptr,  # [E] int32
     slot_token_ptr,  # [E, T] int32
@@ -445,11 +397,7 @@ def hopper_gemm1_kernel(
     PDL: gl.constexpr,
 ):
     """Gather, GEMM1, SwiGLU and quantisation. Grid: any number of programs; they share the tiles."""
-    pipeline = make_pipeline(BLOCK_M, WG_N, 2, 2, STAGES)
-    values = gl.allocate_shared_memory(gl.float32, [8, CHUNK], PLAIN)
-    ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(4):
-        mbarrier.init(ready.index(number), count=1)
+    pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // 128,
         E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
@@ -459,7 +407,7 @@ def hopper_gemm1_kernel(
     p = Gemm1(
         weight_scale_ptr=weight_scale_ptr, finished_ptr=finished_ptr, out_ptr=out_ptr,
         out_scale_ptr=out_scale_ptr, max_rows=max_rows, pipeline=pipeline, scheduler=scheduler,
-        row_max=RowMax(values=values, ready=ready), hidden_ptr=hidden_ptr, hidden_scale_ptr=hidden_scale_ptr,
+        hidden_ptr=hidden_ptr, hidden_scale_ptr=hidden_scale_ptr,
         weight=weight, slot_token_ptr=slot_token_ptr, stride_scale_k=stride_scale_k,
         stride_scale_t=stride_scale_t, num_tokens=num_tokens, STRIDE_HIDDEN=STRIDE_HIDDEN, HIDDEN=HIDDEN,
         INTERMEDIATE=INTERMEDIATE, UP=INTERMEDIATE if GATE_FIRST else 0, GATE=0 if GATE_FIRST else INTERMEDIATE,
@@ -503,7 +451,7 @@ def hopper_gemm2_kernel(
     GEMM1, with row tiles of FIRST_M and SIGNALS for each of them, may still run.
     """
     gl.static_assert(COLUMNS % BLOCK_N == 0)
-    pipeline = make_pipeline(BLOCK_M, WG_N, 2, 2, STAGES)
+    pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
         E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
@@ -541,7 +489,7 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
     operands = (
         "hidden_states",
         "hidden_states_scale",
-        SwizzledTiles("gemm1_weights", e, 2 * width, inner, 1, 64),
+        SwizzledTiles("gemm1_weights", e, 2 * width, inner, 1, PART_N.value),
         "gemm1_weights_scale",
         "tokens_per_expert",
         "slot_token",

@@ -14,6 +14,7 @@ from emulated_calls import FEW, MANY, NARROW, ONE_TOKEN, SMALL, Call, Given, giv
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
+from hybrid_moe.kernels.grouped_gemm.sm90 import many_rows
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
@@ -60,6 +61,14 @@ def test_many_rows(name, gate_first):
     call = Call(problem, given_rows(problem, rows, max(*rows, 7)), Given(MANY, MANY))
     assert call.kernels[2:4] == MANY_KERNELS
     call.run(seed=len(name), stages=2)
+
+
+@pytest.mark.parametrize("rows", [[129, 3, 260, 5], [5, 0, 140, 7], [0, 129, 0, 140], [3, 128, 0, 1]], ids=str)
+def test_light_experts_among_others(rows, monkeypatch):
+    """Each tile is some program's, whichever kind there are fewer of."""
+    monkeypatch.setattr(many_rows, "SPREAD_ROWS", (0, 1000))
+    problem = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=256)
+    Call(problem, given_rows(problem, rows), Given(MANY, MANY), num_sms=3).run(seed=len(rows), stages=2)
 
 
 @pytest.mark.parametrize("intermediate", [128, 256, 384])

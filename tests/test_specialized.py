@@ -57,7 +57,7 @@ def test_experts_that_most_tokens_choose():
     """From 2.5 to 6.5 tokens an expert they have launches of their own, before the others'."""
     for num_tokens in (81, 128, 208):
         assert gemms(num_tokens) == [*HOPPER, *FEW]
-    assert gemms(209) == TRITON
+    assert gemms(209) == HOPPER
     steps = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(128))
     shares = [step.operands[-2:] for step in steps if "gemm" in step.kernel.function.__name__]
     assert shares == [(96, 2**31 - 1)] * 2 + [(0, 96)] * 2
@@ -71,17 +71,22 @@ def test_experts_that_most_tokens_choose():
     assert places["finished_many"].shape == (33,)
     assert gemms(128, aligned=False) == TRITON and gemms(128, stride_hidden=7168 + 8) == [TRITON[0], FEW[1]]
     qwen = MODELS["qwen3-235b"]
-    assert gemms(41, problem=qwen) == [*HOPPER, *FEW] and gemms(105, problem=qwen) == TRITON
+    assert gemms(41, problem=qwen) == [*HOPPER, *FEW] and gemms(105, problem=qwen) == HOPPER
     # A hidden size that GEMM2 for many rows can't take.
     assert gemms(128, problem=dataclasses.replace(DEEPSEEK_V3, hidden_size=7168 + 128)) == FEW
 
 
-def test_from_more_than_eight_tokens_an_expert_on():
-    assert gemms(256) == TRITON
-    for num_tokens in (257, 901, 14107):
+def test_from_more_than_six_and_a_half_tokens_an_expert_on():
+    for num_tokens in (256, 901, 14107):
         assert gemms(num_tokens) == HOPPER
-    kimi = MODELS["kimi-k2"]
-    assert gemms(384, problem=kimi) == TRITON and gemms(385, problem=kimi) == HOPPER
+    assert gemms(313, problem=MODELS["kimi-k2"]) == HOPPER
+
+
+def test_light_experts_are_spread_from_45_to_128_rows_an_expert():
+    """If routing is even, and in both GEMMs."""
+    for num_tokens, wanted in ((256, False), (1439, False), (1440, True), (4096, True), (4097, False)):
+        steps = TritonGroupedGemm((9, 0)).steps(DEEPSEEK_V3, DeviceLimits(132, pdl=True), key_of(num_tokens))
+        assert [step.constants.arguments["SPREAD"] for step in steps[:2]] == [wanted] * 2
 
 
 @pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3), (12, 0)], ids=str)

@@ -6,6 +6,7 @@ ANY = ("tests/test_emulated_kernels.py",)
 FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
 MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
 NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
+SPREAD = ("tests/test_emulated_kernels.py::test_light_experts_among_others",)
 BY_ROWS = ("tests/test_emulated_kernels.py::test_experts_by_their_rows",)
 LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
@@ -214,6 +215,15 @@ MUTATIONS = [
         CHUNKS,
     ),
     few("return Signals(BLOCK_M.value,", "return Signals(2 * BLOCK_M.value,", "GEMM2 waits for too few signals", LATE),
+    common(
+        "is_light = is_fewer == (light <= heavy)",
+        "is_light = is_fewer == (light < heavy)",
+        "as many light tiles as others are taken for them",
+        SPREAD,
+        equivalent="Either order has as many tiles then: they change places.",
+    ),
+    common("past_all | (is_light", "(is_light", "what is past all tiles is one of them again", SPREAD),
+    common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "tiles of the fewer kind are counted on", SPREAD),
     common("tokens <= self.most", "tokens < self.most", "nobody has an expert with as many rows as the bound", BY_ROWS),
     common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
     few(

@@ -148,7 +148,6 @@ TILES_SM90: tuple[tuple[float, TilePlan], ...] = (
             many_above=0.75,
         ),
     ),
-    (8.0, TilePlan(gemm1=_FUSED_GEMM1, gemm2=_FUSED_GEMM2)),
     (
         float("inf"),
         TilePlan(

@@ -54,6 +54,7 @@ class TileScheduler:
     above: gl.tensor  # as `Share` has them
     most: gl.tensor
     TILES_N: gl.constexpr
+    SPREAD: gl.constexpr
     E: gl.constexpr
     E_POW2: gl.constexpr
     SLOTS: gl.constexpr
@@ -75,8 +76,24 @@ class TileScheduler:
 
     @gluon.jit
     def locate(self, number, expert, tokens):
-        """The tile of a number. The tiles of an expert follow one another, its row tiles fastest."""
+        """The tile of a number. The tiles of an expert follow one another, its row tiles fastest.
+
+        SPREAD: those of experts with one row tile, which memory binds, and those of experts with several, which
+        arithmetic binds, follow either order of their own, spread evenly among one another.
+        """
         row_tiles = (self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M
+        if self.SPREAD:
+            light = gl.sum((row_tiles == 1).to(gl.int32), axis=0)
+            heavy = gl.sum(row_tiles, axis=0) - light
+            # Those of which there are fewer are at every so many-th place, as long as there are any.
+            fewer = gl.minimum(light, heavy) * self.TILES_N
+            every = gl.maximum((light + heavy) * self.TILES_N // gl.maximum(fewer, 1), 1)
+            is_fewer = (number % every == 0) & (number // every < fewer)
+            fewer_before = gl.minimum((number + every - 1) // every, fewer)
+            is_light = is_fewer == (light <= heavy)
+            past_all = number >= (light + heavy) * self.TILES_N
+            row_tiles = gl.where(past_all | (is_light == (row_tiles == 1)), row_tiles, 0)
+            number = gl.where(past_all, number, gl.where(is_fewer, fewer_before, number - fewer_before))
         ends = gl.associative_scan(row_tiles, 0, _add) * self.TILES_N
         at = gl.sum((ends <= number).to(gl.int32), axis=0)
         rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
@@ -124,7 +141,7 @@ def _add(a, b):
 @gluon.jit
 def make_scheduler(
     tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr,
-    E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr,
+    E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr, SPREAD: gl.constexpr = False,
 ):  # fmt: skip
     """A `TileScheduler` with its shared memory."""
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], PLAIN)
@@ -140,6 +157,7 @@ def make_scheduler(
         above=above,
         most=most,
         TILES_N=TILES_N,
+        SPREAD=SPREAD,
         E=E,
         E_POW2=E_POW2,
         SLOTS=SLOTS,
@@ -270,21 +288,24 @@ class SwizzledTiles(Tiles):
 
 
 @functools.lru_cache(maxsize=256)
-def gemm1_constants(problem: MoEProblem, limits: DeviceLimits, resources: Resources, stride_hidden: int) -> Constants:
-    """What the first GEMM's kernels are compiled for."""
+def gemm1_constants(
+    problem: MoEProblem, limits: DeviceLimits, resources: Resources, stride_hidden: int, **more: bool
+) -> Constants:
+    """What the first GEMM's kernels are compiled for; ``more`` is some kernel's own, and its last."""
     arguments = {
         "STRIDE_HIDDEN": stride_hidden,
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "GATE_FIRST": problem.gate_first,
         **_shared_arguments(problem, limits, resources),
+        **more,
     }
     return Constants(arguments, {**limits.options, **resources.options})
 
 
 @functools.lru_cache(maxsize=256)
 def gemm2_constants(
-    problem: MoEProblem, limits: DeviceLimits, resources: Resources, columns: int, first: Signals
+    problem: MoEProblem, limits: DeviceLimits, resources: Resources, columns: int, first: Signals, **more: bool
 ) -> Constants:
     """The same for the second GEMM; ``first`` are the signals of the step that computed the activation."""
     arguments = {
@@ -294,6 +315,7 @@ def gemm2_constants(
         "FIRST_M": first.block_m,
         "SIGNALS": first.per_row_tile,
         **_shared_arguments(problem, limits, resources),
+        **more,
     }
     return Constants(arguments, {**limits.options, **resources.options})
 

@@ -395,12 +395,13 @@ def hopper_gemm1_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):
     """Gather, GEMM1, SwiGLU and quantisation. Grid: any number of programs; they share the tiles."""
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // 128,
-        E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SPREAD,
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -445,6 +446,7 @@ def hopper_gemm2_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SPREAD: gl.constexpr,
 ):
     """GEMM2. Grid: any number of programs; they share the tiles.
 
@@ -454,7 +456,7 @@ def hopper_gemm2_kernel(
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
-        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SPREAD,
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -474,6 +476,9 @@ def hopper_gemm2_kernel(
 
 RESOURCES = Resources(stages=4, consumer_registers=232, producer_registers=40)
 COLUMNS = BLOCK_N.value
+# Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer, memory
+# binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
+SPREAD_ROWS = (45, 128)
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 
@@ -481,6 +486,11 @@ GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 def fits(problem: MoEProblem) -> bool:
     """Whether GEMM2 of this problem has the sizes that the kernel is for; GEMM1's may be any."""
     return problem.hidden_size % COLUMNS == 0
+
+
+def _is_spread(problem: MoEProblem, num_tokens: int) -> bool:
+    least, most = SPREAD_ROWS
+    return least <= num_tokens * problem.top_k / problem.num_experts <= most
 
 
 def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Share = ALL) -> Step:
@@ -504,7 +514,8 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
         share.above,
         share.most,
     )
-    constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden)
+    spread = _is_spread(problem, key.num_tokens)
+    constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden, SPREAD=spread)
     return Step(GEMM1, (limits.num_sms,), operands, constants)
 
 
@@ -527,5 +538,6 @@ def gemm2(
     ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
     operands = gemm2_operands(problem, key, first_column, share, BLOCK_M.value, 128)
-    constants = gemm2_constants(problem, limits, RESOURCES, columns, first)
+    spread = _is_spread(problem, key.num_tokens)
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SPREAD=spread)
     return Step(GEMM2, (limits.num_sms,), operands, constants)

@@ -367,6 +367,7 @@ def hopper_narrow_gemm2_kernel(
         published=told,
         BLOCK_M=BLOCK_M,
         TILES_N=COLUMNS // UNIT_N,
+        SPREAD=False,
         above=above,
         most=most,
         E=E,

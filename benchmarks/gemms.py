@@ -3,11 +3,12 @@
 python benchmarks/gemms.py --output benchmarks/results/DEVICE/gemms.md
 python benchmarks/gemms.py --tokens 4096 --routing concentrated --provider triton
 
-A GEMM's time is the difference between two CUDA graphs: of a call's launches up to it and with it, twelve calls on three
-copies of the weights. So what overlaps with the launch before it isn't counted twice. Operations are those of the rows
-that the local experts got, without padding; ours does the gather, SwiGLU and quantisation in them. `torch._scaled_mm`
-has one matrix of as many rows, one scale for each operand and fast accumulation: what the tensor cores give at best at
-this size. All of a row is timed in one process, one after the other.
+A GEMM's time is the difference between two CUDA graphs: of a call's launches up to it and with it, twelve calls on
+three copies of the weights. So what overlaps with the launch before it isn't counted twice. Operations are those of the
+rows that the local experts got, without padding; ours does the gather, SwiGLU and quantisation in them.
+
+`torch._scaled_mm` has one matrix of as many rows, one scale for each operand and fast accumulation: what the tensor
+cores give at best at this size. All of a row is timed in one process, one after the other.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def main() -> None:
     problem, device = MODELS[options.model], torch.device("cuda", torch.cuda.current_device())
     peak = measure_peak_rates()
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
-    head = f"{DeviceKey.of(device).name}, {options.model}, {options.routing}, experts from {options.offset}; {versions}; "
+    what = f"{DeviceKey.of(device).name}, {options.model}, {options.routing}, experts from {options.offset}"
+    columns = " | ".join(f"{name}, us (TFLOP/s)" for name in (*options.provider, "_scaled_mm"))
     lines = [
-        head + f"read {peak.read_bytes_per_s / 1e12:.2f} TB/s, `_scaled_mm` at 8192 {peak.fp8_flop_per_s / 1e12:.0f}",
+        f"{what}; {versions}; read {peak.read_bytes_per_s / 1e12:.2f} TB/s, "
+        f"`_scaled_mm` at 8192 {peak.fp8_flop_per_s / 1e12:.0f}",
         "",
-        "| T | rows | GEMM | " + " | ".join(f"{name}, us (TFLOP/s)" for name in (*options.provider, "_scaled_mm")) + " |",
+        f"| T | rows | GEMM | {columns} |",
         "|--:|--:|--:|" + "--:|" * (len(options.provider) + 1),
     ]
     print("\n".join(lines), flush=True)
@@ -69,9 +72,7 @@ def main() -> None:
     for tokens in options.tokens:
         workload = Workload(tokens, options.offset, options.routing)
         first = make_inputs(workload, problem, weights[0])
-        copies = [
-            first._replace(**{name: getattr(one, name) for name in one.__dataclass_fields__}) for one in weights
-        ]
+        copies = [first._replace(**{name: getattr(one, name) for name in one.__dataclass_fields__}) for one in weights]
         rows = Work.of(first, problem).local_rows
         h, i = problem.hidden_size, problem.intermediate_size
         shapes = (rows, 2 * i, h), (rows, h, i)

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py                     # five minutes on DeepSeek-V3's layer, on a GPU
     python benchmarks/soak.py --seconds 3600 --threads 16 --output soak/
-    python benchmarks/soak.py --small --multiprocessors 8 --calls 20000 --seconds 5   # a small layer on a part of the GPU
+    python benchmarks/soak.py --small --multiprocessors 8 --calls 20000   # on a part of the GPU
 
 Eight threads share four streams. Each draws calls at random: T from 0 to 16384, loads, e4m3 and bfloat16 hidden states,
 logits and chosen experts, a new output and one that is given, with and without a workspace, eager and as a replay of a

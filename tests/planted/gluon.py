@@ -223,7 +223,7 @@ MUTATIONS = [
         equivalent="Either order has as many tiles then: they change places.",
     ),
     common("past_all | (is_light", "(is_light", "what is past all tiles is one of them again", SPREAD),
-    common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "tiles of the fewer kind are counted on", SPREAD),
+    common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
     common("tokens <= self.most", "tokens < self.most", "nobody has an expert with as many rows as the bound", BY_ROWS),
     common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
     few(
@@ -251,7 +251,7 @@ MUTATIONS = [
     many("return first, first + K_BLOCKS", "return first, first", "both halves of GEMM2 have the left one's scales"),
     many("p.first_column + tile.n * BLOCK_N", "tile.n * BLOCK_N", "GEMM2's weights of the first chunk", CHUNKS),
     many("sum1, first_row, rows, column + GROUP_N", "sum2, first_row, rows, column + GROUP_N", "a group for another"),
-    many("right, amax, first_row, rows, column + GROUP_N", "right, amax, first_row, rows, column", "right half at the left"),
+    many("right, amax, first_row, rows, column + GROUP_N", "right, amax, first_row, rows, column", "right at the left"),
     many("scale, mask=slot < rows)", "scale, mask=slot < 0)", "the activation's scales are not stored"),
     many("slice(WG * CHUNK, CHUNK, dim=0)", "slice(0, CHUNK, dim=0)", "the upper rows again for the lower"),
     many("slice(WG * CHUNK, CHUNK).load", "slice(0, CHUNK).load", "the upper rows' scales for the lower"),

@@ -23,7 +23,7 @@ Barriers (arrivals)
 
 Timeline (b: blocks of the sum; 0 to 3: the groups of 64 columns)
     producer    load b0 b1 ... | publish | load the next tile's b0 b1 ...
-    consumers   rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | rows b1 ...
+    consumers   rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | ...
 """
 
 from triton.experimental import gluon
@@ -222,9 +222,7 @@ def multiply_group(pipeline, stage, x, product, use_acc, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
-    pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr
-):
+def multiply(pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr):
     """The sums of a consumer's rows with each group of 64 columns; next step.
 
     The next block is awaited while the last product runs. A product takes the one before the last as its accumulator,
@@ -476,8 +474,8 @@ def hopper_gemm2_kernel(
 
 RESOURCES = Resources(stages=4, consumer_registers=232, producer_registers=40)
 COLUMNS = BLOCK_N.value
-# Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer, memory
-# binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
+# Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer rows
+# memory binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
 SPREAD_ROWS = (45, 128)
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)

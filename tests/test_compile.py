@@ -23,7 +23,8 @@ SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Spilled registers go through memory: a tile that needs more is too large. On Hopper those of many rows for inputs that
 # TMA can't read, which compute addresses, keep up to 88 bytes.
 SPILL_BYTES = {89: 0, 90: 88, 100: 0, 120: 0}
-# The GEMMs for many rows fill the registers: a few are kept in memory, by Triton 3.6 outside of the loops.
+# The GEMMs for many rows fill the registers. A few are kept in memory: by Triton 3.6 outside of the loops, by 3.9 in
+# them too.
 MANY = {"hopper_gemm1_kernel", "hopper_gemm2_kernel"}
 MANY_SPILL_BYTES = {"3.6.0": 64}
 KERNELS = {
@@ -93,7 +94,7 @@ def describe(row):
 
 def spills(row, capability):
     """Bytes that a kernel may keep in memory."""
-    return MANY_SPILL_BYTES.get(row["triton"], 256) if row["kernel"] in MANY else SPILL_BYTES[capability]
+    return MANY_SPILL_BYTES.get(row["triton"], 640) if row["kernel"] in MANY else SPILL_BYTES[capability]
 
 
 def test_it_fits_into_shared_memory(compiled):

@@ -107,6 +107,11 @@ def routed_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
     )
 
 
+def weighted_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The same with weights on the input, of one expert of each token."""
+    return pipeline(dataclasses.replace(problem, top_k=1, n_group=1, topk_group=1, weight_on_input=True), tokens)
+
+
 def plain_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
     """The layer by the GEMMs for every GPU, with the tiles of one that has no others."""
     inputs = inputs_of(problem, tokens)
@@ -265,6 +270,7 @@ CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
     "one_token": functools.partial(pipeline, tokens=1, intermediate_size=256),
     "narrow": functools.partial(pipeline, tokens=16, intermediate_size=256),
     "routed": functools.partial(routed_pipeline, tokens=15),
+    "weighted": functools.partial(weighted_pipeline, tokens=15),
     "around_sgl": functools.partial(around, SglGroupedGemm(), tokens=40),
     "around_deep_gemm": functools.partial(around, DeepGemmGroupedGemm(), tokens=40),
     "whole_library": functools.partial(whole_library, tokens=40),

@@ -85,8 +85,8 @@ def fused_moe(
     routing_logits
         ``[T, num_experts]`` float32; ``None`` with ``topk_ids``.
     routing_bias
-        ``[num_experts]`` bfloat16 or float32; all zeros for none. ``None`` with ``topk_ids``. Added in float32, but by
-        ``flashinfer_trtllm``, which rounds it to bfloat16.
+        ``[num_experts]`` bfloat16 or float32. ``None`` for none, zeros that each call makes, and with ``topk_ids``.
+        Added in float32, but by ``flashinfer_trtllm``, which rounds it to bfloat16.
     hidden_states
         ``[T, H]`` float8_e4m3fn; bfloat16 without scales.
     hidden_states_scale

@@ -67,6 +67,8 @@ class _Family:
     scoring: Scoring | None = None  # where the configuration doesn't say
     renormalize: bool = True  # where the configuration doesn't say
     bias: bool = False
+    weight_on_input: bool = False
+    shared_experts: int = 0  # where the configuration doesn't say
     reasons: tuple[str, ...] = ()
 
 
@@ -84,7 +86,9 @@ _FAMILIES: Mapping[str, _Family] = {
     "qwen2_moe": _Family(scoring="softmax", renormalize=False),
     "qwen3_moe": _Family(scoring="softmax"),
     "qwen3_next": _Family(scoring="softmax"),
-    "llama4_text": _Family(width="intermediate_size", reasons=("routing weights are applied to the input",)),
+    "llama4_text": _Family(
+        width="intermediate_size", scoring="sigmoid", renormalize=False, weight_on_input=True, shared_experts=1
+    ),
     "gpt_oss": _Family(
         width="intermediate_size", reasons=("SwiGLU has a limit and an alpha, and experts have biases",)
     ),
@@ -164,8 +168,10 @@ def read_hf_config(
         n_group = topk_group = 1
     if scoring == "softmax" and n_group > 1:
         reasons.append(f"expected softmax scores without groups, got {n_group} groups ranked by {method!r}")
-    if scoring == "sigmoid" and not renormalize:
-        reasons.append("expected sigmoid scores normalised over the chosen experts, got norm_topk_prob false")
+    if scoring == "sigmoid" and not renormalize and n_group > 1:
+        reasons.append("expected sigmoid scores in groups normalised over the chosen experts, got norm_topk_prob false")
+    if family.weight_on_input and top_k > 1:
+        reasons.append(f"expected one expert of a token, with routing weights on the input, got {top_k}")
     activation = fields.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         reasons.append(f"expected SwiGLU (hidden_act silu), got {activation!r}")
@@ -174,11 +180,13 @@ def read_hf_config(
             reasons.append(f"expected SwiGLU as it is, got {key} {fields[key]}")
     if fields.get("zero_expert_num"):
         reasons.append(f"expected experts that compute, got {fields['zero_expert_num']} that pass their input on")
-    shared = int(_first(fields, "n_shared_experts num_shared_experts") or 0)
+    shared = int(_first(fields, "n_shared_experts num_shared_experts") or family.shared_experts)
     if fuse_shared_experts:
         shared_width = _first(fields, "shared_expert_intermediate_size moe_shared_expert_intermediate_size")
         if not shared:
             reasons.append("expected n_shared_experts to fuse, got none")
+        elif family.weight_on_input:
+            reasons.append("expected weights on the experts' results, to fuse shared experts, got them on the input")
         elif shared_width not in (None, shared * width):
             reasons.append(
                 f"expected shared experts as wide as the routed ones, to fuse them, got {shared_width} columns"
@@ -198,9 +206,7 @@ def read_hf_config(
         raise ValueError(f"ep: expected a divisor of the {experts} experts of {name}, got {ep}")
     if width % tp:
         raise ValueError(f"tp: expected a divisor of the {width} columns of an expert of {name}, got {tp}")
-    routing = "deepseek_v3"
-    if scoring == "softmax":
-        routing = "softmax" if renormalize else "softmax_no_renorm"
+    routing = ("softmax" if scoring == "softmax" else "deepseek_v3") if renormalize else f"{scoring}_no_renorm"
     problem = dict(
         num_experts=experts,
         num_local_experts=experts // ep,
@@ -212,6 +218,7 @@ def read_hf_config(
         routing_method=routing,
         gate_first=gate_first,
         num_shared_experts=shared if fuse_shared_experts else 0,
+        weight_on_input=family.weight_on_input,
     )
     factor = fields.get("routed_scaling_factor")
     bias = bool(fields.get("use_routing_bias", family.bias or method == "noaux_tc"))

@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args
 
 from .hf_config import read_hf_config
 
-RoutingMethod = Literal["deepseek_v3", "softmax", "softmax_no_renorm"]
+RoutingMethod = Literal["deepseek_v3", "softmax", "softmax_no_renorm", "sigmoid_no_renorm"]
 ROUTING_METHODS: tuple[str, ...] = get_args(RoutingMethod)
 # What flashinfer's definition names call them.
 _ROUTING_NAMES: dict[RoutingMethod, str] = {
     "deepseek_v3": "ds",
     "softmax": "renormalize_naive",
     "softmax_no_renorm": "default",
+    "sigmoid_no_renorm": "sigmoid",
 }
 _ROUTING_BY_NAME: dict[str, RoutingMethod] = {name: method for method, name in _ROUTING_NAMES.items()}
 
@@ -48,6 +49,7 @@ class MoEProblem:
         of their two best, weights normalised over the chosen experts. ``"softmax"``: the scores are the softmax over
         all experts, and there are no groups (``n_group = topk_group = 1``); else the same. Qwen3 has no bias.
         ``"softmax_no_renorm"``: the same with the weights as the softmax gives them (OLMoE, DeepSeek-V2-Lite).
+        ``"sigmoid_no_renorm"``: sigmoid scores without groups, which are the weights (Llama 4).
     gate_first
         Order of the halves of ``gemm1_weights``: ``False`` (the definition) stores ``up`` in rows
         ``[0, I)`` and ``gate`` in rows ``[I, 2I)``; ``True`` (SGLang, vLLM) the other way round.
@@ -55,6 +57,8 @@ class MoEProblem:
         Experts that every token has besides its ``top_k``, with weight one: neither the normalisation nor the scaling
         factor is theirs. The weights' tensors have them behind the routed ones. Only where all routed experts are
         local.
+    weight_on_input
+        Multiply a token's activations by its expert's weight, not the expert's result; ``top_k = 1`` alone (Llama 4).
 
     Raises
     ------
@@ -73,6 +77,7 @@ class MoEProblem:
     routing_method: RoutingMethod = "deepseek_v3"
     gate_first: bool = False
     num_shared_experts: int = 0
+    weight_on_input: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,8 +104,14 @@ class MoEProblem:
         if self.routing_method not in ROUTING_METHODS:
             known = ", ".join(ROUTING_METHODS)
             raise ValueError(f"routing_method: expected one of {known}, got {self.routing_method!r}")
-        if not isinstance(self.gate_first, bool):
-            raise ValueError(f"gate_first: expected True or False, got {self.gate_first!r}")
+        for name in ("gate_first", "weight_on_input"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.weight_on_input and (self.top_k > 1 or self.num_shared_experts):
+            raise ValueError(
+                f"weight_on_input: expected False with top_k={self.top_k} and num_shared_experts="
+                f"{self.num_shared_experts}, got True: a token with several experts has an input for each"
+            )
         if self.num_local_experts > self.num_experts:
             raise ValueError(
                 f"num_local_experts: expected at most num_experts={self.num_experts}, got {self.num_local_experts}"
@@ -113,7 +124,7 @@ class MoEProblem:
             )
         if self.num_experts % self.n_group:
             raise ValueError(f"n_group: expected a divisor of num_experts={self.num_experts}, got {self.n_group}")
-        if self.softmax and self.n_group != 1:
+        if self.routing_method != "deepseek_v3" and self.n_group != 1:
             raise ValueError(
                 f"n_group: expected 1 with routing_method={self.routing_method!r}, and topk_group=1, got "
                 f"{self.n_group}: models with groups rank them in other ways"
@@ -141,7 +152,7 @@ class MoEProblem:
     @property
     def renormalize(self) -> bool:
         """Whether the weights of the chosen experts are divided by their sum."""
-        return self.routing_method != "softmax_no_renorm"
+        return self.routing_method in ("deepseek_v3", "softmax")
 
     @property
     def all_routed(self) -> MoEProblem:
@@ -170,11 +181,12 @@ class MoEProblem:
     @property
     def definition(self) -> str:
         """The flashinfer-bench definition name; for people and file names, not a key."""
-        groups = f"_ng{self.n_group}_kg{self.topk_group}" if not self.softmax else ""
+        groups = f"_ng{self.n_group}_kg{self.topk_group}" if self.routing_method == "deepseek_v3" else ""
         shared = f"_s{self.num_shared_experts}" if self.num_shared_experts else ""
+        on_input = "_wi" if self.weight_on_input else ""
         return (
             f"moe_fp8_block_scale_{_ROUTING_NAMES[self.routing_method]}_routing_topk{self.top_k}{groups}"
-            f"_e{self.num_local_experts}{shared}_h{self.hidden_size}_i{self.intermediate_size}"
+            f"{on_input}_e{self.num_local_experts}{shared}_h{self.hidden_size}_i{self.intermediate_size}"
         )
 
 
@@ -203,7 +215,7 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
     number = "([0-9]{1,9})"
     match = re.fullmatch(
         f"moe_fp8_block_scale_(?:ds_routing_topk{number}_ng{number}_kg{number}|"
-        f"(renormalize_naive|default)_routing_topk{number})_e{number}(?:_s{number})?_h{number}_i{number}",
+        f"(renormalize_naive|default|sigmoid)_routing_topk{number})(_wi)?_e{number}(?:_s{number})?_h{number}_i{number}",
         name,
     )
     if match is None:
@@ -213,7 +225,7 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
         )
     routing = _ROUTING_BY_NAME[match[4] or "ds"]
     grouped, n_group, topk_group, ungrouped, local, shared, hidden, inter = (
-        int(match[group] or 0) for group in (1, 2, 3, 5, 6, 7, 8, 9)
+        int(match[group] or 0) for group in (1, 2, 3, 5, 7, 8, 9, 10)
     )
     return {
         "num_local_experts": local,
@@ -224,6 +236,7 @@ def sizes_of_definition(name: str) -> dict[str, Any]:
         "intermediate_size": inter,
         "routing_method": routing,
         "num_shared_experts": shared,
+        "weight_on_input": match[6] is not None,
     }
 
 

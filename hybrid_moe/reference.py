@@ -81,6 +81,13 @@ def chosen_experts(inputs: Inputs, problem: MoEProblem) -> tuple[torch.Tensor, t
     return torch.cat([ids, shared], dim=1), torch.cat([weights, torch.ones_like(shared, dtype=weights.dtype)], dim=1)
 
 
+def weighted_input(inputs: Inputs, weights: torch.Tensor, problem: MoEProblem) -> tuple[Inputs, torch.Tensor]:
+    """The call with the weights on its input and ones in their place, where the problem has them there."""
+    if not problem.weight_on_input:
+        return inputs, weights
+    return inputs._replace(hidden_states_scale=inputs.hidden_states_scale * weights.t()), torch.ones_like(weights)
+
+
 def _top_lower_index_first(values: torch.Tensor, k: int) -> torch.Tensor:
     # torch.topk promises no order between equal values; a stable sort does.
     return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -125,6 +132,7 @@ def moe_reference(inputs: Inputs, problem: MoEProblem, *, quantize_intermediate:
         ``[T, H]`` float32; zeros for a token without a local expert.
     """
     ids, weights = chosen_experts(inputs, problem)
+    inputs, weights = weighted_input(inputs, weights, problem)
     output = torch.zeros(inputs.hidden_states.shape, dtype=torch.float32, device=inputs.hidden_states.device)
     half = problem.intermediate_size
     for local in range(problem.all_routed.num_local_experts):

@@ -61,7 +61,7 @@ class BackendContract:
         What is computed, and how close it has to be.
     twin
         Whether the reference quantises the activation between the GEMMs too, as the candidate does.
-    takes_routed, takes_gate_first, takes_shared_experts
+    takes_routed, takes_gate_first, takes_shared_experts, takes_weight_on_input
         What it can do; it has to refuse what it can't.
     refused
         Devices that it can't run on; none if it runs everywhere.
@@ -81,7 +81,7 @@ class BackendContract:
     twin = True
     takes_routed = True
     takes_gate_first = True
-    takes_shared_experts = True
+    takes_shared_experts = takes_weight_on_input = True
     refused: tuple[DeviceKey, ...] = (DeviceKey("gpu_of_2020", (8, 0)), DeviceKey("of_no_kind"))
     library: str | None = None
     alignment = 1
@@ -259,6 +259,23 @@ class BackendContract:
         layer = HybridMoE.from_inputs(chosen, problem.all_routed, backend=self.candidate)
         assert torch.equal(self.call(chosen, layer), output)
         self.assert_right(chosen, output, problem.all_routed)
+
+    def test_weights_on_the_input(self):
+        """Of one expert of each token, a score as it is."""
+        one = dict(top_k=1, n_group=1, topk_group=1, routing_method="sigmoid_no_renorm", weight_on_input=True)
+        problem = dataclasses.replace(self.problem, **one)
+        reasons = backends.not_supported_reasons(problem, self.device, self.candidate)
+        assert any("weight_on_input" in reason for reason in reasons) != self.takes_weight_on_input
+        if not self.takes_weight_on_input:
+            return
+        for tokens in (1, 40):
+            inputs = make_inputs(Workload(tokens, 4, seed=tokens), problem, weights_of(problem, self.where))
+            scale = inputs.hidden_states_scale.clone()
+            layer = HybridMoE.from_inputs(inputs, problem, backend=self.candidate)
+            output = self.call(inputs, layer)
+            self.assert_right(inputs, output, problem)
+            assert torch.equal(self.call(inputs, layer), output)
+            assert torch.equal(inputs.hidden_states_scale, scale)
 
     def test_strides(self):
         inputs = self.inputs(7)

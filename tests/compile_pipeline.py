@@ -187,6 +187,9 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
         for other in others:
             run_all(problem, gemm, other, output, limits)
             external_inputs(other, problem, limits)
+    if libraries:
+        weighted = dataclasses.replace(problem, top_k=1, n_group=1, topk_group=1, weight_on_input=True)
+        run_all(weighted, gemm, inputs, output, limits)
     one_token_of_narrow_experts(dataclasses.replace(problem, intermediate_size=256), limits)
     few_tokens(untouched_inputs(problem, 4), ids[:1].expand(4, -1), weights[:1].expand(4, -1), problem)
     JITFunction.run = run

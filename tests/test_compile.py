@@ -34,6 +34,7 @@ KERNELS = {
     "gemm1_swiglu_kernel",
     "gemm2_kernel",
     "combine_kernel",
+    "weigh_kernel",
     "one_token_kernel",
     "gather_kernel",
     "swiglu_quantize_kernel",

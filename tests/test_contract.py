@@ -77,7 +77,7 @@ class TestFlashinferTrtllm(BackendContract):
     device = BLACKWELL
     tolerance = Tolerance(max_relative_l2=0.08)  # GEMM1's result is rounded to fp8 before SwiGLU and after it
     twin = False
-    takes_routed = takes_gate_first = takes_shared_experts = False
+    takes_routed = takes_gate_first = takes_shared_experts = takes_weight_on_input = False
     refused = (HOPPER, *BackendContract.refused)
     library = "flashinfer"
     tokens = (1, 2, 33)
@@ -95,7 +95,7 @@ class TestFlashinferCutlass(BackendContract):
     device = HOPPER
     tolerance = Tolerance(max_relative_l2=0.08)  # activations are rounded to fp8 before each GEMM
     twin = False
-    takes_gate_first = False
+    takes_gate_first = takes_weight_on_input = False
     refused = (BLACKWELL, *BackendContract.refused)
     library = "flashinfer"
     alignment = 16
@@ -127,7 +127,7 @@ class TestOnAGpu(BackendContract):
         own = choice.backend in ("triton_fused", "torch_reference")
         self.tolerance = OWN_KERNELS_TOLERANCE if own else DEFAULT_TOLERANCE
         self.takes_routed = self.takes_shared_experts = choice.backend != "flashinfer_trtllm"
-        self.takes_gate_first = own
+        self.takes_gate_first = self.takes_weight_on_input = own
         self.capturable = choice.backend != "torch_reference"
         if choice.backend.startswith("flashinfer"):
             self.moved = ("hidden_states", "hidden_states_scale", "routing_logits")  # it isn't known to look at others

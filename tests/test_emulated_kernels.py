@@ -107,6 +107,15 @@ def test_as_serving_has_them(tokens, kernels, size):
     call.run()
 
 
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_weights_on_the_input(tokens):
+    problem = dataclasses.replace(SMALL, top_k=1, routing_method="sigmoid_no_renorm", weight_on_input=True)
+    call = Call(problem, make_inputs(Workload(tokens, 4), problem, random_weights(problem, "cpu")), Given(FEW, NARROW))
+    assert call.kernels[-4:] == ["weigh_kernel", *NARROW_KERNELS, "combine_kernel"]
+    for seed in range(2):
+        call.run(seed, stages=2)
+
+
 @pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, ONE_TOKEN), (None, ONE_TOKEN)], ids=str)
 def test_one_token(gemms):
     """One kernel clears and routes."""

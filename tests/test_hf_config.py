@@ -93,7 +93,7 @@ REFUSED = {
                 "num_experts_per_tok": 1, "hidden_act": "silu",
             },
         },
-        ["weights are applied to the input", "sigmoid or softmax scores, got None", "got no quantization_config"],
+        ["got no quantization_config"],
     ),
     "DeepSeek-V4-Flash": (
         noaux("deepseek_v4", 4096, 256, 2048, 6, 1.5, scoring_func="sqrtsoftplus", swiglu_limit=10.0),
@@ -156,6 +156,15 @@ def test_ranks():
         read_hf_config(fields, tp=3)
     with pytest.raises(ValueError, match="tp: expected a positive integer, got 0"):
         read_hf_config(fields, tp=0)
+
+
+def test_weights_on_the_input():
+    fields = REFUSED["Llama-4-Maverick"][0] | {"quantization_config": FP8}
+    layer, problem = read_hf_config(fields), MoEProblem.from_hf_config(fields)
+    assert (problem.top_k, problem.routing_method, problem.weight_on_input) == (1, "sigmoid_no_renorm", True)
+    assert not layer.has_routing_bias and layer.shared_experts == 1
+    with pytest.raises(UnsupportedModelError, match="to fuse shared experts, got them on the input"):
+        read_hf_config(fields, fuse_shared_experts=True)
 
 
 def test_shared_experts_that_are_fused():

@@ -70,6 +70,7 @@ PROBLEMS = {
     "gate first": dict(gate_first=True),
     "softmax": dict(n_group=1, topk_group=1, routing_method="softmax"),
     "softmax, no renormalisation": dict(n_group=1, topk_group=1, routing_method="softmax_no_renorm"),
+    "sigmoid, no renormalisation": dict(n_group=1, topk_group=1, routing_method="sigmoid_no_renorm"),
     "a shared expert": dict(num_local_experts=16, num_shared_experts=1),
     "two shared experts, no groups": dict(
         num_experts=15, num_local_experts=15, top_k=3, n_group=1, topk_group=1, num_shared_experts=2
@@ -306,6 +307,8 @@ def test_a_bias_in_float32(name):
         assert torch.equal(routed(problem, each)["tokens_per_expert"], wanted.sum(dim=0).int())
     widened = inputs._replace(routing_bias=inputs.routing_bias.float())
     assert torch.equal(run(problem, widened), run(problem, inputs))
+    zeros = inputs._replace(routing_bias=torch.zeros_like(inputs.routing_bias))
+    assert torch.equal(run(problem, inputs._replace(routing_bias=None)), run(problem, zeros))
 
 
 @pytest.mark.parametrize("tokens", [5, 26])

@@ -119,7 +119,7 @@ def test_a_size_is_a_positive_int(name, value):
     assert str(caught.value) == f"{name}: expected a positive integer, got {value!r}"
 
 
-def test_shared_experts():
+def test_shared_experts_and_weights_on_the_input():
     whole = dataclasses.replace(SMALL, num_local_experts=16)
     problem = dataclasses.replace(whole, num_shared_experts=2)
     assert problem.definition == "moe_fp8_block_scale_ds_routing_topk3_ng4_kg2_e16_s2_h256_i128"
@@ -137,6 +137,11 @@ def test_shared_experts():
         ValueError, match="num_shared_experts: expected 0 with 4 of 16 experts local, got 1: every rank"
     ):
         dataclasses.replace(SMALL, num_shared_experts=1)
+    weighted = MoEProblem(16, 4, 1, 1, 1, 256, 128, routing_method="sigmoid_no_renorm", weight_on_input=True)
+    assert weighted.definition == "moe_fp8_block_scale_sigmoid_routing_topk1_wi_e4_h256_i128"
+    assert problem_of_definition(weighted.definition, num_experts=16) == weighted
+    with pytest.raises(ValueError, match="weight_on_input: expected False with top_k=2 and num_shared_experts=0, got"):
+        dataclasses.replace(weighted, top_k=2)
     for value in (-1, 1.0, True, None):
         with pytest.raises(ValueError, match="num_shared_experts: expected an integer of at least 0, got"):
             dataclasses.replace(whole, num_shared_experts=value)

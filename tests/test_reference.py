@@ -336,3 +336,21 @@ def test_a_bias_chooses_and_does_not_weigh():
 def test_softmax_and_sigmoid_differ():
     inputs = inputs_of(SOFTMAX, 20)
     assert relative_l2(moe_reference(inputs, SOFTMAX), moe_reference(inputs, UNGROUPED)) > 0.02
+
+
+def test_weights_on_the_input_are_those_of_llama_4():
+    """As in transformers' Llama4TextMoe: the expert of the best logit gets the input times that logit's sigmoid."""
+    sizes = dict(num_experts=8, num_local_experts=8, top_k=1, n_group=1, topk_group=1, hidden_size=256)
+    problem = MoEProblem(**sizes, intermediate_size=128, routing_method="sigmoid_no_renorm", weight_on_input=True)
+    inputs = make_inputs(Workload(7), problem, random_weights(problem, "cpu"))
+    inputs = inputs._replace(routing_bias=torch.zeros(8), routed_scaling_factor=1.0)
+    best = inputs.routing_logits.max(dim=1)
+    x = dequantize_rows(inputs.hidden_states, inputs.hidden_states_scale) * best.values.sigmoid()[:, None]
+    wanted = []
+    for token, expert in enumerate(best.indices):
+        up, gate = (
+            dequantize_blocks(inputs.gemm1_weights[expert], inputs.gemm1_weights_scale[expert]) @ x[token]
+        ).chunk(2)
+        inner = torch.nn.functional.silu(gate) * up
+        wanted.append(dequantize_blocks(inputs.gemm2_weights[expert], inputs.gemm2_weights_scale[expert]) @ inner)
+    torch.testing.assert_close(moe_reference(inputs, problem), torch.stack(wanted), rtol=1e-4, atol=1e-4)

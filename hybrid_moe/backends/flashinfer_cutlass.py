@@ -101,6 +101,8 @@ class FlashinferCutlass(Backend):
         usable = not reasons
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed: pip install triton")
+        if problem.weight_on_input:
+            reasons.append("weight_on_input is True; the kernels weigh an expert's result")
         if problem.gate_first:
             reasons.append("gate_first is True; the kernels read the up half first")
         reasons += self.unknown_config_reasons(config, {})

@@ -201,6 +201,8 @@ class _TrtllmRunner(Runner):
 
 def _problem_reasons(problem: MoEProblem) -> list[str]:
     reasons = []
+    if problem.weight_on_input:
+        reasons.append("weight_on_input is True; the kernels weigh an expert's result")
     if problem.gate_first:
         reasons.append("gate_first is True; the kernels read the up half first")
     if problem.routing_method not in _ROUTING_METHOD_TYPE:

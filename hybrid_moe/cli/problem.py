@@ -34,6 +34,9 @@ _OPTIONS: Mapping[str, Any] = {
     "num_shared_experts": Annotated[
         int | None, typer.Option(min=0, help="Experts of every token, fused behind the routed ones. [default: 0]")
     ],
+    "weight_on_input": Annotated[
+        bool | None, typer.Option("--weight-on-input/--weight-on-output", help="For top 1. [default: weight-on-output]")
+    ],
     "gate_first": Annotated[
         bool | None, typer.Option("--gate-first/--up-first", help="Half stored first in GEMM1. [default: up-first]")
     ],

@@ -108,10 +108,11 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        The problem has shared experts.
+        The problem has shared experts, or weights on its input.
     """
-    if problem.num_shared_experts:
-        raise ValueError(f"num_shared_experts: expected 0 in a Definition, got {problem.num_shared_experts}")
+    for name in ("num_shared_experts", "weight_on_input"):
+        if value := getattr(problem, name):
+            raise ValueError(f"{name}: expected {type(value)()} in a Definition, got {value}")
     sizes = {
         "num_experts": (problem.num_experts, "Experts of the whole model."),
         "num_local_experts": (problem.num_local_experts, "Experts of this rank."),
@@ -131,6 +132,10 @@ def definition_of(problem: MoEProblem) -> dict[str, Any]:
         "softmax_no_renorm": (
             "softmax routing without renormalisation",
             "torch.softmax(routing_logits.float(), dim=1)",
+        ),
+        "sigmoid_no_renorm": (
+            "sigmoid routing without renormalisation",
+            "torch.sigmoid(routing_logits.float())",
         ),
     }[problem.routing_method]
     output = {"shape": ["seq_len", "hidden_size"], "dtype": "bfloat16", "description": "This rank's part of the layer."}

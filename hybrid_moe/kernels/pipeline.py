@@ -15,6 +15,7 @@ from .grouped_gemm.base import GroupedGemm
 from .launcher import DeviceLimits, limits_of
 from .plan import LaunchKey, Plan, addresses_of
 from .routing import reserve_routing, route
+from .weigh import on_weighted, reserve_weighted, weigh
 
 
 class Pipeline:
@@ -34,6 +35,8 @@ class Pipeline:
         """Where the intermediate tensors of a call lie."""
         problem, gemm, arena = self._layer, self._gemm, Arena()
         reserve_routing(arena, problem, num_tokens, gemm.counters(problem, num_tokens))
+        if problem.weight_on_input:
+            reserve_weighted(arena, problem, num_tokens)
         gemm.reserve(arena, problem, num_tokens, gemm.usual_row_alignment if row_alignment is None else row_alignment)
         return arena
 
@@ -53,7 +56,12 @@ class Pipeline:
     def plan(self, key: LaunchKey, device: torch.device, limits: DeviceLimits) -> Plan:
         """The steps of a call."""
         arena = self.arena(key.num_tokens, key.row_alignment)
-        steps = [*route(self._problem, limits, key, arena), *self._gemm.steps(self._layer, limits, key)]
+        steps = route(self._problem, limits, key, arena)
+        if self._problem.weight_on_input:
+            step, key_of_gemm = weigh(self._problem, limits, key)
+            steps += [step, *map(on_weighted, self._gemm.steps(self._layer, limits, key_of_gemm))]
+        else:
+            steps += self._gemm.steps(self._layer, limits, key)
         return Plan(key, arena, steps, device)
 
     def _make_plan(self, key: LaunchKey, device: torch.device) -> Plan:

@@ -77,7 +77,7 @@ def num_experts_of(definition: str) -> int | None:
     """Experts of the whole model, where a definition is the layer of one of `MODELS` on however many ranks."""
     sizes = sizes_of_definition(definition)
     local = sizes.pop("num_local_experts")
-    del sizes["num_shared_experts"]
+    del sizes["num_shared_experts"], sizes["weight_on_input"]
     found = {
         model.num_experts
         for model in MODELS.values()

@@ -84,13 +84,13 @@ _Sequence = Annotated[tuple[_T, ...], Field(strict=False)]
 _SortedDict = Annotated[dict[str, _T], AfterValidator(lambda value: dict(sorted(value.items())))]
 
 
-# Of the problem, younger than some files: left out, as all files without shared experts have it, it is 0.
-_LATER = "num_shared_experts"
+# Of the problem, younger than some files: left out, they are 0 and False, and so they are written.
+_LATER = ("num_shared_experts", "weight_on_input")
 
 
 def _whole(kind: type[Any]) -> BeforeValidator:
     # A field left out would take the dataclass's default silently: a guess about the very key that policies match on.
-    names = [field.name for field in dataclasses.fields(kind) if field.name != _LATER]
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in _LATER]
 
     def check(value: object) -> object:
         if isinstance(value, dict):
@@ -103,7 +103,7 @@ def _whole(kind: type[Any]) -> BeforeValidator:
 
 
 def _as_written(problem: MoEProblem) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(problem).items() if value or name != _LATER}
+    return {name: value for name, value in dataclasses.asdict(problem).items() if value or name not in _LATER}
 
 
 class Evidence(_Model):

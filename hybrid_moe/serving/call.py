@@ -14,6 +14,7 @@ from ..candidate import BackendFailedError, BackendUnsupportedError, Candidate
 from ..device import DeviceKey
 from ..inputs import (
     Inputs,
+    MoEInputs,
     RoutedInputs,
     Stated,
     check_output,
@@ -135,6 +136,8 @@ class Call:
         """Check the inputs, choose and run; the options are the fields of `Stated`. See `Routine`."""
         if inputs.hidden_states_scale is None:
             check_unquantized(inputs.hidden_states)
+        if isinstance(inputs, MoEInputs) and inputs.routing_bias is None and inputs.routing_logits is not None:
+            inputs = inputs._replace(routing_bias=inputs.routing_logits.new_zeros(inputs.routing_logits.shape[-1:]))
         problem = problem_of(inputs, stated(self._problem, Stated(*options)))
         inputs = with_python_numbers(inputs)
         if output is not None:

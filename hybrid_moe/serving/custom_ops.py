@@ -50,7 +50,7 @@ def _routine(handle: int) -> Routine:
 # In the order of MoEInputs' and RoutedInputs' fields, which begin with two tensors each. SymInts, so that layers and
 # routings share a compiled graph.
 _INPUTS = (
-    "Tensor {}, Tensor {}, Tensor hidden_states, Tensor? hidden_states_scale, "
+    "Tensor {}, Tensor? {}, Tensor hidden_states, Tensor? hidden_states_scale, "
     "Tensor gemm1_weights, Tensor gemm1_weights_scale, Tensor gemm2_weights, Tensor gemm2_weights_scale, "
     "SymInt local_expert_offset, float routed_scaling_factor"
 )

@@ -30,7 +30,7 @@ from ..files import write_whole
 from ..inputs import FP8, Inputs, MoEInputs, RoutedInputs
 from ..numerics import DEFAULT_TOLERANCE, Correctness, Tolerance, check
 from ..problem import MoEProblem
-from ..reference import chosen_experts, moe_reference, quantize_rows, route
+from ..reference import chosen_experts, moe_reference, quantize_rows, route, weighted_input
 from .metrics import ShadowCounters
 from .quarantine import QUARANTINE
 
@@ -370,6 +370,7 @@ class Shadow:
         with torch.cuda.stream(stream):
             inputs = self._as_rounded(sample.choice, _quantized(sample.inputs))
             ids, weights = chosen_experts(inputs, self._problem)
+            inputs, weights = weighted_input(inputs, weights, self._problem)
             ids, weights = ids.int().contiguous(), weights.contiguous()
             reference = few_tokens(inputs, ids, weights, self._problem)
             slot.output[:count].copy_(sample.output, non_blocking=True)

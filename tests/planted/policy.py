@@ -25,8 +25,8 @@ def versions(old: str, new: str, wrong: str, tests: tuple[str, ...] = ("tests/te
 MUTATIONS = [
     Mutation(
         "policy/schema.py",
-        "if value or name != _LATER",
-        "if name != _LATER",
+        "if value or name not in _LATER",
+        "if name not in _LATER",
         "a policy of a layer with shared experts is one of the layer without",
         ("tests/test_policy.py::test_shared_experts_are_part_of_the_problem_and_left_out_where_there_are_none",),
     ),
@@ -35,7 +35,7 @@ MUTATIONS = [
         'f"_s{self.num_shared_experts}" if self.num_shared_experts else ""',
         '""',
         "records of a layer with shared experts are of the layer without",
-        ("tests/test_problem.py::test_shared_experts",),
+        ("tests/test_problem.py::test_shared_experts_and_weights_on_the_input",),
     ),
     select(
         "bisect_right(self._starts, num_tokens) - 1",

@@ -26,12 +26,18 @@ ODD = ("tests/test_contract.py::TestTriton::test_tensors_at_odd_addresses",)
 STRIDES = ("tests/test_contract.py::TestTriton::test_strides",)
 WIDE = ("tests/test_emulated_addresses.py",)
 ACTIVATIONS = ("tests/test_activations.py",)
+WEIGHTS = ("tests/test_contract.py::TestTriton::test_weights_on_the_input",)
+EMULATED_WEIGHTS = ("tests/test_emulated_kernels.py::test_weights_on_the_input",)
 SHARED = ("tests/test_kernels.py::test_routing",)
 NAN = ("tests/test_kernels.py::test_routing_of_nan", "tests/test_not_a_number.py::test_one_by_one")
 
 
 def routing(old: str, new: str, wrong: str, tests: tuple[str, ...] = ROUTING, equivalent: str = "") -> Mutation:
     return Mutation("kernels/routing.py", old, new, wrong, tests, equivalent)
+
+
+def weigh(old: str, new: str, wrong: str, tests: tuple[str, ...] = WEIGHTS) -> Mutation:
+    return Mutation("kernels/weigh.py", old, new, wrong, tests)
 
 
 def gemm(name: str):
@@ -183,6 +189,13 @@ MUTATIONS = [
         "no shared experts beside those chosen before",
         GIVEN,
     ),
+    # Weights on the input
+    weigh("scale * weight, mask", "scale, mask", "an input without its weight"),
+    weigh("    tl.store(pair_weight_ptr + token, 1.0)\n", "", "weights on the input and on the result"),
+    weigh(
+        "weighted_ptr + block * num_tokens + token", "weighted_ptr + token * BLOCKS + block", "scales in other places"
+    ),
+    weigh("    wait_for_previous_kernel(PDL)\n", "", "weights are read before they are there", EMULATED_WEIGHTS),
     # Experts that are chosen already
     routing(
         "expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)",

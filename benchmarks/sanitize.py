@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,12 +65,16 @@ TOOLS = ("racecheck", "memcheck", "initcheck")
 NOT_OF_A_CALL = {"read_kernel"}
 
 
-def kernels() -> Iterator[str]:
-    """Names of this package's kernels."""
+@functools.cache
+def kernels() -> Mapping[str, Path]:
+    """This package's kernels by name, and the folder of each."""
+    found = {}
     for module in pkgutil.walk_packages(hybrid_moe.kernels.__path__, "hybrid_moe.kernels."):
-        for name in vars(importlib.import_module(module.name)):
+        loaded = importlib.import_module(module.name)
+        for name, value in vars(loaded).items():
             if name.endswith("_kernel") and name not in ("wait_for_previous_kernel", "let_next_kernel_start"):
-                yield name
+                found[name] = Path(sys.modules[value.__module__].__file__).parent
+    return found
 
 
 def inputs_of(problem: MoEProblem, tokens: int) -> MoEInputs:
@@ -230,7 +234,7 @@ def races(output: str) -> tuple[int, list[str]]:
             first = access
             continue
         write, read = sorted((first, access), key=lambda each: each[0] != "Write")
-        lines = (_line(write[2], int(write[3])), _line(read[2], int(read[3])))
+        lines = [_line(kernel, file, int(number)) for _, kernel, file, number in (write, read)]
         if kind != first[0] and any(all(map(str.__contains__, lines, parts)) for parts in HANDED_OVER):
             handed_over += 1
         else:
@@ -239,9 +243,11 @@ def races(output: str) -> tuple[int, list[str]]:
 
 
 @functools.cache
-def _line(file: str, number: int) -> str:
+def _line(kernel: str, file: str, number: int) -> str:
+    """A line of a file that racecheck names without its folder: of two with the name, the one beside the kernel."""
     root = Path(hybrid_moe.kernels.__path__[0])
-    [path] = [Path(__file__)] if file == Path(__file__).name else root.rglob(file)
+    paths = [Path(__file__)] if file == Path(__file__).name else sorted(root.rglob(file))
+    [path] = paths if len(paths) == 1 else [path for path in paths if path.parent == kernels()[kernel]]
     return path.read_text().splitlines()[number - 1]
 
 
@@ -320,7 +326,7 @@ def watch(sanitizer: str, tool: str, what: list[str], seconds: float) -> tuple[i
     # What no watched kernel wrote counts as unwritten: initcheck watches torch's as well.
     if tool != "initcheck":
         prefix += [
-            f"--kernel-name=kns={name}" for name in ("planted_race_kernel", "handover_kernel", *sorted(set(kernels())))
+            f"--kernel-name=kns={name}" for name in ("planted_race_kernel", "handover_kernel", *sorted(kernels()))
         ]
     # An allocation for each tensor: in the allocator's large blocks, what is past a tensor is no error.
     return run(what, *prefix, seconds=seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

@@ -60,6 +60,18 @@ def test_what_is_no_handover_is_a_race(tmp_path, monkeypatch):
     assert racecheck_says(tmp_path, monkeypatch, write, ("x.load(ROWS)", "Read"))[0] == 0
 
 
+def test_of_two_files_of_a_name_the_one_beside_the_kernel_counts(tmp_path, monkeypatch):
+    for folder, line in (("sm90", "shared.store(x)\nshared.load(L)"), ("triton", "x = 1\ny = 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "common.py").write_text(line)
+    monkeypatch.setattr(sanitize.hybrid_moe.kernels, "__path__", [str(tmp_path)])
+    for folder, found in (("sm90", 1), ("triton", 0)):
+        sanitize._line.cache_clear()
+        monkeypatch.setattr(sanitize, "kernels", lambda folder=folder: {"k": tmp_path / folder})
+        said = "Race reported between Write access at k+0x10 in common.py:1\nand Read access at k+0x20 in common.py:2"
+        assert sanitize.races(said)[0] == found
+
+
 def test_every_kernel_of_the_package_is_watched():
     source = "\n".join(path.read_text() for path in (ROOT / "hybrid_moe" / "kernels").rglob("*.py"))
     defined = set(re.findall(r"jit.*\)?\ndef (\w+_kernel)\(", source))

@@ -488,20 +488,22 @@ def shown(answer: Any) -> str:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a column for each runner, a part for each model and number of ranks."""
     parts: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
-    references: dict[tuple, dict[str, Any]] = {}  # the same prompts however many ranks there are
+    first: dict[tuple, dict[str, Any]] = {}  # answers to the same prompts, however many ranks there are
     for record in records:
         arguments = record["arguments"]
         key = (*(arguments[name] for name in ("model", "layers", "tp", "ep")), record["devices"][0])
-        if record["runner"] == "triton" and "judged" in record["answers"]:
-            references.setdefault(key[:2], record["answers"]["judged"])
+        if "judged" in record["answers"]:
+            first.setdefault((*key[:2], record["runner"]), record["answers"]["judged"])
         parts.setdefault(key, {}).setdefault(record["runner"], []).append(record)
     return "\n\n".join(
-        f"{model}, {layers} layers, tp {tp}, ep {ep}, {device}\n\n{part_of(runners, references.get((model, layers)))}"
+        f"{model}, {layers} layers, tp {tp}, ep {ep}, {device}\n\n"
+        + part_of(runners, {name: answer for (*of, name), answer in first.items() if of == [model, layers]})
         for (model, layers, tp, ep, device), runners in parts.items()
     )
 
 
-def part_of(runners: dict[str, list[dict[str, Any]]], reference: dict[str, Any] | None) -> str:
+def part_of(runners: dict[str, list[dict[str, Any]]], first: dict[str, dict[str, Any]]) -> str:
+    """A column for each runner; ``first`` has what each is compared with."""
     lines = [" | ".join(["", *runners]), "|".join(["---", *("---:" for _ in runners)])]
 
     def row(name: str, cells: list[str]) -> None:
@@ -513,7 +515,7 @@ def part_of(runners: dict[str, list[dict[str, Any]]], reference: dict[str, Any] 
         "ready_s": "start to ready, s, each start", "load_s": "of it: weights", "warm_up_s": "of it: warm-up",
         "graphs_s": "of it: graphs",
     }.items():  # fmt: skip
-        row(name, [", ".join(f"{total(start[key]):.1f}" for start in found if start[key]) for found in starts])
+        row(name, [", ".join(f"{of_a_rank(start, key):.1f}" for start in found if start[key]) for found in starts])
     answers = [next((s["answers"] for s in found if s["answers"]), {}) for found in starts]
     for question in dict.fromkeys(name for answer in answers for name in answer if name.startswith(("dec", "pre"))):
         for key in ("ttft_ms", "itl_ms", "tokens_per_s"):
@@ -526,15 +528,18 @@ def part_of(runners: dict[str, list[dict[str, Any]]], reference: dict[str, Any] 
             f"{question}, routed experts us",
             [f"{p['experts_us']:.0f}" if p and "experts_us" in p else "" for p in profiles],
         )
-    if reference:
-        compared = [judge(answer["judged"], reference) if "judged" in answer else None for answer in answers]
-        row("log probabilities beside triton's", [f"{one[0]:.4f}" if one else "" for one in compared])
-        row("tokens of 64 as triton's", [", ".join(map(str, one[1])) if one else "" for one in compared])
+    for what, names in (("triton", ["triton"] * len(runners)), ("its own of other ranks", list(runners))):
+        pairs = [(answer.get("judged"), first.get(name)) for answer, name in zip(answers, names, strict=True)]
+        compared = [judge(a, b) if a and b and a is not b else None for a, b in pairs]
+        row(f"log probabilities beside {what}", [f"{one[0]:.4f}, r = {one[1]:.4f}" if one else "" for one in compared])
+        row(f"tokens of 64 as {what}", [", ".join(map(str, one[2])) if one else "" for one in compared])
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def total(seconds: float | list[float]) -> float:
-    return seconds if isinstance(seconds, float) else sum(seconds)
+def of_a_rank(start: dict[str, Any], key: str) -> float:
+    """Seconds: of the whole server, or summed up over a rank's log lines, of which every rank has the same."""
+    found = start[key]
+    return found if isinstance(found, float) else sum(found) / start["arguments"]["tp"]
 
 
 def spread(rows: Any, key: str) -> str:
@@ -543,15 +548,15 @@ def spread(rows: Any, key: str) -> str:
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else ""
 
 
-def judge(answer: dict[str, Any], reference: dict[str, Any]) -> tuple[float, list[int]]:
-    """Mean absolute difference of log probabilities, and tokens of each text up to the first that differs."""
-    pairs = zip(answer["logprobs"], reference["logprobs"], strict=True)
-    gaps = [abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)]
+def judge(answer: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float, list[int]]:
+    """Mean absolute difference and correlation of log probabilities; tokens of each text up to a difference."""
+    ours, theirs = ([value for prompt in one["logprobs"] for value in prompt] for one in (answer, reference))
     agreeing = [
-        next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-        for ours, theirs in zip(answer["tokens"], reference["tokens"], strict=True)
+        next((place for place, (a, b) in enumerate(zip(text, other, strict=True)) if a != b), len(text))
+        for text, other in zip(answer["tokens"], reference["tokens"], strict=True)
     ]
-    return statistics.fmean(gaps), sorted(agreeing)
+    difference = statistics.fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return difference, statistics.correlation(ours, theirs), sorted(agreeing)
 
 
 if __name__ == "__main__":

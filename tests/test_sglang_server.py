@@ -44,8 +44,9 @@ def test_kernels_that_overlap_count_once_and_neighbours_between_two_of_the_exper
 
 def test_texts_are_compared_to_their_first_difference(bench):
     reference = {"logprobs": [[-1.0, -2.0]], "tokens": [[5, 6, 7]]}
-    assert bench.judge({"logprobs": [[-1.5, -2.0]], "tokens": [[5, 9, 7]]}, reference) == (0.25, [1])
-    assert bench.judge(reference, reference) == (0.0, [3])
+    other = {"logprobs": [[-1.5, -2.0]], "tokens": [[5, 9, 7]]}
+    assert bench.judge(other, reference) == (0.25, pytest.approx(1), [1])
+    assert bench.judge(reference, reference) == (0.0, pytest.approx(1), [3])
 
 
 def test_the_table_is_of_the_records(bench):
@@ -53,6 +54,9 @@ def test_the_table_is_of_the_records(bench):
     assert "deepseek-v3, 12 layers, tp 1, ep 1, NVIDIA H100 80GB HBM3" in table
     row = next(line for line in table.splitlines() if line.startswith("| decode 32, itl_ms"))
     assert row.split(" | ")[1:3] == ["9.973 (9.958 to 9.974)", "10.45 (10.38 to 10.63) |"]
+    two = table[table.index("tp 2, ep 2") :]
+    assert "| log probabilities beside triton | 0.0559, r = 0.9963 |" in two
+    assert "| log probabilities beside its own of other ranks | 0.0497, r = 0.9969 |" in two
 
 
 def test_a_server_that_stops_is_a_record_that_says_so(bench, tmp_path, monkeypatch):

@@ -33,7 +33,6 @@ from hybrid_moe.kernels.few_tokens import few_tokens
 from hybrid_moe.kernels.grouped_gemm import libraries as libraries_of_gemms
 from hybrid_moe.kernels.grouped_gemm.deep_gemm import DeepGemmGroupedGemm
 from hybrid_moe.kernels.grouped_gemm.sgl import SglGroupedGemm
-from hybrid_moe.kernels.grouped_gemm.triton import one_token
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
@@ -44,7 +43,7 @@ from hybrid_moe.problem import MoEProblem
 NUM_SMS = {89: 142, 90: 132, 100: 148, 120: 188}
 # Token counts that reach every plan of the tile table, routing by one program and by many.
 TOKEN_COUNTS = (1, 16, 17, 80, 200, 250, 400, 2560, 4096, 14107)
-MODEL_TOKEN_COUNTS = (16, 80, 4096)  # tiles of several M buckets, and the specialised kernels
+MODEL_TOKEN_COUNTS = (1, 16, 80, 4096)  # tiles of several M buckets, and the specialised kernels
 
 
 class AbsentDriver:
@@ -125,15 +124,6 @@ def run_all(problem, gemm, inputs, output, limits, aligned=True):
             step.run(call, output.device)
 
 
-def one_token_of_narrow_experts(problem, limits):
-    """GEMM2 with the combine."""
-    inputs, output = untouched_inputs(problem, 1), torch.empty(1, problem.hidden_size, dtype=torch.bfloat16)
-    key = LaunchKey.of(inputs, addresses_of(inputs), output, 1)
-    arena = pipeline.Pipeline(problem, TritonGroupedGemm((9, 0))).arena(1)
-    call = by_name(inputs, output, arena, torch.empty(arena.bytes, dtype=torch.uint8))
-    one_token.gemm2(problem, limits, key).run(call, output.device)
-
-
 class AroundSgl(SglGroupedGemm):
     """Without the library, which isn't wanted for what is around its calls."""
 
@@ -190,7 +180,6 @@ def compile_all(capability: int, problem: MoEProblem, token_counts=TOKEN_COUNTS,
     if libraries:
         weighted = dataclasses.replace(problem, top_k=1, n_group=1, topk_group=1, weight_on_input=True)
         run_all(weighted, gemm, inputs, output, limits)
-    one_token_of_narrow_experts(dataclasses.replace(problem, intermediate_size=256), limits)
     few_tokens(untouched_inputs(problem, 4), ids[:1].expand(4, -1), weights[:1].expand(4, -1), problem)
     JITFunction.run = run
     return list(compiled.values())

@@ -35,7 +35,6 @@ KERNELS = {
     "gemm2_kernel",
     "combine_kernel",
     "weigh_kernel",
-    "one_token_kernel",
     "gather_kernel",
     "swiglu_quantize_kernel",
     "quantize_rows_kernel",
@@ -50,6 +49,8 @@ SPECIALIZED = {
     "hopper_few_gemm2_kernel",
     "hopper_gemm1_kernel",
     "hopper_gemm2_kernel",
+    "hopper_one_token_gemm1_kernel",
+    "hopper_one_token_gemm2_kernel",
 }
 
 # In the environment's folder; see the Makefile.
@@ -187,7 +188,7 @@ def test_the_layers_of_other_models():
         ):
             gemms = [row["options"] for row in rows if row["kernel"] == kernel]
             assert {(options["HIDDEN"], options["INTERMEDIATE"]) for options in gemms} == sizes, kernel
-        routes = [row["options"] for row in rows if row["kernel"] == "route_kernel"]
+        routes = [o for row in rows if row["kernel"] == "route_kernel" and not (o := row["options"])["ALONE"]]
         assert [options["GROUP_SIZE"] for options in routes] == [384, 128, 128, 128]
         assert [options["SOFTMAX"] for options in routes] == [False, False, True, True]
 
@@ -214,5 +215,5 @@ def test_what_warming_up_compiles_ahead_is_all_that_calls_launch_and_no_more():
     found = json.loads(done.stdout)
     assert found["after"] == []
     assert {*SPECIALIZED, "route_kernel", "scatter_kernel"} <= set(found["ahead"])
-    assert len(found["ahead"]) <= 16, found["ahead"]
+    assert len(found["ahead"]) <= 18, found["ahead"]
     assert found["at_once"] > 1 or len(os.sched_getaffinity(0)) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulated_calls import FEW, MANY, NARROW, ONE_TOKEN, SMALL, Call, Given, given_rows
+from emulated_calls import FEW, MANY, NARROW, SMALL, Call, Given, given_rows
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
@@ -25,6 +25,7 @@ from hybrid_moe.reference import dequantize_rows, route
 FEW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 MANY_KERNELS = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
 NARROW_KERNELS = ["hopper_few_gemm1_kernel", "hopper_narrow_gemm2_kernel"]
+ONE_TOKEN_KERNELS = ["hopper_one_token_gemm1_kernel", "hopper_one_token_gemm2_kernel"]
 # Rows of each expert: tiles of the kernels for few rows have 32 and, with no more than 16, 16; of those for many 128
 # in two halves, the lower of which is left out if empty.
 ROWS_FEW = {
@@ -96,14 +97,20 @@ def test_experts_by_their_rows(rows, second):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels", "size"), [(4, FEW_KERNELS, 1024), (12, NARROW_KERNELS, 512), (65, MANY_KERNELS, 512)]
+    ("tokens", "kernels", "size"),
+    [
+        (1, ONE_TOKEN_KERNELS, 1024),
+        (4, ["clear_kernel", "route_kernel", *FEW_KERNELS, "combine_kernel"], 1024),
+        (12, ["clear_kernel", "route_kernel", *NARROW_KERNELS, "combine_kernel"], 512),
+        (65, ["clear_kernel", "route_kernel", *MANY_KERNELS, "combine_kernel"], 512),
+    ],
 )
 def test_as_serving_has_them(tokens, kernels, size):
     """All stages, the plan's own choice, and the routing from logits."""
     problem = dataclasses.replace(SMALL, n_group=4, topk_group=2, hidden_size=size, intermediate_size=size)
     inputs = make_inputs(Workload(tokens, 4), problem, random_weights(problem, "cpu"))
     call = Call(problem, inputs, TritonGroupedGemm((9, 0)))
-    assert call.kernels == ["clear_kernel", "route_kernel", *kernels, "combine_kernel"]
+    assert call.kernels == kernels
     call.run()
 
 
@@ -116,12 +123,32 @@ def test_weights_on_the_input(tokens):
         call.run(seed, stages=2)
 
 
-@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY), (FEW, ONE_TOKEN), (None, ONE_TOKEN)], ids=str)
+@pytest.mark.parametrize("gemms", [(FEW, FEW), (MANY, MANY)], ids=str)
 def test_one_token(gemms):
     """One kernel clears and routes."""
     call = Call(SMALL, given_rows(SMALL, [1, 0, 1, 1]), Given(*gemms))
     assert call.kernels[0] == "scatter_kernel"
     call.run(stages=2)
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "rows", "gate_first"),
+    [
+        (128, [1, 0, 1, 1], False),  # a block, of eight that a product has columns for
+        (384, [1, 1, 0, 1], True),  # slots of 64 rows that aren't full
+        (512, [1, 1, 1, 1], False),  # slots of 128 rows
+        (1408, [0, 0, 1, 0], False),  # more blocks than eight
+        (128, [0, 0, 0, 0], True),
+    ],
+    ids=str,
+)
+def test_one_token_by_a_stream_of_weights(intermediate, rows, gate_first):
+    """Two kernels, which route."""
+    problem = dataclasses.replace(SMALL, hidden_size=1024, intermediate_size=intermediate, gate_first=gate_first)
+    call = Call(problem, given_rows(problem, rows, 1), TritonGroupedGemm((9, 0)))
+    assert call.kernels == ONE_TOKEN_KERNELS
+    for seed, stages in ((0, 2), (1, None)):
+        call.run(seed, stages=stages)
 
 
 @pytest.mark.parametrize(
@@ -244,13 +271,16 @@ def test_all_counters_are_cleared(length):
 
 
 @pytest.mark.parametrize("kind", ["logits", "chosen"])
-@pytest.mark.parametrize("tokens", [1, 33])
-def test_the_inputs_are_there_just_before_the_call(kind, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "gemm"), [(1, TritonGroupedGemm((9, 0))), (1, Given(None, None)), (33, Given(None, None))]
+)
+def test_the_inputs_are_there_just_before_the_call(kind, tokens, gemm):
     """The kernel before may let the call's first one start early; and caches are as they were."""
-    inputs = given_rows(SMALL, [min(rows, tokens) for rows in (20, 3, 0, 33)])
+    problem = dataclasses.replace(SMALL, hidden_size=1024)
+    inputs = given_rows(problem, [min(rows, tokens) for rows in (20, 3, 0, 33)])
     if kind == "logits":
-        inputs = make_inputs(Workload(tokens, 4), SMALL, random_weights(SMALL, "cpu"))
-    call = Call(SMALL, inputs, Given(None, None))
+        inputs = make_inputs(Workload(tokens, 4), problem, random_weights(problem, "cpu"))
+    call = Call(problem, inputs, gemm)
     before = []
     for tensor in inputs[1::-1] if kind == "chosen" else (inputs[3], inputs[2], inputs[0]):
         rows = tensor.shape[0]

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from hybrid_moe.inputs import MoEInputs
+from hybrid_moe.inputs import MoEInputs, RoutedInputs
 from hybrid_moe.kernels import shapes
 from hybrid_moe.kernels.grouped_gemm.tiles import TILES_99_KB, TILES_SM90, TILES_SM100, describe, tile_plan
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
@@ -20,6 +20,7 @@ FEW = ["hopper_few_gemm1_kernel", "hopper_few_gemm2_kernel"]
 HOPPER = ["hopper_gemm1_kernel", "hopper_gemm2_kernel"]
 TRITON = ["gemm1_swiglu_kernel", "gemm2_kernel"]
 NARROW = "hopper_narrow_gemm2_kernel"
+ONE_TOKEN = ["hopper_one_token_gemm1_kernel", "hopper_one_token_gemm2_kernel"]
 
 
 def key_of(num_tokens, **changes):
@@ -47,7 +48,7 @@ def gemms(num_tokens, capability=(9, 0), problem=DEEPSEEK_V3, **changes):
 
 
 def test_up_to_two_and_a_half_tokens_an_expert():
-    for num_tokens in (1, 16, 17, 80):
+    for num_tokens in (2, 16, 17, 80):
         assert gemms(num_tokens) == FEW
     qwen = MODELS["qwen3-235b"]
     assert gemms(40, problem=qwen) == FEW
@@ -91,7 +92,7 @@ def test_light_experts_are_spread_from_45_to_128_rows_an_expert():
 
 @pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (10, 3), (12, 0)], ids=str)
 def test_on_hopper_alone(capability):
-    assert gemms(4096, capability) == gemms(16, capability) == TRITON
+    assert gemms(4096, capability) == gemms(16, capability) == gemms(1, capability) == TRITON
 
 
 @pytest.mark.parametrize(
@@ -143,18 +144,28 @@ def test_narrow_experts():
     assert gemms(16, problem=narrow, stride_hidden=7168 + 8) == [TRITON[0], NARROW]
 
 
-def test_one_token_of_narrow_experts():
-    """GEMM2 with the combine, up to 256 columns and whatever GEMM1 is."""
+def test_one_token():
+    """Two launches, whatever the layer; but for addresses and sizes that they can't read."""
 
     def kernels(problem, **changes):
-        steps = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key_of(1, **changes))
-        return [step.kernel.function.__name__ for step in steps]
+        key = key_of(1, **changes)
+        plan = Pipeline(problem, TritonGroupedGemm((9, 0))).plan(key, torch.device("cpu"), DeviceLimits(132, pdl=True))
+        return [step.kernel.function.__name__ for step in plan.steps]
 
-    narrow = MODELS["deepseek-v3-tp8"]
-    assert kernels(narrow) == [FEW[0], "one_token_kernel"]
-    assert kernels(narrow, stride_hidden=7168 + 8) == [TRITON[0], "one_token_kernel"]
-    assert kernels(narrow, aligned=False) == [*TRITON, "combine_kernel"]
-    assert kernels(MODELS["qwen3-235b-tp4"]) == [FEW[0], TRITON[1], "combine_kernel"]
+    for problem in MODELS.values():
+        assert kernels(problem) == kernels(problem, kind=RoutedInputs) == ONE_TOKEN
+        assert kernels(problem, stride_hidden=problem.hidden_size + 8) == ONE_TOKEN
+        assert kernels(problem, aligned=False) == ["route_kernel", *TRITON, "combine_kernel"]
+    other = dataclasses.replace(DEEPSEEK_V3, hidden_size=7168 + 512)
+    assert kernels(other) == ["route_kernel", *FEW, "combine_kernel"]
+    on_input = dataclasses.replace(DEEPSEEK_V3, top_k=1, n_group=1, topk_group=1, weight_on_input=True)
+    assert kernels(on_input) == ["route_kernel", "weigh_kernel", *FEW, "combine_kernel"]
+    # Its GEMM2 for few rows has hardly any.
+    narrow = dataclasses.replace(other, intermediate_size=256)
+    assert (
+        kernels(dataclasses.replace(narrow, num_local_experts=256, num_shared_experts=1, hidden_size=7168)) == ONE_TOKEN
+    )
+    assert kernels(narrow) == ["route_kernel", FEW[0], TRITON[1], "combine_kernel"]
 
 
 def test_every_kernel_has_a_name_for_people():
@@ -163,7 +174,7 @@ def test_every_kernel_has_a_name_for_people():
         "sm90/many_rows.py for experts that more than 75% of the tokens choose, for "
     )
     narrow = MODELS["deepseek-v3-tp8"]
-    assert describe(narrow, 1, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 triton/one_token.py, ")
+    assert describe(narrow, 1, (9, 0)) == "both GEMMs sm90/one_token.py, for one token"
     assert describe(narrow, 16, (9, 0)).startswith("GEMM1 sm90/few_rows.py, GEMM2 sm90/narrow.py, ")
     assert describe(narrow, 4096, (9, 0)).startswith("GEMM1 sm90/many_rows.py, GEMM2 sm90/many_rows.py, ")
     undivided = dataclasses.replace(narrow, hidden_size=640)
@@ -192,7 +203,7 @@ def test_a_tile_counter_for_each_launch():
     assert (places["gemm1_tile_counter"].shape, places["gemm2_tile_counter"].shape) == ((1,), (2,))
 
 
-@pytest.mark.parametrize("num_tokens, row_tiles", [(1, 8), (4, 32), (80, 32 + (640 - 32) // 32)])
+@pytest.mark.parametrize("num_tokens, row_tiles", [(2, 16), (4, 32), (80, 32 + (640 - 32) // 32)])
 def test_counters_of_few_rows(num_tokens, row_tiles):
     """Tiles are drawn by one for each launch, and GEMM1 quantises by one for each row tile's 128 block."""
     gemm = TritonGroupedGemm((9, 0))

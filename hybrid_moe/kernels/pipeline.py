@@ -56,6 +56,9 @@ class Pipeline:
     def plan(self, key: LaunchKey, device: torch.device, limits: DeviceLimits) -> Plan:
         """The steps of a call."""
         arena = self.arena(key.num_tokens, key.row_alignment)
+        whole = self._gemm.whole_steps(self._problem, limits, key)
+        if whole is not None:
+            return Plan(key, arena, whole, device)
         steps = route(self._problem, limits, key, arena)
         if self._problem.weight_on_input:
             step, key_of_gemm = weigh(self._problem, limits, key)

@@ -62,10 +62,10 @@ def ordered(value):
 
 
 @triton.jit
-def with_shared(expert, weight, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):
+def with_shared(expert, weight, choice, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):
     """A token's experts and weights with the shared experts behind them, whose weight is one whatever the others'."""
     if NUM_SHARED > 0:
-        shared = tl.arange(0, expert.shape[0]) - TOP_K
+        shared = choice - TOP_K
         is_shared = (shared >= 0) & (shared < NUM_SHARED)
         expert = tl.where(is_shared, NUM_EXPERTS + shared, expert)
         weight = tl.where(is_shared, 1.0, weight)
@@ -74,6 +74,90 @@ def with_shared(expert, weight, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, 
 
 @triton.jit
 def select_experts(
+    logits_ptr,
+    bias_ptr,
+    token,
+    routed_scaling_factor,
+    group,
+    member,
+    choice,
+    STRIDE_LOGITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    N_GROUP_POW2: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_POW2: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+):
+    """A token's experts in the order of their scores, int32, the shared ones behind them, and their weights, float32.
+
+    What is past all of them is void. NaN is the greatest score. All weights but those of shared experts are NaN where a
+    score is, by the logits or by the bias. ``group``, ``member`` and ``choice`` are 0, 1, 2... along the axes,
+    ``[N_GROUP_POW2, 1]``, ``[1, GROUP_SIZE_POW2]`` and ``[TOP_K_POW2]``.
+    """
+    NEG_INF: tl.constexpr = float("-inf")
+    expert = group * GROUP_SIZE + member
+    real = (group < N_GROUP) & (member < GROUP_SIZE)
+    # Nothing was waited for: the first-level cache may hold older logits.
+    logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0, cache_modifier=".cg")
+    bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
+    if SOFTMAX:
+        largest = tl.max(tl.where(real, logits, NEG_INF))
+        power = tl.where(real, tl.exp(logits - largest), 0.0)
+        score = power / tl.sum(power)
+    else:
+        score = 1.0 / (1.0 + tl.exp(-logits))
+    biased = tl.where(real, score + bias, NEG_INF)
+
+    # Flat: each maximum is one reduction of the whole warp. Among equals the lower index.
+    SPAN: tl.constexpr = N_GROUP_POW2 * GROUP_SIZE_POW2
+    # Padding is below even an expert that a bias of -inf masks.
+    LOWEST: tl.constexpr = -0x80000000
+    flat_open = tl.reshape(tl.where(real, ordered(biased), LOWEST), (SPAN,))
+    if TOPK_GROUP < N_GROUP:
+        best = tl.reduce(biased, 1, larger)
+        # Only the first place of the best is left out: an equal one is the second best.
+        first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)
+        second = tl.max(tl.where(member == first[:, None], NEG_INF, biased), axis=1)
+        group_score = ordered(best + second)[:, None]
+        flat_score = tl.reshape(tl.where(real, group_score, LOWEST), (SPAN,))
+        flat_group = tl.reshape(tl.where(real, group, N_GROUP), (SPAN,))
+        kept = flat_group < 0
+        for _ in tl.static_range(TOPK_GROUP):
+            best_score = tl.max(flat_score, axis=0)
+            hit = flat_group == tl.min(tl.where(flat_score == best_score, flat_group, N_GROUP), axis=0)
+            kept = kept | hit
+            flat_score = tl.where(hit, LOWEST, flat_score)
+        flat_open = tl.where(kept, flat_open, LOWEST)
+
+    place = tl.reshape(group * GROUP_SIZE_POW2 + member, (SPAN,))
+    flat_bits = tl.reshape(score.to(tl.int32, bitcast=True), (SPAN,))
+    topk_expert = choice * 0 - 1
+    topk_score = choice.to(tl.float32) * 0.0
+    for k in tl.static_range(TOP_K):
+        best_score = tl.max(flat_open, axis=0)
+        if k == 0:
+            has_nan = best_score == NAN_ORDER
+        at = tl.min(tl.where(flat_open == best_score, place, SPAN - 1), axis=0)
+        hit = place == at
+        chosen_bits = tl.sum(tl.where(hit, flat_bits, 0), axis=0)
+        topk_expert = tl.where(choice == k, at // GROUP_SIZE_POW2 * GROUP_SIZE + at % GROUP_SIZE_POW2, topk_expert)
+        topk_score = tl.where(choice == k, chosen_bits.to(tl.float32, bitcast=True), topk_score)
+        flat_open = tl.where(hit, LOWEST, flat_open)
+    if RENORMALIZE:
+        weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
+    else:
+        weight = topk_score * routed_scaling_factor
+    weight = tl.where(has_nan, float("nan"), weight)
+    return with_shared(topk_expert, weight, choice, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)
+
+
+@triton.jit
+def select_by_one_warp(
     logits_ptr,
     bias_ptr,
     token,
@@ -90,67 +174,27 @@ def select_experts(
     RENORMALIZE: tl.constexpr,
     NUM_SHARED: tl.constexpr,
 ):
-    """A token's experts in the order of their scores, int32, the shared ones behind them, and their weights, float32.
-
-    What is past all of them is void. NaN is the greatest score. All weights but those of shared experts are NaN where a
-    score is, by the logits or by the bias.
-    """
-    NEG_INF: tl.constexpr = float("-inf")
-    group = tl.arange(0, N_GROUP_POW2)[:, None]
-    member = tl.arange(0, GROUP_SIZE_POW2)[None, :]
-    expert = group * GROUP_SIZE + member
-    real = (group < N_GROUP) & (member < GROUP_SIZE)
-    # Nothing was waited for: the first-level cache may hold older logits.
-    logits = tl.load(logits_ptr + token * STRIDE_LOGITS + expert, mask=real, other=0.0, cache_modifier=".cg")
-    bias = tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
-    if SOFTMAX:
-        largest = tl.max(tl.where(real, logits, NEG_INF))
-        power = tl.where(real, tl.exp(logits - largest), 0.0)
-        score = power / tl.sum(power)
-    else:
-        score = 1.0 / (1.0 + tl.exp(-logits))
-    biased = tl.where(real, score + bias, NEG_INF)
-
-    # Padding is below even an expert that a bias of -inf masks.
-    LOWEST: tl.constexpr = -0x80000000
-    open_score = tl.where(real, ordered(biased), LOWEST)
-    if TOPK_GROUP < N_GROUP:
-        best = tl.reduce(biased, 1, larger)
-        # Only the first place of the best is left out: an equal one is the second best.
-        first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)
-        second = tl.max(tl.where(member == first[:, None], NEG_INF, biased), axis=1)
-        group_number = tl.arange(0, N_GROUP_POW2)
-        group_score = ordered(tl.where(group_number < N_GROUP, best + second, NEG_INF))
-        # Rank: how many groups are better, or equal and before it.
-        mine, other = group_score[:, None], group_score[None, :]
-        earlier = group_number[None, :] < group_number[:, None]
-        rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=1)
-        open_score = tl.where((rank < TOPK_GROUP)[:, None], open_score, LOWEST)
-
-    # k maxima over the flat row, each one reduction of the whole warp; among equals the lower index.
-    SPAN: tl.constexpr = N_GROUP_POW2 * GROUP_SIZE_POW2
-    place = tl.arange(0, SPAN)
-    flat_open = tl.reshape(open_score, (SPAN,))
-    flat_bits = tl.reshape(score.to(tl.int32, bitcast=True), (SPAN,))
-    choice = tl.arange(0, TOP_K_POW2)
-    topk_expert = tl.full((TOP_K_POW2,), -1, tl.int32)
-    topk_score = tl.zeros((TOP_K_POW2,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        best_score = tl.max(flat_open, axis=0)
-        if k == 0:
-            has_nan = best_score == NAN_ORDER
-        at = tl.min(tl.where(flat_open == best_score, place, SPAN - 1), axis=0)
-        hit = place == at
-        chosen_bits = tl.sum(tl.where(hit, flat_bits, 0), axis=0)
-        topk_expert = tl.where(choice == k, at // GROUP_SIZE_POW2 * GROUP_SIZE + at % GROUP_SIZE_POW2, topk_expert)
-        topk_score = tl.where(choice == k, chosen_bits.to(tl.float32, bitcast=True), topk_score)
-        flat_open = tl.where(hit, LOWEST, flat_open)
-    if RENORMALIZE:
-        weight = topk_score / (tl.sum(topk_score, axis=0) + 1e-20) * routed_scaling_factor
-    else:
-        weight = topk_score * routed_scaling_factor
-    weight = tl.where(has_nan, float("nan"), weight)
-    return with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)
+    """`select_experts` in plain Triton."""
+    return select_experts(
+        logits_ptr,
+        bias_ptr,
+        token,
+        routed_scaling_factor,
+        tl.arange(0, N_GROUP_POW2)[:, None],
+        tl.arange(0, GROUP_SIZE_POW2)[None, :],
+        tl.arange(0, TOP_K_POW2),
+        STRIDE_LOGITS,
+        TOP_K,
+        TOP_K_POW2,
+        N_GROUP,
+        N_GROUP_POW2,
+        TOPK_GROUP,
+        GROUP_SIZE,
+        GROUP_SIZE_POW2,
+        SOFTMAX,
+        RENORMALIZE,
+        NUM_SHARED,
+    )
 
 
 @triton.jit
@@ -160,28 +204,36 @@ def given_experts(
     token,
     stride_ids,
     stride_weights,
+    choice,
+    other,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_K_POW2: tl.constexpr,
     NUM_SHARED: tl.constexpr,
 ):
     """As `select_experts`, of a token whose experts were chosen before the call; -1, with weight zero, for none.
 
-    An expert that is named twice comes once, with the sum of the weights: it has room for each token once.
+    An expert that is named twice comes once, with the sum of the weights: it has room for each token once. ``choice``
+    and ``other`` are 0, 1, 2..., of a matrix's rows and columns.
     """
-    choice = tl.arange(0, TOP_K_POW2)
-    # As in `select_experts`.
-    expert = tl.load(ids_ptr + token * stride_ids + choice, mask=choice < TOP_K, other=-1, cache_modifier=".cg")
-    expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)
-    weights_at = weights_ptr + token * stride_weights + choice
-    weight = tl.load(weights_at, mask=choice < TOP_K, other=0.0, cache_modifier=".cg")
+    expert = chosen_before(ids_ptr + token * stride_ids, choice, NUM_EXPERTS, TOP_K)
+    other_expert = chosen_before(ids_ptr + token * stride_ids, other, NUM_EXPERTS, TOP_K)
+    weights_at = weights_ptr + token * stride_weights + other
+    weight = tl.load(weights_at, mask=other < TOP_K, other=0.0, cache_modifier=".cg")
     # The weight of no expert may be no number.
-    weight = tl.where(expert >= 0, weight, 0.0)
-    same = expert[:, None] == expert[None, :]
-    weight = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
-    named_before = tl.sum((same & (choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
-    expert, weight = tl.where(named_before, -1, expert), tl.where(named_before, 0.0, weight)
-    return with_shared(expert, weight, NUM_EXPERTS, TOP_K, NUM_SHARED)
+    weight = tl.where(other_expert >= 0, weight, 0.0)
+    same = expert[:, None] == other_expert[None, :]
+    total = tl.sum(tl.where(same, weight[None, :], 0.0), axis=1)
+    named_before = tl.sum((same & (other[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0
+    expert, weight = tl.where(named_before, -1, expert), tl.where(named_before, 0.0, total)
+    return with_shared(expert, weight, choice, NUM_EXPERTS, TOP_K, NUM_SHARED)
+
+
+@triton.jit
+def chosen_before(ids_ptr, choice, NUM_EXPERTS: tl.constexpr, TOP_K):
+    """A token's experts, or -1 where an id is no expert's."""
+    # As in `select_experts`.
+    expert = tl.load(ids_ptr + choice, mask=choice < TOP_K, other=-1, cache_modifier=".cg")
+    return tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)
 
 
 @triton.jit
@@ -212,6 +264,8 @@ def place_pairs(
         clear(tokens_per_expert_ptr, num_counters, 128)
         tl.debug_barrier()
     slot = tl.atomic_add(tokens_per_expert_ptr + local, 1, mask=is_local)
+    if ALONE:
+        slot = tl.zeros((TOP_K_POW2,), tl.int32)  # the first, without waiting to be told so
     pair_at = token * TOP_K + choice
     tl.store(pair_ptr + pair_at, tl.where(is_local, slot * E + local, -1), mask=chosen)
     # The combine multiplies zeros by the weights of other ranks' experts, which may be no numbers.
@@ -256,7 +310,7 @@ def route_kernel(
     let_next_kernel_start(PDL)
 
     token = tl.program_id(0).to(tl.int64)
-    topk_expert, weight = select_experts(
+    topk_expert, weight = select_by_one_warp(
         logits_ptr,
         bias_ptr,
         token,
@@ -318,8 +372,9 @@ def scatter_kernel(
         wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, TOP_K_POW2)
     expert, weight = given_experts(
-        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2, NUM_SHARED
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, choice, choice, NUM_EXPERTS, TOP_K, NUM_SHARED
     )
     place_pairs(
         expert,
@@ -368,7 +423,7 @@ def select_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
-    topk_expert, weight = select_experts(
+    topk_expert, weight = select_by_one_warp(
         logits_ptr,
         bias_ptr,
         token,
@@ -421,8 +476,9 @@ def renumber_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     token = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, TOP_K_POW2)
     expert, weight = given_experts(
-        ids_ptr, weights_ptr, token, stride_ids, stride_weights, NUM_EXPERTS, TOP_K, TOP_K_POW2, NUM_SHARED
+        ids_ptr, weights_ptr, token, stride_ids, stride_weights, choice, choice, NUM_EXPERTS, TOP_K, NUM_SHARED
     )
     every: tl.constexpr = NUM_EXPERTS + NUM_SHARED
     store_experts(expert, weight, token, expert_ptr, weight_ptr, local_expert_offset, every, TOP_K + NUM_SHARED)

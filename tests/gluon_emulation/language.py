@@ -290,6 +290,11 @@ class Memory(Shared):
     def _view(self, function: Any, path: str) -> Memory:
         return Memory(self.allocation, [function(view) for view in self.views], self._path + path)
 
+    def reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Memory:
+        """In another shape."""
+        assert torch_dtype(dtype) == self.dtype
+        return self._view(lambda view: view.view(*map(int, shape)), "")
+
     def load(self, layout: Any = None) -> Any:
         current_task().pause("load")
         return super().load(layout)
@@ -474,6 +479,7 @@ MBARRIER = {
     "MBarrierLayout": _no_layout, "init": barrier_init, "arrive": barrier_arrive, "expect": barrier_expect,
     "wait": barrier_wait,
 }  # fmt: skip
+SHARED = {"reinterpret": Memory.reinterpret, "_reinterpret": Memory.reinterpret}
 TMA = {"async_load": load_tile, "async_copy_global_to_shared": load_tile}
 ASYNC_COPY = {
     "async_load": load_rows, "async_copy_global_to_shared": load_rows, "mbarrier_arrive": arrive_after_rows,

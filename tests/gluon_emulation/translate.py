@@ -17,6 +17,7 @@ from . import language
 _MODULES = (
     (tl, language.LANGUAGE), (gl, language.LANGUAGE), (hopper, language.HOPPER), (hopper.mbarrier, language.MBARRIER),
     (hopper.tma, language.TMA), (hopper.async_copy, language.ASYNC_COPY), (cuda, language.CUDA),
+    (gl.shared_memory_descriptor, language.SHARED),
 )  # fmt: skip
 
 

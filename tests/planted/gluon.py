@@ -7,6 +7,7 @@ FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
 MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
 NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
 SPREAD = ("tests/test_emulated_kernels.py::test_light_experts_among_others",)
+ONE_TOKEN = ("tests/test_emulated_kernels.py::test_one_token_by_a_stream_of_weights",)
 BY_ROWS = ("tests/test_emulated_kernels.py::test_experts_by_their_rows",)
 LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
@@ -28,6 +29,10 @@ def many(old: str, new: str, wrong: str, tests: tuple[str, ...] = MANY, equivale
 
 def narrow(old: str, new: str, wrong: str, tests: tuple[str, ...] = NARROW, equivalent: str = "") -> Mutation:
     return Mutation("kernels/grouped_gemm/sm90/narrow.py", old, new, wrong, tests, equivalent)
+
+
+def one_token(old: str, new: str, wrong: str, tests: tuple[str, ...] = ONE_TOKEN, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/one_token.py", old, new, wrong, tests, equivalent)
 
 
 def completion(old: str, new: str, wrong: str, tests: tuple[str, ...] = LATE, equivalent: str = "") -> Mutation:
@@ -389,4 +394,34 @@ MUTATIONS = [
     narrow("buffer * SCALES + pair * p.K_BLOCKS + block", "buffer * SCALES + block", "the first 128 columns' scales"),
     narrow("unit_empty.index(buffer), count=2", "unit_empty.index(buffer), count=1", "rows are loaded too soon"),
     narrow("(pair * 2 + WG) * BLOCK_N + gl", "pair * 2 * BLOCK_N + gl", "both consumers store the same columns"),
+    # One token
+    one_token(
+        "(other[None, :] < choice[:, None])",
+        "(other[None, :] <= choice[:, None])",
+        "the first local expert is left out",
+    ),
+    one_token("((step // self.STAGES) & 1) ^ 1", "(step // self.STAGES) & 1", "a stage is filled before it is empty"),
+    one_token("    mbarrier.arrive(ring.empty.index(stage), count=1)\n", "", "no stage is ever empty"),
+    one_token(
+        "its_row[:, None] == wanted[None, :]", "its_row[:, None] <= wanted[None, :]", "a row has the ones before it too"
+    ),
+    one_token("(first + (p.GATE if half else p.UP))", "(first + p.UP)", "the gate is the up half"),
+    one_token(
+        "scale_at + p.GATE // 128 * p.K_BLOCKS", "scale_at + p.UP // 128 * p.K_BLOCKS", "the gate has up's scales"
+    ),
+    one_token("(place < HALF)[:, None]", "(place >= 0)[:, None]", "the gate has up's factors"),
+    one_token("place // BLOCKS, ROWS, ROWS)", "place // BLOCKS, 0, ROWS)", "up for the gate"),
+    one_token("p.out_ptr + tile * ROWS", "p.out_ptr + tile % TILES * ROWS", "all experts' rows in the first one's"),
+    one_token("x.index(window), product", "x.index(0), product", "the first experts' blocks for all"),
+    one_token("number * p.EACH % p.BLOCKS + flat", "flat", "the first expert of a window for all of it"),
+    one_token("flat % p.K_BLOCKS)[:, None]", "flat % p.EACH)[:, None]", "blocks by the places that they have"),
+    one_token("scale * weight)", "scale)", "all choices weigh the same"),
+    one_token("slot * chosen.count, p.SLOT", "slot, p.SLOT", "stages are filled twice"),
+    one_token(
+        "    wait_for_previous_kernel(PDL)\n    let_next_kernel_start(PDL)\n    choose(\n",
+        "    let_next_kernel_start(PDL)\n    choose(\n",
+        "the inputs are read before they are there",
+        ("tests/test_emulated_kernels.py::test_the_inputs_are_there_just_before_the_call",),
+    ),
+    one_token("    wait_for_previous_kernel(p.PDL)\n", "", "GEMM2 doesn't wait for GEMM1"),
 ]

@@ -33,6 +33,7 @@ provider, tiles = planted("grouped_gemm/triton/provider", SPECIALIZED), planted(
 gemm1, gemm2 = planted("grouped_gemm/triton/gemm1", KERNELS), planted("grouped_gemm/triton/gemm2", KERNELS)
 few, many = planted("grouped_gemm/sm90/few_rows", SPECIALIZED), planted("grouped_gemm/sm90/many_rows", SPECIALIZED)
 sm90, narrow = planted("grouped_gemm/sm90/common", EMULATED), planted("grouped_gemm/sm90/narrow", SPECIALIZED)
+one_token = planted("grouped_gemm/sm90/one_token", SPECIALIZED)
 
 MUTATIONS = [
     # The routing and its memory
@@ -272,6 +273,12 @@ MUTATIONS = [
     ),
     tiles("(16.0, replace", "(2.5, replace", "plain Triton for narrow experts with a few rows"),
     tiles("second is Specialized.NARROW and num_tokens == 1", "False", "fewer units than programs for one token"),
+    one_token(
+        "== 0\n    return num_tokens",
+        ">= 0\n    return num_tokens",
+        "one token's kernels for sizes that they can't read",
+    ),
+    one_token(" and not problem.weight_on_input", "", "one token's weights on the output in any case"),
     tiles("if inner // block % u == 0", "if True", "unrolling that doesn't divide a sum", KERNELS),
     many(
         "return problem.hidden_size % COLUMNS == 0",

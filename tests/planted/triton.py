@@ -68,14 +68,15 @@ MUTATIONS = [
         "among equals the higher expert",
         TIES,
     ),
-    routing("((other == mine) & earlier)", "((other == mine) & ~earlier)", "among equals the higher group", TIES),
     routing(
-        "((other > mine) | ((other == mine) & earlier))",
-        "((other > mine) | (other == mine))",
-        "equal groups drop one another",
+        "tl.min(tl.where(flat_score == best_score, flat_group, N_GROUP), axis=0)",
+        "tl.max(tl.where(flat_score == best_score, flat_group, -1), axis=0)",
+        "among equals the higher group",
         TIES,
     ),
-    routing("rank < TOPK_GROUP", "rank <= TOPK_GROUP", "one group too many"),
+    routing("hit = flat_group == tl.min(", "hit = flat_group >= tl.min(", "groups after a kept one"),
+    routing("static_range(TOPK_GROUP)", "static_range(TOPK_GROUP + 1)", "one group too many"),
+    routing("flat_score = tl.where(hit, LOWEST, flat_score)", "flat_score = flat_score", "one group several times"),
     routing(
         "first = tl.min(tl.where(biased == best[:, None], member, GROUP_SIZE_POW2), axis=1)",
         "first = tl.max(tl.where(biased == best[:, None], member, -1), axis=1)",
@@ -89,7 +90,7 @@ MUTATIONS = [
         "a group with its best twice has another second best",
         TIES,
     ),
-    routing("best + second, NEG_INF", "best, NEG_INF", "groups by their best expert alone"),
+    routing("ordered(best + second)", "ordered(best)", "groups by their best expert alone"),
     routing("score = 1.0 / (1.0 + tl.exp(-logits))", "score = 1.0 / (1.0 + tl.exp(logits))", "the least for the best"),
     routing("biased = tl.where(real, score + bias, NEG_INF)", "biased = tl.where(real, score, NEG_INF)", "no bias"),
     routing("flat_bits = tl.reshape(score.to", "flat_bits = tl.reshape(biased.to", "weights with the bias in them"),
@@ -163,9 +164,9 @@ MUTATIONS = [
     ),
     # Shared experts
     routing(
-        "    return with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)",
+        "    return with_shared(topk_expert, weight, choice, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)",
         "    weight = weight / routed_scaling_factor\n"
-        "    expert, weight = with_shared(topk_expert, weight, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)\n"
+        "    expert, weight = with_shared(topk_expert, weight, choice, N_GROUP * GROUP_SIZE, TOP_K, NUM_SHARED)\n"
         "    return expert, weight * routed_scaling_factor",
         "a shared expert's weight has the scaling factor",
         SHARED,
@@ -184,7 +185,7 @@ MUTATIONS = [
     ),
     routing("NUM_EXPERTS + shared, expert)", "NUM_EXPERTS, expert)", "each shared expert is the first", SHARED),
     routing(
-        "    return with_shared(expert, weight, NUM_EXPERTS, TOP_K, NUM_SHARED)",
+        "    return with_shared(expert, weight, choice, NUM_EXPERTS, TOP_K, NUM_SHARED)",
         "    return expert, weight",
         "no shared experts beside those chosen before",
         GIVEN,
@@ -198,17 +199,20 @@ MUTATIONS = [
     weigh("    wait_for_previous_kernel(PDL)\n", "", "weights are read before they are there", EMULATED_WEIGHTS),
     # Experts that are chosen already
     routing(
-        "expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)",
-        "expert = tl.where(expert >= 0, expert, -1)",
+        "return tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1)",
+        "return tl.where(expert >= 0, expert, -1)",
         "numbers past the experts",
         RENUMBERED,
     ),
     routing(
-        "weight = tl.where(expert >= 0, weight, 0.0)\n", "weight = weight\n", "weights beside no expert", RENUMBERED
+        "weight = tl.where(other_expert >= 0, weight, 0.0)\n",
+        "weight = weight\n",
+        "weights beside no expert",
+        RENUMBERED,
     ),
     routing(
-        "(choice[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0",
-        "(choice[None, :] <= choice[:, None])).to(tl.int32), axis=1) > 0",
+        "(other[None, :] < choice[:, None])).to(tl.int32), axis=1) > 0",
+        "(other[None, :] <= choice[:, None])).to(tl.int32), axis=1) > 0",
         "no expert at all",
         GIVEN,
     ),
@@ -228,8 +232,8 @@ MUTATIONS = [
     routing("tl.where(value == value, order, NAN_ORDER)", "order", "NaN is the least score", NAN),
     routing("tl.reduce(biased, 1, larger)", "tl.max(biased, axis=1)", "a group's NaN doesn't count", NAN),
     routing(
-        "group_score = ordered(tl.where(group_number < N_GROUP, best + second, NEG_INF))",
-        "group_score = tl.where(group_number < N_GROUP, best + second, NEG_INF)",
+        "group_score = ordered(best + second)[:, None]",
+        "group_score = (best + second)[:, None]",
         "one more group is open beside one with NaN",
         NAN,
     ),

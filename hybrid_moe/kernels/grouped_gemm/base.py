@@ -35,6 +35,10 @@ class GroupedGemm(ABC):
     def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
         """From routed tokens to the layer's output: GEMM1, SwiGLU, quantisation, GEMM2, `combine`."""
 
+    def whole_steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep] | None:
+        """From the routing's inputs on, where it has kernels for all of that; None where `steps` follow the routing."""
+        return None
+
     def counters(self, problem: MoEProblem, num_tokens: int) -> Mapping[str, int]:
         """Names of int32 tensors that it counts with, and their lengths; `routing.route` clears them."""
         return {}

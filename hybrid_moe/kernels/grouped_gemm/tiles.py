@@ -7,9 +7,8 @@ import functools
 from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
-from .sm90 import many_rows, narrow
+from .sm90 import many_rows, narrow, one_token
 from .sm90.common import ALL, Share
-from .triton import one_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,6 @@ class Specialized(enum.Enum):
     FEW = enum.auto()  # `sm90.few_rows`
     MANY = enum.auto()  # `sm90.many_rows`
     NARROW = enum.auto()  # `sm90.narrow`: GEMM2 alone, of narrow experts with few rows
-    ONE_TOKEN = enum.auto()  # `triton.one_token`: GEMM2 of narrow experts with the combine, for one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +219,7 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
     first, second = plan.specialized if capability == (9, 0) else (None, None)
     # One token has fewer of the units of `narrow` than there are programs.
     if second is Specialized.NARROW and num_tokens == 1:
-        second = Specialized.ONE_TOKEN if one_token.fits(problem) else None
+        second = None
     if second is Specialized.MANY and not many_rows.fits(problem):
         second = None
     return TilePlan(
@@ -234,12 +232,13 @@ def tile_plan(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] 
 
 def describe(problem: MoEProblem, num_tokens: int, capability: tuple[int, int] | None) -> str:
     """For people: the modules of both GEMMs' kernels, and what decides it."""
+    if one_token.fits(problem, num_tokens, capability):
+        return "both GEMMs sm90/one_token.py, for one token"
     plan = tile_plan(problem, num_tokens, capability)
     names = {
         Specialized.FEW: "sm90/few_rows.py",
         Specialized.MANY: "sm90/many_rows.py",
         Specialized.NARROW: "sm90/narrow.py",
-        Specialized.ONE_TOKEN: "triton/one_token.py",
     }
     gemms = []
     for number, (kernels, tile) in enumerate(zip(plan.specialized, (plan.gemm1, plan.gemm2), strict=True), start=1):

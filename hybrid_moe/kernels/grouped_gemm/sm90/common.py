@@ -18,6 +18,7 @@ from ..completion import Signals
 
 # Renamed between the Triton releases 3.6 and 3.9.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row

@@ -16,10 +16,10 @@ from ...shapes import column_chunk, max_local_rows
 from ...steps import AnyStep, Step
 from ..base import GroupedGemm
 from ..completion import Signals
-from ..sm90 import few_rows, many_rows, narrow
+from ..sm90 import few_rows, many_rows, narrow, one_token
 from ..sm90.common import ALL, Share
 from ..tiles import Specialized, TilePlan, tile_plan
-from . import gemm1, gemm2, one_token
+from . import gemm1, gemm2
 
 
 class TritonGroupedGemm(GroupedGemm):
@@ -66,6 +66,12 @@ class TritonGroupedGemm(GroupedGemm):
             counters |= {many.counter(name): counters[name] for name in ("gemm1_tile_counter", "gemm2_tile_counter")}
         return counters
 
+    def whole_steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep] | None:
+        """Two launches of one token."""
+        if not key.aligned or not one_token.fits(problem, key.num_tokens, self._capability):
+            return None
+        return [one_token.gemm1(problem, limits, key), one_token.gemm2(problem, limits, key)]
+
     def steps(self, problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> list[AnyStep]:
         """GEMM1 and GEMM2 of each pair, the last one's GEMM2 and the combine for each chunk of columns."""
         plan = self.plan(problem, key.num_tokens)
@@ -75,9 +81,6 @@ class TritonGroupedGemm(GroupedGemm):
         first, second = plan.specialized if key.aligned else (None, None)
         if key.stride_hidden % 16:  # each row is copied 16 bytes at a time
             first = None
-        if second is Specialized.ONE_TOKEN:
-            step, _ = _gemm1(problem, limits, key, plan, first, ALL)
-            return [step, one_token.gemm2(problem, limits, key)]
         pairs = plan.pairs(key.num_tokens)
         if (first, second) != plan.specialized or columns != problem.hidden_size:
             pairs = ((ALL, first, second),)

@@ -151,6 +151,16 @@ def test_one_token_by_a_stream_of_weights(intermediate, rows, gate_first):
         call.run(seed, stages=stages)
 
 
+def test_one_token_with_a_shared_expert():
+    problem = dataclasses.replace(
+        SMALL, n_group=4, topk_group=2, num_local_experts=16, num_shared_experts=1, hidden_size=1024
+    )
+    inputs = make_inputs(Workload(1), problem, random_weights(problem, "cpu"))
+    call = Call(problem, inputs, TritonGroupedGemm((9, 0)))
+    assert call.kernels == ONE_TOKEN_KERNELS
+    call.run()
+
+
 @pytest.mark.parametrize(
     ("gemms", "columns"),
     [

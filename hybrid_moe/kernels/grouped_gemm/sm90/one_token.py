@@ -49,7 +49,7 @@ from ...plan import LaunchKey
 from ...quantize import quantize_block, swiglu_of
 from ...routing import given_experts, select_experts, selection_constants
 from ...shapes import max_local_rows, pow2
-from ...steps import Step
+from ...steps import Operand, Step
 from .common import COPY, E4M3, LINE, PLAIN, SwizzledTiles, load_tile, reinterpret
 
 ROWS = gl.constexpr(8)  # of up and of gate, that GEMM1 computes at once
@@ -508,7 +508,7 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
     """SwiGLU of the first GEMM, float32."""
     layer, width, hidden = problem.all_routed, problem.intermediate_size, problem.hidden_size
     matrices = layer.num_local_experts
-    operands = (
+    operands: tuple[Operand, ...] = (
         "hidden_states",
         "hidden_states_scale",
         SwizzledTiles("gemm1_weights", matrices, 2 * width * (hidden // 128), 128, 1, BLOCKS.value),
@@ -518,15 +518,15 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
         key.stride_scale_k,
     )
     grid = (min(max_local_rows(layer, 1) * width // ROWS.value, PROGRAMS * limits.num_sms),)
-    return Step(GEMM1, grid, operands, _gemm1_constants(problem, limits, key.kind, key.dtype_routing))
+    return Step(GEMM1, grid, operands, _gemm1_constants(problem, limits, key.kind is RoutedInputs, key.dtype_routing))
 
 
 def gemm2(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey) -> Step:
     """The layer's output."""
     matrices, inner, hidden = problem.all_routed.num_local_experts, problem.intermediate_size, problem.hidden_size
-    constants = _gemm2_constants(problem, limits, key.kind, key.dtype_routing)
+    constants = _gemm2_constants(problem, limits, key.kind is RoutedInputs, key.dtype_routing)
     box = constants.arguments["BOX"]
-    operands = (
+    operands: tuple[Operand, ...] = (
         "unquantized",
         SwizzledTiles("gemm2_weights", matrices, hidden * (inner // 128), 128, 1, box),
         "gemm2_weights_scale",
@@ -540,9 +540,9 @@ def _routing_operands(key: LaunchKey) -> tuple[str, ...]:
     return (*key.kind._fields[:2], "local_expert_offset", "routed_scaling_factor")
 
 
-def _shared(problem: MoEProblem, limits: DeviceLimits, kind: type, stages: int) -> dict[str, Any]:
+def _shared(problem: MoEProblem, limits: DeviceLimits, chosen: bool, stages: int) -> dict[str, Any]:
     return {
-        "CHOSEN": kind is RoutedInputs,
+        "CHOSEN": chosen,
         "NUM_EXPERTS": problem.num_experts,
         **selection_constants(problem),
         "E": problem.all_routed.num_local_experts,
@@ -553,20 +553,20 @@ def _shared(problem: MoEProblem, limits: DeviceLimits, kind: type, stages: int) 
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm1_constants(problem: MoEProblem, limits: DeviceLimits, kind: type, dtype: torch.dtype) -> Constants:
+def _gemm1_constants(problem: MoEProblem, limits: DeviceLimits, chosen: bool, dtype: torch.dtype) -> Constants:
     # One for each dtype of the bias, as each has its own binary.
     arguments = {
         "HIDDEN": problem.hidden_size,
         "INTERMEDIATE": problem.intermediate_size,
         "GATE_FIRST": problem.gate_first,
         "PLACES": pow2(problem.hidden_size // 128),
-        **_shared(problem, limits, kind, GEMM1_STAGES),
+        **_shared(problem, limits, chosen, GEMM1_STAGES),
     }
     return Constants(arguments, {**limits.options, "num_warps": 4, "maxnreg": REGISTERS})
 
 
 @functools.lru_cache(maxsize=256)
-def _gemm2_constants(problem: MoEProblem, limits: DeviceLimits, kind: type, dtype: torch.dtype) -> Constants:
+def _gemm2_constants(problem: MoEProblem, limits: DeviceLimits, chosen: bool, dtype: torch.dtype) -> Constants:
     blocks = problem.intermediate_size // 128
     # As many programs as multiprocessors at least.
     width = 32 if problem.hidden_size // 32 >= limits.num_sms else 16
@@ -580,6 +580,6 @@ def _gemm2_constants(problem: MoEProblem, limits: DeviceLimits, kind: type, dtyp
         "WIDTH": width,
         "SLOT": slot,
         "BOX": next(box for box in (slot, 32, 16) if width * blocks % box == 0),
-        **_shared(problem, limits, kind, GEMM2_BYTES // (slot * 128)),
+        **_shared(problem, limits, chosen, GEMM2_BYTES // (slot * 128)),
     }
     return Constants(arguments, {**limits.options, "num_warps": 4, "maxnreg": REGISTERS})

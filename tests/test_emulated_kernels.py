@@ -137,7 +137,7 @@ def test_one_token(gemms):
         (128, [1, 0, 1, 1], False),  # a block, of eight that a product has columns for
         (384, [1, 1, 0, 1], True),  # slots of 64 rows that aren't full
         (512, [1, 1, 1, 1], False),  # slots of 128 rows
-        (1408, [0, 0, 1, 0], False),  # more blocks than eight
+        (1408, [0, 1, 1, 0], False),  # more blocks than eight, several slots of each expert
         (128, [0, 0, 0, 0], True),
     ],
     ids=str,

@@ -175,9 +175,13 @@ def test_the_layers_of_other_models():
         # GEMM2 of narrow experts, for many rows that TMA can't read, keeps about a kilobyte in memory: a rare call.
         narrow = [row for row in rows if row["options"].get("INTERMEDIATE", 512) < 512]
         rare = [row for row in narrow if row["kernel"] == "gemm2_kernel" and capability == 90]
+        # Choosing from 384 experts, before the weights come, one token's GEMM1 keeps 112 bytes with Triton 3.9.
+        choosing = [row for row in rows if row["kernel"] == "hopper_one_token_gemm1_kernel"]
+        assert {describe(row) for row in choosing if row["spill_bytes"] > 112} == set()
+        rare += choosing
         assert [describe(row) for row in rows if row["spill_bytes"] > spills(row, capability) and row not in rare] == []
         # With Triton 3.9 and its options to ptxas a few registers of GEMM1 for 48 experts and of narrow ones for 128.
-        others = [row for row in rows if row["kernel"] in SPECIALIZED - MANY]
+        others = [row for row in rows if row["kernel"] in SPECIALIZED - MANY and row not in rare]
         assert {describe(row) for row in others if row["spill_bytes"] > 56} == set()
         if capability == 90:
             assert [row["spill_bytes"] for row in rows if row["kernel"] == NARROW] == [0] * 2

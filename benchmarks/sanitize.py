@@ -116,11 +116,11 @@ def weighted_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
     return pipeline(dataclasses.replace(problem, top_k=1, n_group=1, topk_group=1, weight_on_input=True), tokens)
 
 
-def plain_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
-    """The layer by the GEMMs for every GPU, with the tiles of one that has no others."""
+def by_gemms(gemm: GroupedGemm, problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The layer by a provider of the GEMMs."""
     inputs = inputs_of(problem, tokens)
     output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=DEVICE)
-    Pipeline(problem, TritonGroupedGemm(capability=(8, 9))).run(inputs, output)
+    Pipeline(problem, gemm).run(inputs, output)
     return output
 
 
@@ -136,14 +136,11 @@ def around(gemm: GroupedGemm, problem: MoEProblem, tokens: int) -> torch.Tensor:
     library = SimpleNamespace(
         **{libraries.DEEP_GEMM_FUNCTION: of_deep_gemm}, get_mk_alignment_for_contiguous_layout=lambda: ALIGN
     )
-    inputs = inputs_of(problem, tokens)
-    output = torch.empty((tokens, problem.hidden_size), dtype=torch.bfloat16, device=DEVICE)
     with (
         mock.patch.object(libraries, "sgl_grouped_mm", lambda: of_sgl),
         mock.patch.object(libraries, "deep_gemm", lambda: library),
     ):
-        Pipeline(problem, gemm).run(inputs, output)
-    return output
+        return by_gemms(gemm, problem, tokens)
 
 
 def whole_library(problem: MoEProblem, tokens: int) -> torch.Tensor:
@@ -272,7 +269,8 @@ CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
     "901": functools.partial(pipeline, tokens=901),
     "200": functools.partial(pipeline, tokens=200),
     "15": functools.partial(pipeline, tokens=15),
-    "plain": functools.partial(plain_pipeline, tokens=40),
+    # Those for every GPU, with the tiles of one that has no others.
+    "plain": functools.partial(by_gemms, TritonGroupedGemm(capability=(8, 9)), tokens=40),
     "one_token": functools.partial(pipeline, tokens=1, intermediate_size=256),
     "narrow": functools.partial(pipeline, tokens=16, intermediate_size=256),
     "routed": functools.partial(routed_pipeline, tokens=15),

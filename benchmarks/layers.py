@@ -45,10 +45,12 @@ LAYERS: dict[str, int | None] = {
     "kimi-k2": None,
     "qwen3-235b": None,
     "qwen3-235b-tp4": None,
+    "qwen3-235b-tp8": None,
     "qwen3-30b-whole": None,
     "qwen3-30b-tp2": None,
     "glm-4.5-air": None,
     "glm-4.6": None,
+    "glm-5": None,
     "minimax-m2": None,
 }
 TOKENS = (1, 8, 32, 128, 256, 1024, 4096, 16384)
@@ -154,12 +156,17 @@ def failure(case: Case, choice: Candidate, prepare: Prepare) -> str:
 
 def tune(case: Case) -> None:
     """Keep the best tile of SGLang's kernel at this T, unless it is known already."""
-    path, tokens = tiles.tuned_path(case.problem), case.workload.num_tokens
-    if tokens in (tiles.load(path) or {}) or sglang.not_supported_reasons():
+    tokens = case.workload.num_tokens
+    if is_tuned(case.problem, tokens) or sglang.not_supported_reasons():
         return
     best = sglang_triton.tune(case)
     if best is not None:
-        tiles.keep(path, tokens, best)
+        tiles.keep(tiles.tuned_path(case.problem), tokens, best)
+
+
+def is_tuned(problem: MoEProblem, tokens: int) -> bool:
+    """Whether the best tile of SGLang's kernel is known."""
+    return tokens in (tiles.load(tiles.tuned_path(problem)) or {})
 
 
 def line(record: BenchRecord) -> str:
@@ -202,7 +209,7 @@ def call_once(name: str, tokens: Sequence[int], choice: Candidate) -> None:
     for count in tokens:
         inputs = make_inputs(Workload(count, offset_of(name)), problem, weights)
         output = torch.empty((count, problem.hidden_size), dtype=torch.bfloat16, device="cuda")
-        if choice == TUNED and not sglang.not_supported_reasons():
+        if choice == TUNED and not is_tuned(problem, count) and not sglang.not_supported_reasons():
             layer = sglang.Layer.of(inputs, problem)
             calls = [functools.partial(sglang_triton.run, layer, t) for t in tiles.worth_trying(problem, count)]
         else:

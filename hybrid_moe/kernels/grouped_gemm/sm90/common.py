@@ -25,6 +25,7 @@ COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 byt
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+FIELDS = gl.constexpr(6)  # of a `Tile`
 
 
 @aggregate
@@ -43,13 +44,13 @@ class Tile:
 class TileScheduler:
     """A program's first tile has the program's number; the producer draws the next ones from a counter of all programs.
 
-    It publishes them in shared memory. Nobody frees a slot: the pipeline holds the producer back before it gets around,
-    see `channel_slots`.
+    It alone finds out where they are, and publishes them in shared memory. Nobody frees a slot: the pipeline holds the
+    producer back before it gets around, see `channel_slots`.
     """
 
     tokens_per_expert_ptr: gl.tensor
     tile_counter_ptr: gl.tensor
-    numbers: gl.shared_memory_descriptor  # [SLOTS, 1] int32
+    tiles: gl.shared_memory_descriptor  # [SLOTS * FIELDS, 1] int32: what `Tile` has
     published: gl.shared_memory_descriptor  # [SLOTS, 1] barriers, 1 arrival
     BLOCK_M: gl.constexpr
     above: gl.tensor  # as `Share` has them
@@ -118,20 +119,35 @@ class TileScheduler:
         return gl.num_programs(0) + gl.atomic_add(self.tile_counter_ptr, 1, sem="relaxed")
 
     @gluon.jit
-    def publish_tile(self, turn):
-        """Draw the tile after this program's tile number ``turn``, and tell the consumers."""
-        number = self.draw_tile()
-        slot = turn % self.SLOTS
-        self.numbers.index(slot).store(gl.full([1], 0, gl.int32, layout=LINE) + number)
-        mbarrier.arrive(self.published.index(slot), count=1)
-        return number
+    def publish(self, turn, tile):
+        """Tell the consumers this program's tile number ``turn``."""
+        first = turn % self.SLOTS * FIELDS
+        zero = gl.full([1], 0, gl.int32, layout=LINE)
+        self.tiles.index(first).store(zero + tile.expert)
+        self.tiles.index(first + 1).store(zero + tile.rows)
+        self.tiles.index(first + 2).store(zero + tile.rows_before)
+        self.tiles.index(first + 3).store(zero + tile.row_tiles_before)
+        self.tiles.index(first + 4).store(zero + tile.m)
+        self.tiles.index(first + 5).store(zero + tile.n)
+        mbarrier.arrive(self.published.index(turn % self.SLOTS), count=1)
 
     @gluon.jit
-    def next_tile(self, turn):
-        """The number that was published after tile number ``turn``."""
-        slot = turn % self.SLOTS
-        mbarrier.wait(self.published.index(slot), (turn // self.SLOTS) & 1)
-        return gl.sum(self.numbers.index(slot).load(LINE), axis=0)
+    def published_tile(self, turn):
+        """This program's tile number ``turn``, once the producer has published it."""
+        mbarrier.wait(self.published.index(turn % self.SLOTS), (turn // self.SLOTS) & 1)
+        first = turn % self.SLOTS * FIELDS
+        return Tile(
+            expert=self.field(first),
+            rows=self.field(first + 1),
+            rows_before=self.field(first + 2),
+            row_tiles_before=self.field(first + 3),
+            m=self.field(first + 4),
+            n=self.field(first + 5),
+        )
+
+    @gluon.jit
+    def field(self, at):
+        return gl.sum(self.tiles.index(at).load(LINE), axis=0)
 
 
 @gluon.jit
@@ -145,14 +161,14 @@ def make_scheduler(
     E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr, SPREAD: gl.constexpr = False,
 ):  # fmt: skip
     """A `TileScheduler` with its shared memory."""
-    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], PLAIN)
+    tiles = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], PLAIN)
     published = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(published.index(slot), count=1)
     return TileScheduler(
         tokens_per_expert_ptr=tokens_per_expert_ptr,
         tile_counter_ptr=tile_counter_ptr,
-        numbers=numbers,
+        tiles=tiles,
         published=published,
         BLOCK_M=BLOCK_M,
         above=above,
@@ -169,8 +185,9 @@ def make_scheduler(
 def channel_slots(STAGES, K_BLOCKS):
     """Slots of the tile scheduler: none is written again before both consumers have read it.
 
-    At turn t the producer has filled block ``(t + 1) * K_BLOCKS - 1`` of all, so the block STAGES before it was
-    released and, by the other consumer where they take turns, the one before that: both are past the slot's last tile.
+    The producer publishes tile t when it has filled block ``t * K_BLOCKS - 1`` of all, so the block STAGES before it was
+    released and, by the other consumer where they take turns, the one before that: both are past the slot's last tile,
+    which they have read before they release its first block.
     """
     return max(4, -(-(STAGES + 2) // K_BLOCKS))
 

@@ -23,7 +23,7 @@ Barriers (arrivals)
     pipeline.empty (1)
         consumer of the block -> producer.
     scheduler.published (1)
-        producer -> consumers: the number of the next tile.
+        producer -> consumers: where the next tile is.
     acc_full (1)
         consumer 1 -> consumer 0: its half of the sum is in shared memory.
     acc_empty (1)
@@ -226,6 +226,7 @@ def gemm1_producer(p):
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     expert, tokens = p.scheduler.load_tokens_per_expert("")
     tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    p.scheduler.publish(0, tile)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -245,9 +246,9 @@ def gemm1_producer(p):
         scale_at = p.hidden_scale_ptr + row.to(gl.int64) * p.stride_scale_t
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.stride_scale_k, step, 0, K_BLOCKS)
         step += K_BLOCKS
-        number = p.scheduler.publish_tile(turn)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens)
         turn += 1
-        tile = p.scheduler.locate(number, expert, tokens)
+        p.scheduler.publish(turn, tile)
 
 
 @gluon.jit
@@ -258,10 +259,11 @@ def gemm2_producer(p):
     AHEAD: gl.constexpr = min(p.pipeline.STAGES, K_BLOCKS) // GROUP * GROUP
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
+    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -284,11 +286,11 @@ def gemm2_producer(p):
         scale_at = p.activated_scale_ptr + row.to(gl.int64)
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.max_rows, step, ready, K_BLOCKS)
         step += K_BLOCKS
-        number = p.scheduler.publish_tile(turn)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens)
         turn += 1
+        p.scheduler.publish(turn, tile)
         if not through:
             through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
-        tile = p.scheduler.locate(number, expert, tokens)
 
 
 @gluon.jit
@@ -381,8 +383,7 @@ def gemm1_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
 @gluon.jit
 def gemm1_consumer(p, WG: gl.constexpr):
     """Half of the blocks of each tile's sum; consumer 0 adds the other's to its own, and stores the activation."""
-    expert, tokens = p.scheduler.load_tokens_per_expert("")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    tile = p.scheduler.published_tile(0)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -392,8 +393,8 @@ def gemm1_consumer(p, WG: gl.constexpr):
         else:
             gemm1_tile(p, tile, rows, step, turn, FEW, WG)
         step += p.HIDDEN // 128
-        tile = p.scheduler.locate(p.scheduler.next_tile(turn), expert, tokens)
         turn += 1
+        tile = p.scheduler.published_tile(turn)
 
 
 @gluon.jit
@@ -423,8 +424,7 @@ def gemm2_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
 @gluon.jit
 def gemm2_consumer(p, WG: gl.constexpr):
     """Half of the blocks of each tile's sum; consumer 0 adds the other's to its own, and stores the result."""
-    expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    tile = p.scheduler.published_tile(0)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -434,8 +434,8 @@ def gemm2_consumer(p, WG: gl.constexpr):
         else:
             gemm2_tile(p, tile, rows, step, turn, FEW, WG)
         step += p.INTERMEDIATE // 128
-        tile = p.scheduler.locate(p.scheduler.next_tile(turn), expert, tokens)
         turn += 1
+        tile = p.scheduler.published_tile(turn)
 
 
 @gluon.jit

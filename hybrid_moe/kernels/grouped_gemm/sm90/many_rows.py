@@ -19,7 +19,7 @@ Barriers (arrivals)
     pipeline.empty (2)
         consumers -> producer: both have read the stage.
     scheduler.published (1)
-        producer -> consumers: the number of the next tile.
+        producer -> consumers: where the next tile is.
 
 Timeline (b: blocks of the sum; 0 to 3: the groups of 64 columns)
     producer    load b0 b1 ... | publish | load the next tile's b0 b1 ...
@@ -137,12 +137,24 @@ class Gemm2:
         return first, first + K_BLOCKS
 
 
+@gluon.constexpr_function
+def draw_at(K_BLOCKS):
+    """The block of a tile after which its producer draws the next one: late, as whoever is done first shall have it.
+
+    The number is there when the tile's last blocks are under way.
+    """
+    return max(0, K_BLOCKS - 3)
+
+
 @gluon.jit
 def gemm1_producer(p):
     """Load the blocks of all tiles of this program."""
+    K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     pipeline = p.pipeline
     expert, tokens = p.scheduler.load_tokens_per_expert("")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    number = gl.program_id(0)
+    tile = p.scheduler.locate(number, expert, tokens)
+    p.scheduler.publish(0, tile)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -158,7 +170,7 @@ def gemm1_producer(p):
         x_mask = x_real[:, None] & (column[None, :] >= 0)
         weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * PART_N
         scale_at = p.hidden_scale_ptr + row.to(gl.int64) * p.stride_scale_t
-        for block in range(p.HIDDEN // 128):
+        for block in range(K_BLOCKS):
             stage = step % pipeline.STAGES
             pipeline.producer_acquire(step, BLOCK_N * 128)
             bar = pipeline.full.index(stage)
@@ -169,23 +181,28 @@ def gemm1_producer(p):
             pipeline.producer_commit(step)
             scale_at += p.stride_scale_k
             step += 1
-        number = p.scheduler.publish_tile(turn)
-        turn += 1
+            if block == draw_at(K_BLOCKS):
+                number = p.scheduler.draw_tile()
         # Kept in registers, the vectors would spill.
         expert, tokens = p.scheduler.load_tokens_per_expert("")
         tile = p.scheduler.locate(number, expert, tokens)
+        turn += 1
+        p.scheduler.publish(turn, tile)
 
 
 @gluon.jit
 def gemm2_producer(p):
     """Load the blocks of all tiles of this program, each expert's once GEMM1 has finished it."""
+    K_BLOCKS: gl.constexpr = p.INTERMEDIATE // 128
     pipeline = p.pipeline
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
+    number = gl.program_id(0)
+    tile = p.scheduler.locate(number, expert, tokens)
+    p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -197,7 +214,7 @@ def gemm2_producer(p):
             await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)
             let_async_copies_see(p.PDL)
         scale_at = p.activated_scale_ptr + row.to(gl.int64)
-        for block in range(p.INTERMEDIATE // 128):
+        for block in range(K_BLOCKS):
             stage = step % pipeline.STAGES
             pipeline.producer_acquire(step, (BLOCK_M + BLOCK_N) * 128)
             bar = pipeline.full.index(stage)
@@ -209,9 +226,11 @@ def gemm2_producer(p):
             pipeline.producer_commit(step)
             scale_at += p.max_rows
             step += 1
-        number = p.scheduler.publish_tile(turn)
-        turn += 1
+            if block == draw_at(K_BLOCKS):
+                number = p.scheduler.draw_tile()
         tile = p.scheduler.locate(number, expert, tokens)
+        turn += 1
+        p.scheduler.publish(turn, tile)
 
 
 @gluon.jit
@@ -277,68 +296,70 @@ def leave_out(pipeline, step, K_BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def await_tile(p, turn):
+    """This program's tile number ``turn``, where its scales are and those of its first block."""
+    tile = p.scheduler.published_tile(turn)
+    left_at, right_at = p.scales_at(tile)
+    return tile, left_at, right_at, gl.load(left_at), gl.load(right_at)
+
+
+@gluon.jit
 def gemm1_consumer(p, WG: gl.constexpr):
     """GEMM1's upper (WG 0) or lower 64 rows of each tile, with their SwiGLU and quantisation."""
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
-    expert, tokens = p.scheduler.load_tokens_per_expert("")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
     step = 0
     turn = 0
     use_acc = p.max_rows < 0
-    up_at, gate_at = p.scales_at(tile)
-    up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
+    tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
     while tile.expert < p.E:
         first_slot = tile.m * BLOCK_M + WG * CHUNK
         rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * PART_N
+        expert = tile.expert
+        turn += 1
         if rows > 0:
             up0, up1, gate0, gate1, step = multiply(
                 p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, WG
             )
+            # While this tile is stored, the next one's scales are under way.
+            tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
             left, right = swiglu_of(gate0, up0), swiglu_of(gate1, up1)
             amax = larger(amax_of(left), amax_of(right))
             scale = store_quantized(p, left, amax, first_row, rows, column)
             store_quantized(p, right, amax, first_row, rows, column + GROUP_N)
             slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ACC))
-            gl.store(p.out_scale_ptr + tile.n.to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
+            # Columns are those of the 128 block.
+            gl.store(p.out_scale_ptr + (column // PART_N).to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
         else:
             step = leave_out(p.pipeline, step, K_BLOCKS)
-        signal(p.finished_ptr, tile.expert, p.E)
-        number = p.scheduler.next_tile(turn)
-        expert, tokens = p.scheduler.load_tokens_per_expert("")
-        tile = p.scheduler.locate(number, expert, tokens)
-        up_at, gate_at = p.scales_at(tile)
-        up_scale, gate_scale = gl.load(up_at), gl.load(gate_at)
-        turn += 1
+            tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
+        signal(p.finished_ptr, expert, p.E)
 
 
 @gluon.jit
 def gemm2_consumer(p, WG: gl.constexpr):
     """GEMM2's upper (WG 0) or lower 64 rows of each tile."""
     K_BLOCKS: gl.constexpr = p.INTERMEDIATE // 128
-    expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
     step = 0
     turn = 0
     use_acc = p.max_rows < 0
-    left_at, right_at = p.scales_at(tile)
-    left, right = gl.load(left_at), gl.load(right_at)
+    tile, left_at, right_at, left, right = await_tile(p, turn)
     while tile.expert < p.E:
         first_slot = tile.m * BLOCK_M + WG * CHUNK
         rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * BLOCK_N
+        turn += 1
         if rows > 0:
             sum0, sum1, sum2, sum3, step = multiply(
                 p.pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS, WG
             )
+            # While this tile is stored, the next one's scales are under way.
+            tile, left_at, right_at, left, right = await_tile(p, turn)
             store_rows(p, sum0, first_row, rows, column)
             store_rows(p, sum1, first_row, rows, column + GROUP_N)
             store_rows(p, sum2, first_row, rows, column + 2 * GROUP_N)
             store_rows(p, sum3, first_row, rows, column + 3 * GROUP_N)
         else:
             step = leave_out(p.pipeline, step, K_BLOCKS)
-        tile = p.scheduler.locate(p.scheduler.next_tile(turn), expert, tokens)
-        left_at, right_at = p.scales_at(tile)
-        left, right = gl.load(left_at), gl.load(right_at)
-        turn += 1
+            tile, left_at, right_at, left, right = await_tile(p, turn)
 
 
 @gluon.jit

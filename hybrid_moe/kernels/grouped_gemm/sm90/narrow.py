@@ -363,7 +363,7 @@ def hopper_narrow_gemm2_kernel(
     scheduler = TileScheduler(
         tokens_per_expert_ptr=tokens_per_expert_ptr,
         tile_counter_ptr=tile_counter_ptr + first_column // COLUMNS,
-        numbers=numbers,
+        tiles=numbers,
         published=told,
         BLOCK_M=BLOCK_M,
         TILES_N=COLUMNS // UNIT_N,

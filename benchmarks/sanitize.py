@@ -212,7 +212,7 @@ HANDED_OVER = (
     ("shared.store(", "shared.load("),
     ("sums.store(", "sums.load("),
     ("self.values.index(mine", "self.values.index(others"),
-    ("self.tiles.index(", "self.tiles.index("),
+    ("self.tiles.index(", "shared.load(LINE)"),
     ("load_rows(pipeline.x_scale", "scale.slice("),
     ("def ", "def "),
     ("gl.warp_specialize(", "def "),

@@ -63,23 +63,31 @@ MUTATIONS = [
         "gl.num_programs(0) - 1 + gl.atomic_add",
         "a tile is computed twice and the last left out",
     ),
+    common("first = turn % self.SLOTS * FIELDS\n        zero", "first = 0 * turn\n        zero", "one slot for all"),
     common(
-        "slot = turn % self.SLOTS\n        self.numbers", "slot = 0 * turn\n        self.numbers", "one slot for all"
-    ),
-    common(
-        "(turn // self.SLOTS) & 1)\n        return gl.sum",
-        "turn & 1)\n        return gl.sum",
+        "(turn // self.SLOTS) & 1)\n        first",
+        "turn & 1)\n        first",
         "the scheduler's phase flips each turn",
     ),
     common(
-        "        mbarrier.wait(self.published.index(slot), (turn // self.SLOTS) & 1)\n",
+        "        mbarrier.wait(self.published.index(turn % self.SLOTS), (turn // self.SLOTS) & 1)\n",
         "",
-        "the next tile's number is read before it is there",
+        "the next tile is read before it is there",
+    ),
+    common(
+        "m=_number(self.tiles.index(first + 4))",
+        "m=_number(self.tiles.index(first + 5))",
+        "the column tile for the row tile",
+    ),
+    common(
+        "rows=_number(self.tiles.index(first + 1))",
+        "rows=_number(self.tiles.index(first + 2))",
+        "the rows before an expert for its rows",
     ),
     common(
         "return max(4, -(-(STAGES + 2) // K_BLOCKS))",
         "return 1",
-        "one slot for the next tile's number: written again before it is read",
+        "one slot for the next tile: written again before it is read",
     ),
     # The pipeline
     common(
@@ -210,7 +218,7 @@ MUTATIONS = [
         TWICE,
     ),
     few("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
-    few('load_tokens_per_expert(".cg")\n    through', 'load_tokens_per_expert("")\n    through', "old counts in GEMM2"),
+    few('load_tokens_per_expert(".cg")\n    tile', 'load_tokens_per_expert("")\n    tile', "old counts in GEMM2"),
     few("slot_token_ptr=slot_token_ptr", "slot_token_ptr=tokens_per_expert_ptr", "tokens' numbers from elsewhere"),
     few("UP=INTERMEDIATE if GATE_FIRST else 0", "UP=0", "up is gate where gate comes first"),
     few(
@@ -263,7 +271,9 @@ MUTATIONS = [
     many("return first, first + K_BLOCKS", "return first, first", "both halves of GEMM2 have the left one's scales"),
     many("p.first_column + tile.n * BLOCK_N", "tile.n * BLOCK_N", "GEMM2's weights of the first chunk", CHUNKS),
     many("sum1, first_row, rows, column + GROUP_N", "sum2, first_row, rows, column + GROUP_N", "a group for another"),
-    many("right, amax, first_row, rows, column + GROUP_N", "right, amax, first_row, rows, column", "right at the left"),
+    many("rows, block * PART_N + GROUP_N", "rows, block * PART_N", "right at the left"),
+    many("max(0, K_BLOCKS - 3)", "K_BLOCKS", "no tile is drawn"),
+    many("signal(p.finished_ptr, expert, p.E)", "signal(p.finished_ptr, tile.expert, p.E)", "the next tile's expert"),
     many("scale, mask=slot < rows)", "scale, mask=slot < 0)", "the activation's scales are not stored"),
     many("slice(WG * CHUNK, CHUNK, dim=0)", "slice(0, CHUNK, dim=0)", "the upper rows again for the lower"),
     many("slice(WG * CHUNK, CHUNK).load", "slice(0, CHUNK).load", "the upper rows' scales for the lower"),
@@ -282,15 +292,15 @@ MUTATIONS = [
         "a product is promoted while it runs",
     ),
     many(
-        "use_acc = p.max_rows < 0\n    up_at",
-        "use_acc = p.max_rows > 0\n    up_at",
+        "use_acc = p.max_rows < 0\n    tile, up_at",
+        "use_acc = p.max_rows > 0\n    tile, up_at",
         "a product has one before in it",
     ),
     many("step + 1, block + 1 < K_BLOCKS)", "step + 1, True)", "the next tile's first block is waited for"),
     many("step + 1, block + 1 < K_BLOCKS)", "step, block + 1 < K_BLOCKS)", "the next block is not waited for"),
     many(
-        "            step = leave_out(p.pipeline, step, K_BLOCKS)\n        signal",
-        "            step += K_BLOCKS\n        signal",
+        "            step = leave_out(p.pipeline, step, K_BLOCKS)\n            tile, up_at",
+        "            step += K_BLOCKS\n            tile, up_at",
         "a consumer without rows keeps the stages",
     ),
     many(
@@ -314,8 +324,8 @@ MUTATIONS = [
     ),
     many("if rows > 0:\n            up0", "if rows > 1:\n            up0", "a 65th row is left out in GEMM1"),
     many(
-        "= tile.rows - first_slot, tile.rows_before + first_slot, tile.n * PART_N",
-        "= tile.rows, tile.rows_before + first_slot, tile.n * PART_N",
+        "= tile.rows - first_slot, tile.rows_before + first_slot, tile.n, tile.expert",
+        "= tile.rows, tile.rows_before + first_slot, tile.n, tile.expert",
         "rows behind the tile's are stored",
     ),
     many("(BLOCK_M + BLOCK_N) * 128", "BLOCK_N * 128", "the rows' bytes are not waited for"),
@@ -343,7 +353,7 @@ MUTATIONS = [
         "result by 32 bits",
         WIDE,
     ),
-    many("tile.n.to(gl.int64) * p.max_rows", "tile.n * p.max_rows", "activation's scales by 32 bits", WIDE),
+    many("block.to(gl.int64) * p.max_rows", "block * p.max_rows", "activation's scales by 32 bits", WIDE),
     many(
         "    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.\n"
         "    wait_for_previous_kernel(PDL)\n",
@@ -352,9 +362,7 @@ MUTATIONS = [
         TWICE,
     ),
     many("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
-    many(
-        'load_tokens_per_expert(".cg")\n    through', 'load_tokens_per_expert("")\n    through', "old counts in GEMM2"
-    ),
+    many('load_tokens_per_expert(".cg")\n    number', 'load_tokens_per_expert("")\n    number', "old counts in GEMM2"),
     # What GEMM2 waits for
     completion(
         "    tl.debug_barrier()\n    tl.atomic_add(finished_ptr + expert",

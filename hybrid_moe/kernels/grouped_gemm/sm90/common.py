@@ -133,21 +133,22 @@ class TileScheduler:
 
     @gluon.jit
     def published_tile(self, turn):
-        """This program's tile number ``turn``, once the producer has published it."""
+        """Tile number ``turn`` of this program, once the producer has published it."""
         mbarrier.wait(self.published.index(turn % self.SLOTS), (turn // self.SLOTS) & 1)
         first = turn % self.SLOTS * FIELDS
         return Tile(
-            expert=self.field(first),
-            rows=self.field(first + 1),
-            rows_before=self.field(first + 2),
-            row_tiles_before=self.field(first + 3),
-            m=self.field(first + 4),
-            n=self.field(first + 5),
+            expert=_number(self.tiles.index(first)),
+            rows=_number(self.tiles.index(first + 1)),
+            rows_before=_number(self.tiles.index(first + 2)),
+            row_tiles_before=_number(self.tiles.index(first + 3)),
+            m=_number(self.tiles.index(first + 4)),
+            n=_number(self.tiles.index(first + 5)),
         )
 
-    @gluon.jit
-    def field(self, at):
-        return gl.sum(self.tiles.index(at).load(LINE), axis=0)
+
+@gluon.jit
+def _number(shared):
+    return gl.sum(shared.load(LINE), axis=0)
 
 
 @gluon.jit
@@ -185,9 +186,9 @@ def make_scheduler(
 def channel_slots(STAGES, K_BLOCKS):
     """Slots of the tile scheduler: none is written again before both consumers have read it.
 
-    The producer publishes tile t when it has filled block ``t * K_BLOCKS - 1`` of all, so the block STAGES before it was
-    released and, by the other consumer where they take turns, the one before that: both are past the slot's last tile,
-    which they have read before they release its first block.
+    The producer publishes tile t when it has filled block ``t * K_BLOCKS - 1`` of all, so the block STAGES before it
+    was released and, by the other consumer where they take turns, the one before that. Both are past the first block of
+    the slot's last tile by then, and they read where a tile is before they release its first block.
     """
     return max(4, -(-(STAGES + 2) // K_BLOCKS))
 

@@ -22,7 +22,7 @@ Barriers (arrivals)
         producer -> consumers: where the next tile is.
 
 Timeline (b: blocks of the sum; 0 to 3: the groups of 64 columns)
-    producer    load b0 b1 ... | publish | load the next tile's b0 b1 ...
+    producer    load b0 b1 ... draw ... | find and publish | load the next tile's b0 b1 ...
     consumers   rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | ...
 """
 
@@ -297,7 +297,7 @@ def leave_out(pipeline, step, K_BLOCKS: gl.constexpr):
 
 @gluon.jit
 def await_tile(p, turn):
-    """This program's tile number ``turn``, where its scales are and those of its first block."""
+    """Tile number ``turn`` of this program, where its scales are, and those of its first block."""
     tile = p.scheduler.published_tile(turn)
     left_at, right_at = p.scales_at(tile)
     return tile, left_at, right_at, gl.load(left_at), gl.load(right_at)
@@ -313,8 +313,7 @@ def gemm1_consumer(p, WG: gl.constexpr):
     tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
     while tile.expert < p.E:
         first_slot = tile.m * BLOCK_M + WG * CHUNK
-        rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * PART_N
-        expert = tile.expert
+        rows, first_row, block, expert = tile.rows - first_slot, tile.rows_before + first_slot, tile.n, tile.expert
         turn += 1
         if rows > 0:
             up0, up1, gate0, gate1, step = multiply(
@@ -324,11 +323,10 @@ def gemm1_consumer(p, WG: gl.constexpr):
             tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
             left, right = swiglu_of(gate0, up0), swiglu_of(gate1, up1)
             amax = larger(amax_of(left), amax_of(right))
-            scale = store_quantized(p, left, amax, first_row, rows, column)
-            store_quantized(p, right, amax, first_row, rows, column + GROUP_N)
+            scale = store_quantized(p, left, amax, first_row, rows, block * PART_N)
+            store_quantized(p, right, amax, first_row, rows, block * PART_N + GROUP_N)
             slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ACC))
-            # Columns are those of the 128 block.
-            gl.store(p.out_scale_ptr + (column // PART_N).to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
+            gl.store(p.out_scale_ptr + block.to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
         else:
             step = leave_out(p.pipeline, step, K_BLOCKS)
             tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)

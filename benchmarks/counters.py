@@ -33,7 +33,7 @@ METRICS: Mapping[str, tuple[str, float, int]] = {
     "SM clock, GHz": ("sm__cycles_elapsed.avg.per_second", 1e9, 2),
     "tensor cores, %": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed", 1, 1),
     "L2, %": ("lts__throughput.avg.pct_of_peak_sustained_elapsed", 1, 1),
-    "L2 read by SMs, MB": ("lts__t_bytes_srcunit_tex_op_read.sum", 1e6, 1),
+    "L2 read by SMs, MB": ("lts__t_sectors_srcunit_tex_op_read.sum", 1e6 / 32, 1),
     "DRAM, %": ("dram__throughput.avg.pct_of_peak_sustained_elapsed", 1, 1),
     "DRAM, MB": ("dram__bytes.sum", 1e6, 1),
     "warps, %": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1, 1),
@@ -69,7 +69,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:
-        write_whole(options.output, text)
+        write_whole(options.output, text.encode())
 
 
 def run_profiled(options: argparse.Namespace) -> None:

@@ -85,10 +85,20 @@ def test_narrow_experts(name, intermediate):
         call.run(seed=len(name), stages=stages)
 
 
+@pytest.mark.parametrize("rows", [[0, 150, 0, 0], [64, 0, 65, 1], [0, 0, 0, 257], [0, 0, 0, 0]], ids=str)
+def test_tiles_of_half_the_rows(rows):
+    """With as many programs, tiles of 64 rows are one for each at most."""
+    problem = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=256)
+    for seed in range(2):
+        Call(problem, given_rows(problem, rows, max(*rows, 7)), Given(MANY, MANY), num_sms=20).run(seed, stages=2)
+
+
 @pytest.mark.parametrize("second", [FEW, NARROW])
-@pytest.mark.parametrize("rows", [[40, 3, 0, 20], [16, 17, 0, 33], [0, 70, 0, 0], [1, 0, 16, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize(
+    "rows", [[120, 3, 0, 80], [96, 17, 96, 0], [96, 17, 95, 0], [0, 200, 0, 0], [0, 70, 0, 0], [0, 0, 0, 0]], ids=str
+)
 def test_experts_by_their_rows(rows, second):
-    """Those that more than half of the tokens choose take the kernels for many, in launches of their own."""
+    """Those that more than half of the tokens choose, if they have rows enough, take the kernels for many."""
     call = Call(SMALL, given_rows(SMALL, rows, max(*rows, 7)), Given(FEW, second, many_above=0.5))
     kernels = FEW_KERNELS if second is FEW else NARROW_KERNELS
     assert call.kernels[2:] == [*MANY_KERNELS, *kernels, "combine_kernel"]

@@ -8,6 +8,7 @@ MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
 NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
 SPREAD = ("tests/test_emulated_kernels.py::test_light_experts_among_others",)
 ONE_TOKEN = ("tests/test_emulated_kernels.py::test_one_token_by_a_stream_of_weights",)
+HALVES = ("tests/test_emulated_kernels.py::test_tiles_of_half_the_rows",)
 BY_ROWS = ("tests/test_emulated_kernels.py::test_experts_by_their_rows",)
 LATE = ("tests/test_emulated_kernels.py::test_whatever_comes_late_is_waited_for", *ANY)
 CHUNKS = ("tests/test_emulated_kernels.py::test_chunks_of_columns", *ANY)
@@ -44,13 +45,13 @@ MUTATIONS = [
     common("at = gl.sum((ends <= number)", "at = gl.sum((ends < number)", "an expert's first tile is the one's before"),
     common("gl.where(expert < at, tokens, 0)", "gl.where(expert <= at, tokens, 0)", "rows start behind their expert's"),
     common(
-        "m=inside % height,\n            n=inside // height",
-        "m=inside // height,\n            n=inside % height",
-        "row and column tile swapped",
+        "n=inside // above_another",
+        "n=inside % above_another",
+        "the row tile for the column tile",
     ),
     common(
-        "row_tiles = (self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M",
-        "row_tiles = self.own(tokens) // self.BLOCK_M",
+        "tiles = (rows + (self.BLOCK_M - 1)) // self.BLOCK_M",
+        "tiles = rows // self.BLOCK_M",
         "an expert's last rows have no tile",
     ),
     common(
@@ -75,14 +76,36 @@ MUTATIONS = [
         "the next tile is read before it is there",
     ),
     common(
-        "m=_number(self.tiles.index(first + 4))",
-        "m=_number(self.tiles.index(first + 5))",
-        "the column tile for the row tile",
+        "n=_number(self.tiles.index(first + 6))",
+        "n=_number(self.tiles.index(first + 5))",
+        "the row tile for the column tile",
     ),
     common(
-        "rows=_number(self.tiles.index(first + 1))",
-        "rows=_number(self.tiles.index(first + 2))",
-        "the rows before an expert for its rows",
+        "            rows=_number(self.tiles.index(first + 3))",
+        "            rows=_number(self.tiles.index(first + 1))",
+        "an expert's rows for the tile's",
+    ),
+    common("(HALF - 1)) // HALF", "(HALF - 1)) // self.BLOCK_M", "tiles of half the rows are half as many", HALVES),
+    common("gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)", "self.BLOCK_M", "halves begin at whole tiles", HALVES),
+    common(
+        "minimum(expert_rows - slot, rows)",
+        "minimum(expert_rows - slot, self.BLOCK_M)",
+        "a tile of half the rows has all",
+        HALVES,
+    ),
+    common(
+        "tokens, 0), axis=0) >= BUSY_ROWS",
+        "tokens, 0), axis=0) > BUSY_ROWS",
+        "rows that are just enough",
+        BY_ROWS,
+        equivalent="The other kernels compute the same.",
+    ),
+    common(
+        "(is_busy & enough) == (self.busy != 0)",
+        "is_busy == (self.busy != 0)",
+        "few busy rows are taken",
+        BY_ROWS,
+        equivalent="As above: the kernels for many rows compute the same.",
     ),
     common(
         "return max(4, -(-(STAGES + 2) // K_BLOCKS))",
@@ -156,10 +179,10 @@ MUTATIONS = [
         "GEMM1's half of the next sum over the one that is stored",
     ),
     few(
-        "        store_activation(p, sums, tile, first_row, row_tile, rows, ROWS)\n"
+        "        store_activation(p, sums, tile, ROWS)\n"
         "        mbarrier.arrive(accumulator.acc_empty.index(0), count=1)\n",
         "        mbarrier.arrive(accumulator.acc_empty.index(0), count=1)\n"
-        "        store_activation(p, sums, tile, first_row, row_tile, rows, ROWS)\n",
+        "        store_activation(p, sums, tile, ROWS)\n",
         "the sum is given back before it is read",
     ),
     few("+ block) == 3:", "+ block) == 2:", "a block is quantised by the third of its four tiles"),
@@ -182,7 +205,7 @@ MUTATIONS = [
         LATE,
     ),
     few(
-        "            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)\n",
+        "            await_expert(p.finished_ptr, tile.expert, tile.expert_rows, p.FIRST_M, p.SIGNALS)\n",
         "",
         "GEMM2 doesn't wait for its expert",
     ),
@@ -201,14 +224,24 @@ MUTATIONS = [
     few("x_row.to(gl.int64) * p.INTERMEDIATE", "x_row * p.INTERMEDIATE", "GEMM2's rows by 32 bits", WIDE),
     few("row.to(gl.int64) * p.stride_scale_t", "row * p.stride_scale_t", "scales by 32 bits", WIDE),
     few("tile.expert.to(gl.int64) * p.num_tokens", "tile.expert * p.num_tokens", "tokens' numbers by 32 bits", WIDE),
-    few("(first_row + slot).to(gl.int64) * p.COLUMNS", "(first_row + slot) * p.COLUMNS", "result by 32 bits", WIDE),
     few(
-        "row_at = p.unquantized_ptr + (first_row + slot).to(gl.int64) * p.INTERMEDIATE",
-        "row_at = p.unquantized_ptr + (first_row + slot) * p.INTERMEDIATE",
+        "(tile.first_row + slot).to(gl.int64) * p.COLUMNS",
+        "(tile.first_row + slot) * p.COLUMNS",
+        "result by 32 bits",
+        WIDE,
+    ),
+    few(
+        "row_at = p.unquantized_ptr + (tile.first_row + slot).to(gl.int64) * p.INTERMEDIATE",
+        "row_at = p.unquantized_ptr + (tile.first_row + slot) * p.INTERMEDIATE",
         "activation by 32 bits",
         WIDE,
     ),
-    few("row = (first_row + whole_slot).to(gl.int64)", "row = first_row + whole_slot", "whole rows by 32 bits", WIDE),
+    few(
+        "row = (tile.first_row + whole_slot).to(gl.int64)",
+        "row = tile.first_row + whole_slot",
+        "whole rows by 32 bits",
+        WIDE,
+    ),
     few("block.to(gl.int64) * p.max_rows", "block * p.max_rows", "activation's scales by 32 bits", WIDE),
     few(
         "    # GEMM1 has to end before this kernel does: the next one may clear the counters of both.\n"
@@ -244,7 +277,6 @@ MUTATIONS = [
     ),
     common("gl.where(past_all, number,", "gl.where(number < 0, number,", "what is past all is a tile again", SPREAD),
     common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
-    common("tokens <= self.most", "tokens < self.most", "nobody has an expert with as many rows as the bound", BY_ROWS),
     common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
     few(
         'counter("gemm1_tile_counter"),',
@@ -310,7 +342,7 @@ MUTATIONS = [
     ),
     many("            let_async_copies_see(p.PDL)\n", "", "TMA may read the activation as it was before", LATE),
     many(
-        "            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)\n",
+        "            await_expert(p.finished_ptr, tile.expert, tile.expert_rows, p.FIRST_M, p.SIGNALS)\n",
         "",
         "GEMM2 doesn't wait for its expert",
     ),
@@ -324,14 +356,12 @@ MUTATIONS = [
     ),
     many("if rows > 0:\n            up0", "if rows > 1:\n            up0", "a 65th row is left out in GEMM1"),
     many(
-        "= tile.rows - first_slot, tile.rows_before + first_slot, tile.n, tile.expert",
-        "= tile.rows, tile.rows_before + first_slot, tile.n, tile.expert",
+        "= tile.rows - WG * CHUNK, tile.first_row + WG * CHUNK, tile.n, tile.expert",
+        "= tile.rows, tile.first_row + WG * CHUNK, tile.n, tile.expert",
         "rows behind the tile's are stored",
     ),
     many("(BLOCK_M + BLOCK_N) * 128", "BLOCK_N * 128", "the rows' bytes are not waited for"),
-    many(
-        "return Signals(BLOCK_M.value, 2 *", "return Signals(BLOCK_M.value, 1 *", "half of the signals are enough", LATE
-    ),
+    many("return Signals(CHUNK.value,", "return Signals(BLOCK_M.value,", "half of the signals are enough", LATE),
     many(
         "tile_counter_ptr + first_column // COLUMNS",
         "tile_counter_ptr",
@@ -362,7 +392,7 @@ MUTATIONS = [
         TWICE,
     ),
     many("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
-    many('load_tokens_per_expert(".cg")\n    number', 'load_tokens_per_expert("")\n    number', "old counts in GEMM2"),
+    many('load_tokens_per_expert(".cg")\n    halved', 'load_tokens_per_expert("")\n    halved', "old counts in GEMM2"),
     # What GEMM2 waits for
     completion(
         "    tl.debug_barrier()\n    tl.atomic_add(finished_ptr + expert",

@@ -91,8 +91,9 @@ class TilePlan:
         What GEMM1 and GEMM2 are instead, if anything. The tiles are then for what those kernels can't read, as inputs
         that don't start at multiples of 16 bytes.
     many_above
-        Experts that more than this share of the tokens have chosen take `Specialized.MANY` all the same, in a pair of
-        launches before the others', which has nothing to do if routing is even. None: there is no such pair.
+        Experts that more than this share of the tokens have chosen take `Specialized.MANY` all the same if they have
+        rows enough together, in a pair of launches before the others', which has nothing to do if routing is even.
+        None: there is no such pair.
     """
 
     gemm1: Tile
@@ -105,8 +106,8 @@ class TilePlan:
         if self.many_above is None:
             return ((ALL, *self.specialized),)
         rows = int(num_tokens * self.many_above)
-        many = Share(above=rows, suffix="_many"), Specialized.MANY, Specialized.MANY
-        return many, (Share(most=rows), *self.specialized)
+        many = Share(rows, busy=True, suffix="_many"), Specialized.MANY, Specialized.MANY
+        return many, (Share(rows), *self.specialized)
 
 
 _16_X4_PAIRS, _16_X3_PAIRS = MBucket(16, num_stages=4, k_unroll=2), MBucket(16, num_stages=3, k_unroll=2)

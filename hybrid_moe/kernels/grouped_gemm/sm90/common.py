@@ -25,7 +25,9 @@ COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # 16 byt
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-FIELDS = gl.constexpr(6)  # of a `Tile`
+FIELDS = gl.constexpr(7)  # of a `Tile`
+# Rows of all busy experts together from which on they are worth a pair of launches of their own.
+BUSY_ROWS = gl.constexpr(192)
 
 
 @aggregate
@@ -33,10 +35,11 @@ class Tile:
     """Where a tile is. An expert of E or more says that there is no such tile."""
 
     expert: gl.tensor
-    rows: gl.tensor  # of the expert
-    rows_before: gl.tensor  # of all experts before it
-    row_tiles_before: gl.tensor
-    m: gl.tensor  # row tile of the expert
+    expert_rows: gl.tensor
+    slot: gl.tensor  # its first row among the expert's
+    rows: gl.tensor
+    first_row: gl.tensor  # among those of all experts
+    row_tile: gl.tensor  # number among those of all experts
     n: gl.tensor  # column tile
 
 
@@ -53,9 +56,10 @@ class TileScheduler:
     tiles: gl.shared_memory_descriptor  # [SLOTS * FIELDS, 1] int32: what `Tile` has
     published: gl.shared_memory_descriptor  # [SLOTS, 1] barriers, 1 arrival
     BLOCK_M: gl.constexpr
-    above: gl.tensor  # as `Share` has them
-    most: gl.tensor
+    bound: gl.tensor  # as `Share` has them
+    busy: gl.tensor
     TILES_N: gl.constexpr
+    HALVES: gl.constexpr
     SPREAD: gl.constexpr
     E: gl.constexpr
     E_POW2: gl.constexpr
@@ -74,16 +78,37 @@ class TileScheduler:
     @gluon.jit
     def own(self, tokens):
         """Of these numbers those of the launch's experts, zeros for the others."""
-        return gl.where((tokens > self.above) & (tokens <= self.most), tokens, 0)
+        is_busy = tokens > self.bound
+        enough = gl.sum(gl.where(is_busy, tokens, 0), axis=0) >= BUSY_ROWS
+        return gl.where((is_busy & enough) == (self.busy != 0), tokens, 0)
 
     @gluon.jit
-    def locate(self, number, expert, tokens):
+    def halved(self, tokens):
+        """Whether a tile has half of BLOCK_M rows: with HALVES, where programs would be left over even then."""
+        if self.HALVES:
+            tiles = gl.sum((self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M, axis=0) * self.TILES_N
+            return 2 * tiles <= gl.num_programs(0)
+        else:
+            return False
+
+    @gluon.jit
+    def row_tiles(self, rows, halved):
+        """How many tiles so many rows of an expert have."""
+        tiles = (rows + (self.BLOCK_M - 1)) // self.BLOCK_M
+        if self.HALVES:
+            HALF: gl.constexpr = self.BLOCK_M // 2
+            return gl.where(halved, (rows + (HALF - 1)) // HALF, tiles)
+        else:
+            return tiles
+
+    @gluon.jit
+    def locate(self, number, expert, tokens, halved):
         """The tile of a number. The tiles of an expert follow one another, its row tiles fastest.
 
         SPREAD: those of experts with one row tile, which memory binds, and those of experts with several, which
         arithmetic binds, follow either order of their own, spread evenly among one another.
         """
-        row_tiles = (self.own(tokens) + (self.BLOCK_M - 1)) // self.BLOCK_M
+        row_tiles = self.row_tiles(self.own(tokens), halved)
         if self.SPREAD:
             light = gl.sum((row_tiles == 1).to(gl.int32), axis=0)
             heavy = gl.sum(row_tiles, axis=0) - light
@@ -98,19 +123,23 @@ class TileScheduler:
             number = gl.where(past_all, number, gl.where(is_fewer, fewer_before, number - fewer_before))
         ends = gl.associative_scan(row_tiles, 0, _add) * self.TILES_N
         at = gl.sum((ends <= number).to(gl.int32), axis=0)
-        rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
+        expert_rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
         rows_before = gl.sum(gl.where(expert < at, tokens, 0), axis=0)
         row_tiles_before = gl.sum(gl.where(expert < at, row_tiles, 0), axis=0)
         inside = number - row_tiles_before * self.TILES_N
-        height = gl.maximum((rows + (self.BLOCK_M - 1)) // self.BLOCK_M, 1)
         inside = gl.where(at < self.E, inside, 0)
+        above_another = gl.maximum(self.row_tiles(expert_rows, halved), 1)
+        m = inside % above_another
+        rows = gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)
+        slot = m * rows
         return Tile(
             expert=at,
-            rows=rows,
-            rows_before=rows_before,
-            row_tiles_before=row_tiles_before,
-            m=inside % height,
-            n=inside // height,
+            expert_rows=expert_rows,
+            slot=slot,
+            rows=gl.minimum(expert_rows - slot, rows),
+            first_row=rows_before + slot,
+            row_tile=row_tiles_before + m,
+            n=inside // above_another,
         )
 
     @gluon.jit
@@ -124,11 +153,12 @@ class TileScheduler:
         first = turn % self.SLOTS * FIELDS
         zero = gl.full([1], 0, gl.int32, layout=LINE)
         self.tiles.index(first).store(zero + tile.expert)
-        self.tiles.index(first + 1).store(zero + tile.rows)
-        self.tiles.index(first + 2).store(zero + tile.rows_before)
-        self.tiles.index(first + 3).store(zero + tile.row_tiles_before)
-        self.tiles.index(first + 4).store(zero + tile.m)
-        self.tiles.index(first + 5).store(zero + tile.n)
+        self.tiles.index(first + 1).store(zero + tile.expert_rows)
+        self.tiles.index(first + 2).store(zero + tile.slot)
+        self.tiles.index(first + 3).store(zero + tile.rows)
+        self.tiles.index(first + 4).store(zero + tile.first_row)
+        self.tiles.index(first + 5).store(zero + tile.row_tile)
+        self.tiles.index(first + 6).store(zero + tile.n)
         mbarrier.arrive(self.published.index(turn % self.SLOTS), count=1)
 
     @gluon.jit
@@ -138,11 +168,12 @@ class TileScheduler:
         first = turn % self.SLOTS * FIELDS
         return Tile(
             expert=_number(self.tiles.index(first)),
-            rows=_number(self.tiles.index(first + 1)),
-            rows_before=_number(self.tiles.index(first + 2)),
-            row_tiles_before=_number(self.tiles.index(first + 3)),
-            m=_number(self.tiles.index(first + 4)),
-            n=_number(self.tiles.index(first + 5)),
+            expert_rows=_number(self.tiles.index(first + 1)),
+            slot=_number(self.tiles.index(first + 2)),
+            rows=_number(self.tiles.index(first + 3)),
+            first_row=_number(self.tiles.index(first + 4)),
+            row_tile=_number(self.tiles.index(first + 5)),
+            n=_number(self.tiles.index(first + 6)),
         )
 
 
@@ -158,8 +189,9 @@ def _add(a, b):
 
 @gluon.jit
 def make_scheduler(
-    tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr,
+    tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr,
     E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr, SPREAD: gl.constexpr = False,
+    HALVES: gl.constexpr = False,
 ):  # fmt: skip
     """A `TileScheduler` with its shared memory."""
     tiles = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], PLAIN)
@@ -172,9 +204,10 @@ def make_scheduler(
         tiles=tiles,
         published=published,
         BLOCK_M=BLOCK_M,
-        above=above,
-        most=most,
+        bound=bound,
+        busy=busy,
         TILES_N=TILES_N,
+        HALVES=HALVES,
         SPREAD=SPREAD,
         E=E,
         E_POW2=E_POW2,
@@ -244,7 +277,9 @@ def make_pipeline(
 
 
 class Share(NamedTuple):
-    """The experts that a launch is for: those with more than ``above`` rows, and no more than ``most``.
+    """The experts that a launch is for: the busy ones, with more than ``bound`` rows, or the others.
+
+    None are busy where all of them together have fewer than BUSY_ROWS.
 
     Parameters
     ----------
@@ -252,8 +287,8 @@ class Share(NamedTuple):
         Of the names of its counters: each pair of GEMMs has its own.
     """
 
-    above: int = 0
-    most: int = 2**31 - 1
+    bound: int = 2**31 - 1
+    busy: bool = False
     suffix: str = ""
 
     def counter(self, name: str) -> str:
@@ -358,8 +393,8 @@ def gemm2_operands(
         share.counter("gemm2_tile_counter"),
         first_column,
         max_rows,
-        share.above,
-        share.most,
+        share.bound,
+        int(share.busy),
     )
 
 

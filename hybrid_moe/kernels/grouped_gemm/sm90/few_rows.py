@@ -225,17 +225,17 @@ def gemm1_producer(p):
     """Load the blocks of all tiles of this program."""
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     expert, tokens = p.scheduler.load_tokens_per_expert("")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
     p.scheduler.publish(0, tile)
     step = 0
     turn = 0
     while tile.expert < p.E:
-        slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=LINE)
-        x_slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
+        slot = gl.arange(0, BLOCK_M, layout=LINE)
+        x_slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
         real = slot < tile.rows
         x_real = x_slot < tile.rows
         weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * (BLOCK_N // 2)
-        tokens_at = p.slot_token_ptr + tile.expert.to(gl.int64) * p.num_tokens
+        tokens_at = p.slot_token_ptr + tile.expert.to(gl.int64) * p.num_tokens + tile.slot
         # For T = 1 the token is 0: a load that is masked off takes no time.
         unknown = gl.where(p.num_tokens > 1, tile.rows, 0)
         row = gl.load(tokens_at + slot, mask=slot < unknown, other=0)
@@ -246,7 +246,7 @@ def gemm1_producer(p):
         scale_at = p.hidden_scale_ptr + row.to(gl.int64) * p.stride_scale_t
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.stride_scale_k, step, 0, K_BLOCKS)
         step += K_BLOCKS
-        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens, False)
         turn += 1
         p.scheduler.publish(turn, tile)
 
@@ -259,7 +259,7 @@ def gemm2_producer(p):
     AHEAD: gl.constexpr = min(p.pipeline.STAGES, K_BLOCKS) // GROUP * GROUP
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
     p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -267,8 +267,8 @@ def gemm2_producer(p):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=LINE)
-        x_slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
+        slot = gl.arange(0, BLOCK_M, layout=LINE)
+        x_slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
         real = slot < tile.rows
         x_real = x_slot < tile.rows
         weight_row = tile.expert * p.HIDDEN + p.first_column + tile.n * BLOCK_N
@@ -276,17 +276,17 @@ def gemm2_producer(p):
         if not through:
             for group in range(AHEAD // GROUP):
                 p.load_weights(weight_row, group * GROUP, step + group * GROUP, GROUP)
-            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)
+            await_expert(p.finished_ptr, tile.expert, tile.expert_rows, p.FIRST_M, p.SIGNALS)
             ready = AHEAD
-        row = tile.rows_before + slot
-        x_row = tile.rows_before + x_slot
+        row = tile.first_row + slot
+        x_row = tile.first_row + x_slot
         column = gl.arange(0, 128, layout=gl.SliceLayout(0, COPY))
         x_at = p.activated_ptr + (x_row.to(gl.int64) * p.INTERMEDIATE)[:, None] + column[None, :]
         x_mask = x_real[:, None] & (column[None, :] >= 0)
         scale_at = p.activated_scale_ptr + row.to(gl.int64)
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.max_rows, step, ready, K_BLOCKS)
         step += K_BLOCKS
-        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens, False)
         turn += 1
         p.scheduler.publish(turn, tile)
         if not through:
@@ -334,22 +334,22 @@ def half_sum(
 
 
 @gluon.jit
-def store_activation(p, sums, tile, first_row, row_tile, rows, ROWS: gl.constexpr):
+def store_activation(p, sums, tile, ROWS: gl.constexpr):
     """SwiGLU of a tile's sums; all four tiles of a 128 block being there, quantise it."""
     column = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, HALF_COLUMNS))
     slot = gl.arange(0, ROWS, layout=gl.SliceLayout(0, HALF_COLUMNS))
     up = sums.slice(0, BLOCK_N // 2, dim=0).load(HALF_COLUMNS)
     gate = sums.slice(BLOCK_N // 2, BLOCK_N // 2, dim=0).load(HALF_COLUMNS)
     value = swiglu_of(gate, up)
-    row_at = p.unquantized_ptr + (first_row + slot).to(gl.int64) * p.INTERMEDIATE
+    row_at = p.unquantized_ptr + (tile.first_row + slot).to(gl.int64) * p.INTERMEDIATE
     at = row_at[None, :] + (tile.n * (BLOCK_N // 2) + column)[:, None]
-    gl.store(at, value, mask=(slot < rows)[None, :] & (column >= 0)[:, None])
+    gl.store(at, value, mask=(slot < tile.rows)[None, :] & (column >= 0)[:, None])
     block = tile.n // 4
-    if count_arrival(p.block_arrivals_ptr + row_tile * (p.INTERMEDIATE // 128) + block) == 3:
+    if count_arrival(p.block_arrivals_ptr + tile.row_tile * (p.INTERMEDIATE // 128) + block) == 3:
         whole_column = gl.arange(0, 128, layout=gl.SliceLayout(0, WHOLE))
         whole_slot = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WHOLE))
-        real = whole_slot < rows
-        row = (first_row + whole_slot).to(gl.int64)
+        real = whole_slot < tile.rows
+        row = (tile.first_row + whole_slot).to(gl.int64)
         wide_at = row[:, None] * p.INTERMEDIATE + (block * 128 + whole_column)[None, :]
         mask = real[:, None] & (whole_column >= 0)[None, :]
         # Not from L1, which doesn't see other SMs' stores.
@@ -361,10 +361,9 @@ def store_activation(p, sums, tile, first_row, row_tile, rows, ROWS: gl.constexp
 
 
 @gluon.jit
-def gemm1_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
+def gemm1_tile(p, tile, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
     """One tile of `gemm1_consumer`."""
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
-    first_row, row_tile = tile.rows_before + tile.m * BLOCK_M, tile.row_tiles_before + tile.m
     up_at, gate_at = p.scales_at(tile)
     total = half_sum(p.pipeline, up_at, gate_at, step, p.HIDDEN // 128, ROWS, SUM, True, WG)
     accumulator = p.accumulator
@@ -376,7 +375,7 @@ def gemm1_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
     else:
         mbarrier.wait(accumulator.acc_full.index(0), turn & 1)
         sums.store(total + sums.load(SUM))
-        store_activation(p, sums, tile, first_row, row_tile, rows, ROWS)
+        store_activation(p, sums, tile, ROWS)
         mbarrier.arrive(accumulator.acc_empty.index(0), count=1)
 
 
@@ -387,21 +386,19 @@ def gemm1_consumer(p, WG: gl.constexpr):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        rows = tile.rows - tile.m * BLOCK_M
-        if rows > FEW:
-            gemm1_tile(p, tile, rows, step, turn, BLOCK_M, WG)
+        if tile.rows > FEW:
+            gemm1_tile(p, tile, step, turn, BLOCK_M, WG)
         else:
-            gemm1_tile(p, tile, rows, step, turn, FEW, WG)
+            gemm1_tile(p, tile, step, turn, FEW, WG)
         step += p.HIDDEN // 128
         turn += 1
         tile = p.scheduler.published_tile(turn)
 
 
 @gluon.jit
-def gemm2_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
+def gemm2_tile(p, tile, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
     """One tile of `gemm2_consumer`."""
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 32])
-    first_row = tile.rows_before + tile.m * BLOCK_M
     scales_at = p.scales_at(tile)
     total = half_sum(p.pipeline, scales_at, scales_at, step, p.INTERMEDIATE // 128, ROWS, SUM, False, WG)
     accumulator = p.accumulator
@@ -416,8 +413,8 @@ def gemm2_tile(p, tile, rows, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
         slot = gl.arange(0, ROWS, layout=gl.SliceLayout(0, COLUMNS))
         column = tile.n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COLUMNS))
         value = sums.load(COLUMNS).to(gl.bfloat16)
-        row_at = p.out_ptr + (first_row + slot).to(gl.int64) * p.COLUMNS
-        gl.store(row_at[None, :] + column[:, None], value, mask=(slot < rows)[None, :] & (column >= 0)[:, None])
+        row_at = p.out_ptr + (tile.first_row + slot).to(gl.int64) * p.COLUMNS
+        gl.store(row_at[None, :] + column[:, None], value, mask=(slot < tile.rows)[None, :] & (column >= 0)[:, None])
         mbarrier.arrive(accumulator.acc_empty.index(0), count=1)
 
 
@@ -428,11 +425,10 @@ def gemm2_consumer(p, WG: gl.constexpr):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        rows = tile.rows - tile.m * BLOCK_M
-        if rows > FEW:
-            gemm2_tile(p, tile, rows, step, turn, BLOCK_M, WG)
+        if tile.rows > FEW:
+            gemm2_tile(p, tile, step, turn, BLOCK_M, WG)
         else:
-            gemm2_tile(p, tile, rows, step, turn, FEW, WG)
+            gemm2_tile(p, tile, step, turn, FEW, WG)
         step += p.INTERMEDIATE // 128
         turn += 1
         tile = p.scheduler.published_tile(turn)
@@ -449,7 +445,7 @@ def make_accumulator():
     return Accumulator(sums=sums, acc_full=acc_full, acc_empty=acc_empty)
 
 
-@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "above", "most"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "bound", "busy"])
 def hopper_few_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -467,8 +463,8 @@ def hopper_few_gemm1_kernel(
     stride_scale_t,
     num_tokens,
     max_rows,
-    above,  # as `Share` has them
-    most,
+    bound,  # as `Share` has them
+    busy,
     STRIDE_HIDDEN: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -485,7 +481,7 @@ def hopper_few_gemm1_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2),
+        tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2),
         E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
@@ -506,7 +502,7 @@ def hopper_few_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "bound", "busy"])
 def hopper_few_gemm2_kernel(
     activated_ptr,  # [max_rows, INTERMEDIATE] e4m3
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -518,8 +514,8 @@ def hopper_few_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
-    above,  # as `Share` has them
-    most,
+    bound,  # as `Share` has them
+    busy,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -541,7 +537,7 @@ def hopper_few_gemm2_kernel(
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
     accumulator = make_accumulator()
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, bound, busy, BLOCK_M, COLUMNS // BLOCK_N,
         E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
     )  # fmt: skip
     let_next_kernel_start(PDL)
@@ -598,8 +594,8 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
         key.stride_scale_t,
         key.num_tokens,
         max_local_rows(problem, key.num_tokens),
-        share.above,
-        share.most,
+        share.bound,
+        int(share.busy),
     )
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (width // (BLOCK_N.value // 2))
     grid = (min(tiles, PROGRAMS * limits.num_sms),)

@@ -5,7 +5,8 @@ leaves the tensor cores idle half of the time. Here each consumer has the next p
 
 A tile is 128 rows by 256 weight rows. Each consumer has 64 of its rows, in registers, and multiplies them by 64 weight
 rows at a time, so that two products and all sums fit into its registers; where an expert's last tile has no more than
-64 rows, the second consumer leaves it out. GEMM1's 256 columns are 128 of up and 128 of gate: SwiGLU's operands.
+64 rows, the second consumer leaves it out. Where all tiles together leave programs over, a tile has no more. GEMM1's
+256 columns are 128 of up and 128 of gate: SwiGLU's operands.
 
 Roles (12 warps)
     producer (``[8:12]``)
@@ -152,17 +153,18 @@ def gemm1_producer(p):
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     pipeline = p.pipeline
     expert, tokens = p.scheduler.load_tokens_per_expert("")
+    halved = p.scheduler.halved(tokens)
     number = gl.program_id(0)
-    tile = p.scheduler.locate(number, expert, tokens)
+    tile = p.scheduler.locate(number, expert, tokens, halved)
     p.scheduler.publish(0, tile)
     step = 0
     turn = 0
     while tile.expert < p.E:
-        slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=LINE)
+        slot = gl.arange(0, BLOCK_M, layout=LINE)
         real = slot < tile.rows
-        tokens_at = p.slot_token_ptr + tile.expert.to(gl.int64) * p.num_tokens
+        tokens_at = p.slot_token_ptr + tile.expert.to(gl.int64) * p.num_tokens + tile.slot
         row = gl.load(tokens_at + slot, mask=real, other=0)
-        x_slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
+        x_slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
         x_real = x_slot < tile.rows
         x_row = gl.load(tokens_at + x_slot, mask=x_real, other=0)
         column = gl.arange(0, 128, layout=gl.SliceLayout(0, COPY))
@@ -185,7 +187,7 @@ def gemm1_producer(p):
                 number = p.scheduler.draw_tile()
         # Kept in registers, the vectors would spill.
         expert, tokens = p.scheduler.load_tokens_per_expert("")
-        tile = p.scheduler.locate(number, expert, tokens)
+        tile = p.scheduler.locate(number, expert, tokens, halved)
         turn += 1
         p.scheduler.publish(turn, tile)
 
@@ -197,8 +199,9 @@ def gemm2_producer(p):
     pipeline = p.pipeline
     # Nothing was waited for: L1 may hold older counts.
     expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
+    halved = p.scheduler.halved(tokens)
     number = gl.program_id(0)
-    tile = p.scheduler.locate(number, expert, tokens)
+    tile = p.scheduler.locate(number, expert, tokens, halved)
     p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -206,12 +209,12 @@ def gemm2_producer(p):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        slot = tile.m * BLOCK_M + gl.arange(0, BLOCK_M, layout=LINE)
+        slot = gl.arange(0, BLOCK_M, layout=LINE)
         real = slot < tile.rows
-        row = tile.rows_before + slot
+        row = tile.first_row + slot
         weight_row = tile.expert * p.HIDDEN + p.first_column + tile.n * BLOCK_N
         if not through:
-            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)
+            await_expert(p.finished_ptr, tile.expert, tile.expert_rows, p.FIRST_M, p.SIGNALS)
             let_async_copies_see(p.PDL)
         scale_at = p.activated_scale_ptr + row.to(gl.int64)
         for block in range(K_BLOCKS):
@@ -221,14 +224,14 @@ def gemm2_producer(p):
             for part in gl.static_range(2):
                 w = pipeline.weight.index(stage * 2 + part)
                 load_tile(p.weight, [weight_row + part * PART_N, block * 128], bar, w)
-            load_tile(p.activated, [tile.rows_before + tile.m * BLOCK_M, block * 128], bar, pipeline.x.index(stage))
+            load_tile(p.activated, [tile.first_row, block * 128], bar, pipeline.x.index(stage))
             load_rows(pipeline.x_scale.index(stage), scale_at, mask=real)
             pipeline.producer_commit(step)
             scale_at += p.max_rows
             step += 1
             if block == draw_at(K_BLOCKS):
                 number = p.scheduler.draw_tile()
-        tile = p.scheduler.locate(number, expert, tokens)
+        tile = p.scheduler.locate(number, expert, tokens, halved)
         turn += 1
         p.scheduler.publish(turn, tile)
 
@@ -312,8 +315,7 @@ def gemm1_consumer(p, WG: gl.constexpr):
     use_acc = p.max_rows < 0
     tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
     while tile.expert < p.E:
-        first_slot = tile.m * BLOCK_M + WG * CHUNK
-        rows, first_row, block, expert = tile.rows - first_slot, tile.rows_before + first_slot, tile.n, tile.expert
+        rows, first_row, block, expert = tile.rows - WG * CHUNK, tile.first_row + WG * CHUNK, tile.n, tile.expert
         turn += 1
         if rows > 0:
             up0, up1, gate0, gate1, step = multiply(
@@ -327,10 +329,10 @@ def gemm1_consumer(p, WG: gl.constexpr):
             store_quantized(p, right, amax, first_row, rows, block * PART_N + GROUP_N)
             slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, ACC))
             gl.store(p.out_scale_ptr + block.to(gl.int64) * p.max_rows + first_row + slot, scale, mask=slot < rows)
+            signal(p.finished_ptr, expert, p.E)
         else:
             step = leave_out(p.pipeline, step, K_BLOCKS)
             tile, up_at, gate_at, up_scale, gate_scale = await_tile(p, turn)
-        signal(p.finished_ptr, expert, p.E)
 
 
 @gluon.jit
@@ -342,8 +344,7 @@ def gemm2_consumer(p, WG: gl.constexpr):
     use_acc = p.max_rows < 0
     tile, left_at, right_at, left, right = await_tile(p, turn)
     while tile.expert < p.E:
-        first_slot = tile.m * BLOCK_M + WG * CHUNK
-        rows, first_row, column = tile.rows - first_slot, tile.rows_before + first_slot, tile.n * BLOCK_N
+        rows, first_row, column = tile.rows - WG * CHUNK, tile.first_row + WG * CHUNK, tile.n * BLOCK_N
         turn += 1
         if rows > 0:
             sum0, sum1, sum2, sum3, step = multiply(
@@ -384,7 +385,7 @@ def store_rows(p, total, first_row, rows, first_column):
     gl.store(at, value, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
 
 
-@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "above", "most"])
+@gluon.jit(do_not_specialize=["stride_scale_k", "stride_scale_t", "num_tokens", "max_rows", "bound", "busy"])
 def hopper_gemm1_kernel(
     hidden_ptr,  # [T, HIDDEN] e4m3, rows STRIDE_HIDDEN apart
     hidden_scale_ptr,  # [HIDDEN/128, T] float32
@@ -394,14 +395,14 @@ def hopper_gemm1_kernel(
     slot_token_ptr,  # [E, T] int32
     out_ptr,  # [max_rows, INTERMEDIATE] e4m3, out
     out_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32, out
-    finished_ptr,  # [E + 1] int32, zeros on entry: two signals for each row tile's 128 block of the activation
+    finished_ptr,  # [E + 1] int32, zeros on entry: a signal for each 64 rows' 128 block of the activation
     tile_counter_ptr,  # int32, zero on entry
     stride_scale_k,
     stride_scale_t,
     num_tokens,
     max_rows,
-    above,  # as `Share` has them
-    most,
+    bound,  # as `Share` has them
+    busy,
     STRIDE_HIDDEN: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -417,8 +418,8 @@ def hopper_gemm1_kernel(
     """Gather, GEMM1, SwiGLU and quantisation. Grid: any number of programs; they share the tiles."""
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr, above, most, BLOCK_M, INTERMEDIATE // 128,
-        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SPREAD,
+        tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M, INTERMEDIATE // 128,
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SPREAD, True,
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -438,7 +439,7 @@ def hopper_gemm1_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "bound", "busy"])
 def hopper_gemm2_kernel(
     activated,  # descriptor of [max_rows, INTERMEDIATE] e4m3, 128 rows by 128
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -450,8 +451,8 @@ def hopper_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
-    above,  # as `Share` has them
-    most,
+    bound,  # as `Share` has them
+    busy,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -472,8 +473,8 @@ def hopper_gemm2_kernel(
     gl.static_assert(COLUMNS % BLOCK_N == 0)
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, above, most, BLOCK_M, COLUMNS // BLOCK_N,
-        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SPREAD,
+        tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, bound, busy, BLOCK_M, COLUMNS // BLOCK_N,
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SPREAD, True,
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -528,8 +529,8 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
         key.stride_scale_t,
         key.num_tokens,
         max_local_rows(problem, key.num_tokens),
-        share.above,
-        share.most,
+        share.bound,
+        int(share.busy),
     )
     spread = _is_spread(problem, key.num_tokens)
     constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden, SPREAD=spread)
@@ -537,8 +538,8 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
 
 
 def signals(problem: MoEProblem) -> Signals:
-    """Of `gemm1`: both consumers' for each row tile and 128 block of the activation."""
-    return Signals(BLOCK_M.value, 2 * problem.intermediate_size // problem.block)
+    """Of `gemm1`: a consumer's, for its rows and a 128 block of the activation."""
+    return Signals(CHUNK.value, problem.intermediate_size // problem.block)
 
 
 def gemm2(

@@ -207,22 +207,20 @@ def producer(p):
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens)
+    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
     step = 0
     turn = 0
     while tile.expert < p.E:
-        first_row = tile.rows_before + tile.m * BLOCK_M
-        rows = tile.rows - tile.m * BLOCK_M
         weight_row = tile.expert * p.HIDDEN + p.first_column + tile.n * p.UNIT_N
-        p.channel.tell(turn, rows, first_row, tile.n)
+        p.channel.tell(turn, tile.rows, tile.first_row, tile.n)
         ready = 0
         if not through:
             for pair in range(AHEAD):
                 p.load_tile_pair(weight_row + pair * (2 * BLOCK_N), step + pair * p.K_BLOCKS)
-            await_expert(p.finished_ptr, tile.expert, tile.rows, p.FIRST_M, p.SIGNALS)
+            await_expert(p.finished_ptr, tile.expert, tile.expert_rows, p.FIRST_M, p.SIGNALS)
             let_async_copies_see(p.PDL)
             ready = AHEAD
-        p.load_unit(turn, rows, first_row, weight_row)
+        p.load_unit(turn, tile.rows, tile.first_row, weight_row)
         for pair in range(ready, PAIRS):
             p.load_tile_pair(weight_row + pair * (2 * BLOCK_N), step + pair * p.K_BLOCKS)
         step += PAIRS * p.K_BLOCKS
@@ -231,7 +229,7 @@ def producer(p):
         if not through:
             through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
             let_async_copies_see(p.PDL)
-        tile = p.scheduler.locate(number, expert, tokens)
+        tile = p.scheduler.locate(number, expert, tokens, False)
     p.channel.tell(turn, 0, 0, 0)
 
 
@@ -305,7 +303,7 @@ def consumer(p, WG: gl.constexpr):
         unit = p.channel.hear(turn)
 
 
-@gluon.jit(do_not_specialize=["first_column", "max_rows", "above", "most"])
+@gluon.jit(do_not_specialize=["first_column", "max_rows", "bound", "busy"])
 def hopper_narrow_gemm2_kernel(
     activated,  # descriptor of [max_rows, INTERMEDIATE] e4m3, 32 rows by 128
     activated_scale_ptr,  # [INTERMEDIATE/128, max_rows] float32
@@ -317,8 +315,8 @@ def hopper_narrow_gemm2_kernel(
     tile_counter_ptr,  # [HIDDEN / COLUMNS] int32, zeros on entry
     first_column,
     max_rows,
-    above,  # as `Share` has them
-    most,
+    bound,  # as `Share` has them
+    busy,
     UNIT_N: gl.constexpr,
     HIDDEN: gl.constexpr,
     INTERMEDIATE: gl.constexpr,
@@ -368,8 +366,9 @@ def hopper_narrow_gemm2_kernel(
         BLOCK_M=BLOCK_M,
         TILES_N=COLUMNS // UNIT_N,
         SPREAD=False,
-        above=above,
-        most=most,
+        bound=bound,
+        busy=busy,
+        HALVES=False,
         E=E,
         E_POW2=E_POW2,
         SLOTS=SLOTS,

@@ -224,7 +224,7 @@ def test_gemm2_wants_the_signals_that_gemm1_gives(num_tokens):
         key = key_of(num_tokens, **changes)
         *_, first, second, _ = TritonGroupedGemm((9, 0)).steps(problem, DeviceLimits(132, pdl=True), key)
         name, constants = first.kernel.function.__name__, first.constants.arguments
-        rows = {FEW[0]: 32, HOPPER[0]: 64}.get(name) or constants["BLOCK_M"]
+        rows = constants.get("ROWS") or (64 if name == HOPPER[0] else constants["BLOCK_M"])
         blocks = problem.intermediate_size // 128
         wanted = second.constants.arguments
         assert (wanted["FIRST_M"], wanted["SIGNALS"]) == (rows, blocks)

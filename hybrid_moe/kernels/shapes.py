@@ -22,8 +22,8 @@ def max_row_tiles(problem: MoEProblem, num_tokens: int, block_m: int) -> int:
     """Most row tiles that any routing of ``num_tokens`` can need over the local experts."""
     rows = max_local_rows(problem, num_tokens)
     active = min(problem.num_local_experts, rows)
-    # Each active expert rounds up once.
-    return active + (rows - active) // block_m
+    # Each active expert rounds up once, and has each token once.
+    return min(active + (rows - active) // block_m, problem.num_local_experts * -(-num_tokens // block_m))
 
 
 def column_chunk(problem: MoEProblem, rows: int) -> int:

@@ -71,8 +71,8 @@ MUTATIONS = [
         EMULATED,
     ),
     shapes(
-        "return active + (rows - active) // block_m",
-        "return -(-rows // block_m)",
+        "min(active + (rows - active) // block_m,",
+        "min(-(-rows // block_m),",
         "too few counters for row tiles",
         ("tests/test_specialized.py", *EMULATED),
     ),

@@ -58,6 +58,7 @@ class TileScheduler:
     BLOCK_M: gl.constexpr
     bound: gl.tensor  # as `Share` has them
     busy: gl.tensor
+    SHARED: gl.constexpr
     TILES_N: gl.constexpr
     HALVES: gl.constexpr
     SPREAD: gl.constexpr
@@ -78,9 +79,12 @@ class TileScheduler:
     @gluon.jit
     def own(self, tokens):
         """Of these numbers those of the launch's experts, zeros for the others."""
-        is_busy = tokens > self.bound
-        enough = gl.sum(gl.where(is_busy, tokens, 0), axis=0) >= BUSY_ROWS
-        return gl.where((is_busy & enough) == (self.busy != 0), tokens, 0)
+        if self.SHARED:
+            is_busy = tokens > self.bound
+            enough = gl.sum(gl.where(is_busy, tokens, 0), axis=0) >= BUSY_ROWS
+            return gl.where((is_busy & enough) == (self.busy != 0), tokens, 0)
+        else:
+            return tokens
 
     @gluon.jit
     def halved(self, tokens):
@@ -190,7 +194,7 @@ def _add(a, b):
 @gluon.jit
 def make_scheduler(
     tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M: gl.constexpr, TILES_N: gl.constexpr,
-    E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr, SPREAD: gl.constexpr = False,
+    E: gl.constexpr, E_POW2: gl.constexpr, SLOTS: gl.constexpr, SHARED: gl.constexpr, SPREAD: gl.constexpr = False,
     HALVES: gl.constexpr = False,
 ):  # fmt: skip
     """A `TileScheduler` with its shared memory."""
@@ -206,6 +210,7 @@ def make_scheduler(
         BLOCK_M=BLOCK_M,
         bound=bound,
         busy=busy,
+        SHARED=SHARED,
         TILES_N=TILES_N,
         HALVES=HALVES,
         SPREAD=SPREAD,
@@ -291,6 +296,11 @@ class Share(NamedTuple):
     busy: bool = False
     suffix: str = ""
 
+    @property
+    def is_part(self) -> bool:
+        """Whether there are experts that it isn't for."""
+        return self != Share()
+
     def counter(self, name: str) -> str:
         """The name of one of its counters."""
         return name + self.suffix
@@ -343,7 +353,7 @@ class SwizzledTiles(Tiles):
 
 @functools.lru_cache(maxsize=256)
 def gemm1_constants(
-    problem: MoEProblem, limits: DeviceLimits, resources: Resources, stride_hidden: int, **more: bool
+    problem: MoEProblem, limits: DeviceLimits, resources: Resources, stride_hidden: int, **more: int
 ) -> Constants:
     """What the first GEMM's kernels are compiled for; ``more`` is some kernel's own, and its last."""
     arguments = {

@@ -5,8 +5,8 @@ and promoting, one 128 block of the sum after the other, takes longer than its b
 every second block, and they add up their halves at the end of the tile.
 
 A tile is 64 weight rows, which come first in the product as wgmma takes 64 rows of its first operand, by up to 32 rows
-of the activation. GEMM1's are 32 of up and 32 of gate; who finishes the last of the four tiles that make a 128 block
-quantises it.
+of the activation; in GEMM1 of up to 16 tokens by 16, which leaves room for more stages. GEMM1's are 32 of up and 32 of
+gate; who finishes the last of the four tiles that make a 128 block quantises it.
 
 Roles (12 warps)
     producer (``[8:12]``)
@@ -88,7 +88,7 @@ SHARED_SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 class Accumulator:
     """The sum of both consumers' halves of a tile, in shared memory."""
 
-    sums: gl.shared_memory_descriptor  # [BLOCK_N, BLOCK_M] float32
+    sums: gl.shared_memory_descriptor  # [BLOCK_N, rows] float32
     acc_full: gl.shared_memory_descriptor
     acc_empty: gl.shared_memory_descriptor
 
@@ -230,8 +230,8 @@ def gemm1_producer(p):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        slot = gl.arange(0, BLOCK_M, layout=LINE)
-        x_slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY))
+        slot = gl.arange(0, p.scheduler.BLOCK_M, layout=LINE)
+        x_slot = gl.arange(0, p.scheduler.BLOCK_M, layout=gl.SliceLayout(1, COPY))
         real = slot < tile.rows
         x_real = x_slot < tile.rows
         weight_row = tile.expert * (2 * p.INTERMEDIATE) + tile.n * (BLOCK_N // 2)
@@ -386,7 +386,9 @@ def gemm1_consumer(p, WG: gl.constexpr):
     step = 0
     turn = 0
     while tile.expert < p.E:
-        if tile.rows > FEW:
+        if p.scheduler.BLOCK_M == FEW:
+            gemm1_tile(p, tile, step, turn, FEW, WG)
+        elif tile.rows > FEW:
             gemm1_tile(p, tile, step, turn, BLOCK_M, WG)
         else:
             gemm1_tile(p, tile, step, turn, FEW, WG)
@@ -414,7 +416,9 @@ def gemm2_tile(p, tile, step, turn, ROWS: gl.constexpr, WG: gl.constexpr):
         column = tile.n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COLUMNS))
         value = sums.load(COLUMNS).to(gl.bfloat16)
         row_at = p.out_ptr + (tile.first_row + slot).to(gl.int64) * p.COLUMNS
-        gl.store(row_at[None, :] + column[:, None], value, mask=(slot < tile.rows)[None, :] & (column >= 0)[:, None])
+        mask = (slot < tile.rows)[None, :] & (column >= 0)[:, None]
+        # The combine reads them next.
+        gl.store(row_at[None, :] + column[:, None], value, mask=mask, eviction_policy="evict_last")
         mbarrier.arrive(accumulator.acc_empty.index(0), count=1)
 
 
@@ -435,9 +439,9 @@ def gemm2_consumer(p, WG: gl.constexpr):
 
 
 @gluon.jit
-def make_accumulator():
+def make_accumulator(ROWS: gl.constexpr):
     """An `Accumulator` with its shared memory."""
-    sums = gl.allocate_shared_memory(gl.float32, [BLOCK_N, BLOCK_M], SHARED_SUMS)
+    sums = gl.allocate_shared_memory(gl.float32, [BLOCK_N, ROWS], SHARED_SUMS)
     acc_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     acc_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(acc_full.index(0), count=1)
@@ -475,14 +479,16 @@ def hopper_few_gemm1_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SHARED: gl.constexpr,
+    ROWS: gl.constexpr,  # of a tile
 ):
     """Gather, GEMM1, SwiGLU and quantisation. Grid: any number of programs; they share the tiles."""
     gl.static_assert(STAGES % 2 == 0)
-    pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
-    accumulator = make_accumulator()
+    pipeline = make_pipeline(ROWS, BLOCK_N, 1, 1, STAGES)
+    accumulator = make_accumulator(ROWS)
     scheduler = make_scheduler(
-        tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M, INTERMEDIATE // (BLOCK_N // 2),
-        E, E_POW2, channel_slots(STAGES, HIDDEN // 128),
+        tokens_per_expert_ptr, tile_counter_ptr, bound, busy, ROWS, INTERMEDIATE // (BLOCK_N // 2),
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SHARED,
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -527,6 +533,7 @@ def hopper_few_gemm2_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SHARED: gl.constexpr,
 ):
     """GEMM2. Grid: any number of programs; they share the tiles.
 
@@ -535,10 +542,10 @@ def hopper_few_gemm2_kernel(
     gl.static_assert(STAGES % 2 == 0)
     gl.static_assert(COLUMNS % BLOCK_N == 0)
     pipeline = make_pipeline(BLOCK_M, BLOCK_N, 1, 1, STAGES)
-    accumulator = make_accumulator()
+    accumulator = make_accumulator(BLOCK_M)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, bound, busy, BLOCK_M, COLUMNS // BLOCK_N,
-        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128),
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SHARED,
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -559,19 +566,25 @@ def hopper_few_gemm2_kernel(
 
 PROGRAMS = 2  # that fit on a multiprocessor at once
 RESOURCES = Resources(stages=8, consumer_registers=80, producer_registers=48, registers=72)
+FEW_RESOURCES = RESOURCES._replace(stages=10)  # of tiles of FEW rows
 
 GEMM1, GEMM2 = Kernel(hopper_few_gemm1_kernel), Kernel(hopper_few_gemm2_kernel)
 
 
-def signals(problem: MoEProblem) -> Signals:
+def gemm1_rows(num_tokens: int) -> int:
+    """Of a tile of `gemm1`: where no expert can have more than FEW, the memory of more holds further stages."""
+    return FEW.value if num_tokens <= FEW.value else BLOCK_M.value
+
+
+def signals(problem: MoEProblem, num_tokens: int) -> Signals:
     """Of `gemm1`: one for each row tile and 128 block of the activation."""
-    return Signals(BLOCK_M.value, problem.intermediate_size // problem.block)
+    return Signals(gemm1_rows(num_tokens), problem.intermediate_size // problem.block)
 
 
 def block_arrivals(problem: MoEProblem, num_tokens: int) -> int:
     """Counters of `gemm1`: one for each row tile and 128 block of the activation, which its tiles share."""
     blocks = problem.intermediate_size // problem.block
-    return max_row_tiles(problem, num_tokens, BLOCK_M.value) * blocks
+    return max_row_tiles(problem, num_tokens, gemm1_rows(num_tokens)) * blocks
 
 
 def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Share = ALL) -> Step:
@@ -597,9 +610,12 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
         share.bound,
         int(share.busy),
     )
-    tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (width // (BLOCK_N.value // 2))
+    rows = gemm1_rows(key.num_tokens)
+    resources = FEW_RESOURCES if rows == FEW.value else RESOURCES
+    tiles = max_row_tiles(problem, key.num_tokens, rows) * (width // (BLOCK_N.value // 2))
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
-    return Step(GEMM1, grid, operands, gemm1_constants(problem, limits, RESOURCES, key.stride_hidden))
+    more = {"SHARED": share.is_part, "ROWS": rows}
+    return Step(GEMM1, grid, operands, gemm1_constants(problem, limits, resources, key.stride_hidden, **more))
 
 
 def gemm2(
@@ -618,4 +634,5 @@ def gemm2(
     operands = gemm2_operands(problem, key, first_column, share, None, BLOCK_N.value)
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
-    return Step(GEMM2, grid, operands, gemm2_constants(problem, limits, RESOURCES, columns, first))
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SHARED=share.is_part)
+    return Step(GEMM2, grid, operands, constants)

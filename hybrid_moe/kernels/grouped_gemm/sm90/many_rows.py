@@ -1,12 +1,13 @@
 """Grouped FP8 block-scale GEMMs for many rows on Hopper, in Gluon: one warp group loads, two multiply.
 
 Where an expert has rows enough that arithmetic binds, a program that waits for each product before it promotes it
-leaves the tensor cores idle half of the time. Here each consumer has the next product under way while it promotes one.
+leaves the tensor cores idle half of the time. Here the next product is under way while one is promoted.
 
-A tile is 128 rows by 256 weight rows. Each consumer has 64 of its rows, in registers, and multiplies them by 64 weight
-rows at a time, so that two products and all sums fit into its registers; where an expert's last tile has no more than
-64 rows, the second consumer leaves it out. Where all tiles together leave programs over, a tile has no more. GEMM1's
-256 columns are 128 of up and 128 of gate: SwiGLU's operands.
+A tile is 128 rows by 256 weight rows. Each consumer has 64 of its rows; where an expert's last tile has no more than
+64, the second consumer leaves it out. Where all tiles together leave programs over, a tile has no more. In GEMM1 a
+consumer keeps its rows in registers and multiplies them by 64 weight rows at a time, so that two products and all sums
+fit; its 256 columns are 128 of up and 128 of gate: SwiGLU's operands. GEMM2 multiplies by 128 weight rows at a time,
+and only the other consumer's product runs while one is promoted: that is faster where sums are short.
 
 Roles (12 warps)
     producer (``[8:12]``)
@@ -24,7 +25,7 @@ Barriers (arrivals)
 
 Timeline (b: blocks of the sum; 0 to 3: the groups of 64 columns)
     producer    load b0 b1 ... draw ... | find and publish | load the next tile's b0 b1 ...
-    consumers   rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | ...
+    GEMM1's     rows b0 | mma 0 | mma 1, promote 0 | mma 2, promote 1 | mma 3, promote 2 | b1 full?, promote 3 | ...
 """
 
 from triton.experimental import gluon
@@ -70,6 +71,7 @@ PART_N = gl.constexpr(128)  # weight rows of a load: they share a scale
 GROUP_N = gl.constexpr(64)  # weight rows of a product
 ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]))
 ROWS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=ACC.value, k_width=4))
+WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 
 @aggregate
@@ -244,7 +246,7 @@ def multiply_group(pipeline, stage, x, product, use_acc, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def multiply(pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr):
+def multiply_groups(pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr):
     """The sums of a consumer's rows with each group of 64 columns; next step.
 
     The next block is awaited while the last product runs. A product takes the one before the last as its accumulator,
@@ -289,6 +291,37 @@ def multiply(pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: 
 
 
 @gluon.jit
+def multiply_halves(pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS: gl.constexpr, WG: gl.constexpr):
+    """The sums of a consumer's rows with both halves of 128 columns, each product after the other; next step."""
+    sum0 = gl.zeros([CHUNK, PART_N], gl.float32, layout=WIDE)
+    sum1 = gl.zeros([CHUNK, PART_N], gl.float32, layout=WIDE)
+    product = gl.zeros([CHUNK, PART_N], gl.float32, layout=WIDE)
+    pipeline.consumer_wait(step)
+    stage = step % pipeline.STAGES
+    for block in range(K_BLOCKS):
+        x = pipeline.x.index(stage).slice(WG * CHUNK, CHUNK, dim=0)
+        w = pipeline.weight.index(stage * 2)
+        product = warpgroup_mma(x, w.permute((1, 0)), product, use_acc=use_acc, is_async=True)
+        row_scale = pipeline.x_scale.index(stage).slice(WG * CHUNK, CHUNK).load(gl.SliceLayout(1, WIDE))
+        ahead = gl.minimum(block + 1, K_BLOCKS - 1)
+        next_left, next_right = gl.load(left_at + ahead), gl.load(right_at + ahead)
+        left_scale, right_scale = (row_scale * left)[:, None], (row_scale * right)[:, None]
+        product = warpgroup_mma_wait(0, deps=[product])
+        sum0 = sum0 + product * left_scale
+        w = pipeline.weight.index(stage * 2 + 1)
+        product = warpgroup_mma(x, w.permute((1, 0)), product, use_acc=use_acc, is_async=True)
+        next_stage = (step + 1) % pipeline.STAGES
+        pipeline.consumer_wait(step + 1, block + 1 < K_BLOCKS)
+        product = warpgroup_mma_wait(0, deps=[product])
+        pipeline.consumer_release(step)
+        sum1 = sum1 + product * right_scale
+        left, right = next_left, next_right
+        stage = next_stage
+        step += 1
+    return sum0, sum1, step
+
+
+@gluon.jit
 def leave_out(pipeline, step, K_BLOCKS: gl.constexpr):
     """Release the stages of a tile in which this consumer has no rows; next step."""
     for _ in range(K_BLOCKS):
@@ -318,7 +351,7 @@ def gemm1_consumer(p, WG: gl.constexpr):
         rows, first_row, block, expert = tile.rows - WG * CHUNK, tile.first_row + WG * CHUNK, tile.n, tile.expert
         turn += 1
         if rows > 0:
-            up0, up1, gate0, gate1, step = multiply(
+            up0, up1, gate0, gate1, step = multiply_groups(
                 p.pipeline, up_at, gate_at, up_scale, gate_scale, step, use_acc, K_BLOCKS, WG
             )
             # While this tile is stored, the next one's scales are under way.
@@ -347,15 +380,11 @@ def gemm2_consumer(p, WG: gl.constexpr):
         rows, first_row, column = tile.rows - WG * CHUNK, tile.first_row + WG * CHUNK, tile.n * BLOCK_N
         turn += 1
         if rows > 0:
-            sum0, sum1, sum2, sum3, step = multiply(
-                p.pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS, WG
-            )
+            sum0, sum1, step = multiply_halves(p.pipeline, left_at, right_at, left, right, step, use_acc, K_BLOCKS, WG)
             # While this tile is stored, the next one's scales are under way.
             tile, left_at, right_at, left, right = await_tile(p, turn)
             store_rows(p, sum0, first_row, rows, column)
-            store_rows(p, sum1, first_row, rows, column + GROUP_N)
-            store_rows(p, sum2, first_row, rows, column + 2 * GROUP_N)
-            store_rows(p, sum3, first_row, rows, column + 3 * GROUP_N)
+            store_rows(p, sum1, first_row, rows, column + PART_N)
         else:
             step = leave_out(p.pipeline, step, K_BLOCKS)
             tile, left_at, right_at, left, right = await_tile(p, turn)
@@ -376,11 +405,11 @@ def store_quantized(p, value, amax, first_row, rows, first_column):
 
 @gluon.jit
 def store_rows(p, total, first_row, rows, first_column):
-    """Store 64 columns in bfloat16."""
+    """Store 128 columns in bfloat16."""
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     value = gl.convert_layout(total.to(gl.bfloat16), wide)
     slot = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, wide))
-    column = first_column + gl.arange(0, GROUP_N, layout=gl.SliceLayout(0, wide))
+    column = first_column + gl.arange(0, PART_N, layout=gl.SliceLayout(0, wide))
     at = p.out_ptr + (first_row + slot).to(gl.int64)[:, None] * p.COLUMNS + column[None, :]
     gl.store(at, value, mask=(slot < rows)[:, None] & (column[None, :] >= 0))
 
@@ -413,13 +442,15 @@ def hopper_gemm1_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SHARED: gl.constexpr,
     SPREAD: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """Gather, GEMM1, SwiGLU and quantisation. Grid: any number of programs; they share the tiles."""
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr, bound, busy, BLOCK_M, INTERMEDIATE // 128,
-        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SPREAD, True,
+        E, E_POW2, channel_slots(STAGES, HIDDEN // 128), SHARED, SPREAD, HALVES,
     )  # fmt: skip
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -464,7 +495,9 @@ def hopper_gemm2_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SHARED: gl.constexpr,
     SPREAD: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """GEMM2. Grid: any number of programs; they share the tiles.
 
@@ -474,7 +507,7 @@ def hopper_gemm2_kernel(
     pipeline = make_pipeline(BLOCK_M, PART_N, 2, 2, STAGES)
     scheduler = make_scheduler(
         tokens_per_expert_ptr, tile_counter_ptr + first_column // COLUMNS, bound, busy, BLOCK_M, COLUMNS // BLOCK_N,
-        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SPREAD, True,
+        E, E_POW2, channel_slots(STAGES, INTERMEDIATE // 128), SHARED, SPREAD, HALVES,
     )  # fmt: skip
     let_next_kernel_start(PDL)
     p = Gemm2(
@@ -497,6 +530,8 @@ COLUMNS = BLOCK_N.value
 # Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer rows
 # memory binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
 SPREAD_ROWS = (45, 128)
+# Up to so many experts, a few of which may have all rows, tiles may be halved: finding one takes longer.
+HALVES_EXPERTS = 64
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 
@@ -506,9 +541,14 @@ def fits(problem: MoEProblem) -> bool:
     return problem.hidden_size % COLUMNS == 0
 
 
-def _is_spread(problem: MoEProblem, num_tokens: int) -> bool:
+def _scheduling(problem: MoEProblem, key: LaunchKey, share: Share) -> dict[str, bool]:
+    """The tile scheduler's variants."""
     least, most = SPREAD_ROWS
-    return least <= num_tokens * problem.top_k / problem.num_experts <= most
+    return {
+        "SHARED": share.is_part,
+        "SPREAD": least <= key.num_tokens * problem.top_k / problem.num_experts <= most,
+        "HALVES": problem.num_local_experts <= HALVES_EXPERTS,
+    }
 
 
 def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Share = ALL) -> Step:
@@ -532,8 +572,7 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
         share.bound,
         int(share.busy),
     )
-    spread = _is_spread(problem, key.num_tokens)
-    constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden, SPREAD=spread)
+    constants = gemm1_constants(problem, limits, RESOURCES, key.stride_hidden, **_scheduling(problem, key, share))
     return Step(GEMM1, (limits.num_sms,), operands, constants)
 
 
@@ -556,6 +595,5 @@ def gemm2(
     ``first`` are the signals of the step that computed the activation of the same ``share``.
     """
     operands = gemm2_operands(problem, key, first_column, share, BLOCK_M.value, 128)
-    spread = _is_spread(problem, key.num_tokens)
-    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SPREAD=spread)
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, **_scheduling(problem, key, share))
     return Step(GEMM2, (limits.num_sms,), operands, constants)

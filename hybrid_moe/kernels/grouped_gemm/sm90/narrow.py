@@ -162,6 +162,7 @@ class Gemm2:
     UNROLL: gl.constexpr  # the consumers' loops over tiles and blocks: of more blocks, they spill
     E: gl.constexpr
     PDL: gl.constexpr
+    KEEP: gl.constexpr  # the result in L2, where the combine reads it next
 
     @gluon.jit
     def load_tile_pair(self, weight_row, step):
@@ -270,7 +271,9 @@ def compute_tile(p, unit, pair, step, buffer, ROWS: gl.constexpr, WG: gl.constex
     slot = gl.arange(0, ROWS, layout=gl.SliceLayout(0, COLUMNS))
     column = unit.n * p.UNIT_N + (pair * 2 + WG) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COLUMNS))
     row_at = p.out_ptr + (unit.first_row + slot).to(gl.int64) * p.COLUMNS
-    gl.store(row_at[None, :] + column[:, None], value, mask=(slot < unit.rows)[None, :] & (column >= 0)[:, None])
+    mask = (slot < unit.rows)[None, :] & (column >= 0)[:, None]
+    POLICY: gl.constexpr = "evict_last" if p.KEEP else ""
+    gl.store(row_at[None, :] + column[:, None], value, mask=mask, eviction_policy=POLICY)
 
 
 @gluon.jit
@@ -329,6 +332,8 @@ def hopper_narrow_gemm2_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
+    SHARED: gl.constexpr,
+    KEEP: gl.constexpr,
 ):
     """GEMM2. Grid: any number of programs; they share the units, UNIT_N columns wide.
 
@@ -368,6 +373,7 @@ def hopper_narrow_gemm2_kernel(
         SPREAD=False,
         bound=bound,
         busy=busy,
+        SHARED=SHARED,
         HALVES=False,
         E=E,
         E_POW2=E_POW2,
@@ -396,6 +402,7 @@ def hopper_narrow_gemm2_kernel(
         UNROLL=K_BLOCKS <= 2,
         E=E,
         PDL=PDL,
+        KEEP=KEEP,
     )
     gl.warp_specialize(
         [(consumer, (p, 0)), (consumer, (p, 1)), (producer, (p,))],
@@ -411,6 +418,8 @@ RESOURCES = Resources(stages=4, consumer_registers=80, producer_registers=72, re
 MAX_INTERMEDIATE = RESOURCES.stages * 128
 # Columns of a unit. With so few rows that there are hardly more wide units than programs, narrow ones.
 UNIT_N, NARROW_UNIT_N, NARROW_UNIT_ROWS = 256, 128, 128
+# Of the result, up to which L2 is asked to keep it for the combine: it has 50 MB. See benchmarks/NOTES.md.
+KEPT_BYTES = 32 * 2**20
 
 GEMM2 = Kernel(hopper_narrow_gemm2_kernel)
 
@@ -438,10 +447,13 @@ def gemm2(
     unit_n = UNIT_N if wide else NARROW_UNIT_N
     units = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // unit_n)
     grid = (min(units, PROGRAMS * limits.num_sms),)
-    return Step(GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n))
+    keep = max_local_rows(problem, key.num_tokens) * columns * 2 <= KEPT_BYTES
+    return Step(GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n, share.is_part, keep))
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(problem: MoEProblem, limits: DeviceLimits, columns: int, first: Signals, unit_n: int) -> Constants:
-    shared = gemm2_constants(problem, limits, RESOURCES, columns, first)
-    return Constants({"UNIT_N": unit_n, **shared.arguments}, shared.options)
+def _constants(
+    problem: MoEProblem, limits: DeviceLimits, columns: int, first: Signals, unit_n: int, shared: bool, keep: bool
+) -> Constants:
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SHARED=shared, KEEP=keep)
+    return Constants({"UNIT_N": unit_n, **constants.arguments}, constants.options)

@@ -106,7 +106,7 @@ def _gemm1(
     if kernels is Specialized.MANY:
         return many_rows.gemm1(problem, limits, key, share), many_rows.signals(problem)
     if kernels is Specialized.FEW:
-        return few_rows.gemm1(problem, limits, key, share), few_rows.signals(problem)
+        return few_rows.gemm1(problem, limits, key, share), few_rows.signals(problem, key.num_tokens)
     return gemm1.gemm1(problem, limits, key, plan.gemm1), gemm1.signals(problem, plan.gemm1)
 
 

@@ -95,7 +95,7 @@ def test_tiles_of_half_the_rows(rows):
 
 @pytest.mark.parametrize("second", [FEW, NARROW])
 @pytest.mark.parametrize(
-    "rows", [[120, 3, 0, 80], [96, 17, 96, 0], [96, 17, 95, 0], [0, 200, 0, 0], [0, 70, 0, 0], [0, 0, 0, 0]], ids=str
+    "rows", [[80, 3, 0, 70], [72, 17, 72, 0], [72, 17, 71, 0], [0, 150, 0, 0], [0, 70, 0, 0], [0, 0, 0, 0]], ids=str
 )
 def test_experts_by_their_rows(rows, second):
     """Those that more than half of the tokens choose, if they have rows enough, take the kernels for many."""

@@ -27,7 +27,7 @@ E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FIELDS = gl.constexpr(7)  # of a `Tile`
 # Rows of all busy experts together from which on they are worth a pair of launches of their own.
-BUSY_ROWS = gl.constexpr(192)
+BUSY_ROWS = gl.constexpr(144)
 
 
 @aggregate

@@ -530,8 +530,8 @@ COLUMNS = BLOCK_N.value
 # Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer rows
 # memory binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
 SPREAD_ROWS = (45, 128)
-# Up to so many experts, a few of which may have all rows, tiles may be halved: finding one takes longer.
-HALVES_EXPERTS = 64
+# Up to so many experts tiles are spread and halved: to find one among more takes longer than that gives back.
+SPREAD_EXPERTS, HALVES_EXPERTS = 128, 64
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 
@@ -546,7 +546,8 @@ def _scheduling(problem: MoEProblem, key: LaunchKey, share: Share) -> dict[str, 
     least, most = SPREAD_ROWS
     return {
         "SHARED": share.is_part,
-        "SPREAD": least <= key.num_tokens * problem.top_k / problem.num_experts <= most,
+        "SPREAD": problem.num_local_experts <= SPREAD_EXPERTS
+        and least <= key.num_tokens * problem.top_k / problem.num_experts <= most,
         "HALVES": problem.num_local_experts <= HALVES_EXPERTS,
     }
 

@@ -8,16 +8,17 @@ three copies of the weights. So what overlaps with the launch before it isn't co
 rows that the local experts got, without padding; ours does the gather, SwiGLU and quantisation in them.
 
 `torch._scaled_mm` has one matrix of as many rows, one scale for each operand and fast accumulation: what the tensor
-cores give at best at this size. All of a row is timed in one process, one after the other.
+cores give at best at this size. All graphs of a T take turns, replay by replay, so that they meet the same clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,9 +77,12 @@ def main() -> None:
         rows = Work.of(first, problem).local_rows
         h, i = problem.hidden_size, problem.intermediate_size
         shapes = (rows, 2 * i, h), (rows, h, i)
+        prefixes = {name: Prefixes(problem, providers[name], copies) for name in options.provider}
+        calls = {(name, length): one.calls(length) for name, one in prefixes.items() for length in lengths(one.steps)}
+        us = medians(calls | {("dense", n): dense(*shape) for n, shape in enumerate(shapes)})
         times = [
-            *(gemms_of(Prefixes(problem, providers[name], copies)) for name in options.provider),
-            [dense_us(*shape) for shape in shapes],
+            *(gemms_of(one.steps, {n: us[name, n] for n in lengths(one.steps)}) for name, one in prefixes.items()),
+            [us["dense", n] for n in range(len(shapes))],
         ]
         for number, (m, n, k) in enumerate(shapes):
             cells = [f"{one[number]:.1f} ({2 * m * n * k / one[number] / 1e6:.0f})" for one in times]
@@ -100,32 +104,39 @@ class Prefixes:
         self._plan = lambda length: Plan(key, plan.arena, plan.steps[:length], hidden.device)
         self._memory = torch.empty(plan.arena.bytes, dtype=torch.uint8, device=hidden.device)
 
-    def time(self, length: int) -> float:
-        """Microseconds of the first ``length`` launches."""
+    def calls(self, length: int) -> list[Callable[[], object]]:
+        """Of the first ``length`` launches, on each copy of the weights in turn."""
         plan = self._plan(length)
-        calls = [
+        return [
             partial(plan.run, one, addresses_of(one), self._output, self._memory)
             for one in (self._inputs * CALLS)[:CALLS]
         ]
-        return graph_us(calls)
 
 
-def graph_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one of the calls in a graph of all: the median of RUNS replays, after two."""
-    for call in calls[:COPIES]:
-        call()
-    torch.cuda.synchronize()
-    replay = CUDA_CLOCK.graph(calls)
-    return statistics.median([event_us(replay) / len(calls) for _ in range(2 + RUNS)][2:])
+def medians(calls: Mapping[Any, Sequence[Callable[[], object]]]) -> dict[Any, float]:
+    """Microseconds of one of each key's calls in a graph of all of them: the median of RUNS turns, after two."""
+    replays = {}
+    for key, of_key in calls.items():
+        for call in of_key[:COPIES]:
+            call()
+        torch.cuda.synchronize()
+        replays[key] = CUDA_CLOCK.graph(of_key)
+    turns = [{key: event_us(replay) / len(calls[key]) for key, replay in replays.items()} for _ in range(2 + RUNS)]
+    return {key: statistics.median(turn[key] for turn in turns[2:]) for key in calls}
 
 
-def gemms_of(prefixes: Prefixes) -> list[float]:
-    """Microseconds of GEMM1 and of GEMM2, each of all its launches."""
-    lengths = {n for n, step in enumerate(prefixes.steps) if gemm_of(prefixes.steps, n)}
-    until = {length: prefixes.time(length) for length in sorted(lengths | {n + 1 for n in lengths})}
+def lengths(steps: Sequence[AnyStep]) -> list[int]:
+    """How many launches are before each of a GEMM and with it."""
+    at = [n for n in range(len(steps)) if gemm_of(steps, n)]
+    return sorted({*at, *(n + 1 for n in at)})
+
+
+def gemms_of(steps: Sequence[AnyStep], until: Mapping[int, float]) -> list[float]:
+    """Microseconds of GEMM1 and of GEMM2, each of all its launches; ``until``: those of so many launches."""
     totals = [0.0, 0.0]
-    for n in lengths:
-        totals[gemm_of(prefixes.steps, n) - 1] += until[n + 1] - until[n]
+    for n in range(len(steps)):
+        if number := gemm_of(steps, n):
+            totals[number - 1] += until[n + 1] - until[n]
     return totals
 
 
@@ -138,8 +149,8 @@ def gemm_of(steps: Sequence[AnyStep], at: int) -> int:
     return 1 if "gemm1" in name else 2 if "gemm2" in name else 0
 
 
-def dense_us(m: int, n: int, k: int) -> float:
-    """Microseconds of `torch._scaled_mm`, on three weights in turn; rows are rounded down to 16."""
+def dense(m: int, n: int, k: int) -> list[Callable[[], object]]:
+    """Calls of `torch._scaled_mm`, on three weights in turn; rows are rounded down to 16."""
     m = max(m // 16 * 16, 16)
     x = torch.randn(m, k, device="cuda").to(FP8)
     weights = [torch.randn(n, k, device="cuda").to(FP8) for _ in range(COPIES)]
@@ -148,7 +159,7 @@ def dense_us(m: int, n: int, k: int) -> float:
     def multiply(w: torch.Tensor) -> torch.Tensor:
         return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return graph_us([partial(multiply, w) for w in (weights * CALLS)[:CALLS]])
+    return [partial(multiply, w) for w in (weights * CALLS)[:CALLS]]
 
 
 if __name__ == "__main__":

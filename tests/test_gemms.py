@@ -45,4 +45,21 @@ def test_a_librarys_calls(script):
 
 def test_chunks_are_added_up(script):
     until = {0: 0, 1: 100, 2: 130, 3: 137, 4: 177}  # the launches take 100, 30, 7, 40 and, unasked, 5
-    assert script.gemms_of(types.SimpleNamespace(steps=launches(32768), time=until.__getitem__)) == [100, 70]
+    assert script.lengths(launches(32768)) == [*until]
+    assert script.gemms_of(launches(32768), until) == [100, 70]
+
+
+def test_graphs_take_turns(script, monkeypatch):
+    """Each key's median, of as many replays as the others', one after the other."""
+    replayed = []
+
+    def graph(calls):
+        return lambda: replayed.append(calls[0]())
+
+    monkeypatch.setattr(script, "CUDA_CLOCK", types.SimpleNamespace(graph=graph))
+    monkeypatch.setattr(script.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(script, "event_us", lambda replay: replay() or 8.0 * len(replayed))
+    us = script.medians({"a": [lambda: "a"] * 4, "b": [lambda: "b"] * 8})
+    assert replayed == ["a", "b"] * (2 + script.RUNS)
+    middle = 2 + script.RUNS // 2  # the turn of the median: each takes longer than the one before
+    assert us == {"a": 8.0 * (2 * middle + 1) / 4, "b": 8.0 * (2 * middle + 2) / 8}

@@ -86,7 +86,13 @@ MUTATIONS = [
         "an expert's rows for the tile's",
     ),
     common("(HALF - 1)) // HALF", "(HALF - 1)) // self.BLOCK_M", "tiles of half the rows are half as many", HALVES),
-    common("gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)", "self.BLOCK_M", "halves begin at whole tiles", HALVES),
+    common(
+        "gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)",
+        "self.BLOCK_M",
+        "halves begin at whole tiles",
+        HALVES,
+        equivalent="Those tiles have all rows then, and what is past the expert none: it only takes longer.",
+    ),
     common(
         "minimum(expert_rows - slot, rows)",
         "minimum(expert_rows - slot, self.BLOCK_M)",

@@ -296,17 +296,19 @@ class Share(NamedTuple):
     busy: bool = False
     suffix: str = ""
 
-    @property
-    def is_part(self) -> bool:
-        """Whether there are experts that it isn't for."""
-        return self != Share()
-
     def counter(self, name: str) -> str:
         """The name of one of its counters."""
         return name + self.suffix
 
 
 ALL = Share()
+# Of so many experts each thread of a warp has two counts at most.
+FEW_EXPERTS = 64
+
+
+def is_shared(problem: MoEProblem, share: Share) -> bool:
+    """Whether kernels tell the experts of a launch from others: among few that takes no time, and saves a binary."""
+    return share != ALL or problem.num_local_experts <= FEW_EXPERTS
 
 
 class Resources(NamedTuple):

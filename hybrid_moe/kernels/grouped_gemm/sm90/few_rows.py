@@ -67,6 +67,7 @@ from .common import (
     gemm1_constants,
     gemm2_constants,
     gemm2_operands,
+    is_shared,
     load_rows,
     load_tile,
     make_pipeline,
@@ -614,7 +615,7 @@ def gemm1(problem: MoEProblem, limits: DeviceLimits, key: LaunchKey, share: Shar
     resources = FEW_RESOURCES if rows == FEW.value else RESOURCES
     tiles = max_row_tiles(problem, key.num_tokens, rows) * (width // (BLOCK_N.value // 2))
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
-    more = {"SHARED": share.is_part, "ROWS": rows}
+    more = {"SHARED": is_shared(problem, share), "ROWS": rows}
     return Step(GEMM1, grid, operands, gemm1_constants(problem, limits, resources, key.stride_hidden, **more))
 
 
@@ -634,5 +635,5 @@ def gemm2(
     operands = gemm2_operands(problem, key, first_column, share, None, BLOCK_N.value)
     tiles = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // BLOCK_N.value)
     grid = (min(tiles, PROGRAMS * limits.num_sms),)
-    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SHARED=share.is_part)
+    constants = gemm2_constants(problem, limits, RESOURCES, columns, first, SHARED=is_shared(problem, share))
     return Step(GEMM2, grid, operands, constants)

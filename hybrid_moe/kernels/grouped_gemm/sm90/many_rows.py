@@ -48,6 +48,7 @@ from ..completion import Signals, all_finished, await_expert, let_async_copies_s
 from .common import (
     ALL,
     COPY,
+    FEW_EXPERTS,
     LINE,
     Pipeline,
     Resources,
@@ -58,6 +59,7 @@ from .common import (
     gemm1_constants,
     gemm2_constants,
     gemm2_operands,
+    is_shared,
     load_rows,
     load_tile,
     make_pipeline,
@@ -530,8 +532,8 @@ COLUMNS = BLOCK_N.value
 # Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer rows
 # memory binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
 SPREAD_ROWS = (45, 128)
-# Up to so many experts tiles are spread and halved: to find one among more takes longer than that gives back.
-SPREAD_EXPERTS, HALVES_EXPERTS = 128, 64
+# Up to so many experts, and halved up to FEW_EXPERTS: to find a tile among more takes longer than that gives back.
+SPREAD_EXPERTS = 128
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)
 
@@ -545,10 +547,10 @@ def _scheduling(problem: MoEProblem, key: LaunchKey, share: Share) -> dict[str, 
     """The tile scheduler's variants."""
     least, most = SPREAD_ROWS
     return {
-        "SHARED": share.is_part,
+        "SHARED": is_shared(problem, share),
         "SPREAD": problem.num_local_experts <= SPREAD_EXPERTS
         and least <= key.num_tokens * problem.top_k / problem.num_experts <= most,
-        "HALVES": problem.num_local_experts <= HALVES_EXPERTS,
+        "HALVES": problem.num_local_experts <= FEW_EXPERTS,
     }
 
 

@@ -61,6 +61,7 @@ from .common import (
     TileScheduler,
     gemm2_constants,
     gemm2_operands,
+    is_shared,
     load_rows,
     load_tile,
 )
@@ -448,7 +449,9 @@ def gemm2(
     units = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // unit_n)
     grid = (min(units, PROGRAMS * limits.num_sms),)
     keep = max_local_rows(problem, key.num_tokens) * columns * 2 <= KEPT_BYTES
-    return Step(GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n, share.is_part, keep))
+    return Step(
+        GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n, is_shared(problem, share), keep)
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -219,5 +219,5 @@ def test_what_warming_up_compiles_ahead_is_all_that_calls_launch_and_no_more():
     found = json.loads(done.stdout)
     assert found["after"] == []
     assert {*SPECIALIZED, "route_kernel", "scatter_kernel"} <= set(found["ahead"])
-    assert len(found["ahead"]) <= 18, found["ahead"]
+    assert len(found["ahead"]) <= 20, found["ahead"]
     assert found["at_once"] > 1 or len(os.sched_getaffinity(0)) == 1

@@ -532,7 +532,8 @@ COLUMNS = BLOCK_N.value
 # Rows of an expert, if routing is even, with which light experts' tiles are spread among the others'. With fewer rows
 # memory binds everywhere, and finding a tile so costs 1%; with more there are few of them. See benchmarks/NOTES.md.
 SPREAD_ROWS = (45, 128)
-# Up to so many experts, and halved up to FEW_EXPERTS: to find a tile among more takes longer than that gives back.
+# Up to so many experts they are, and all tiles may be halved up to FEW_EXPERTS: with more, finding one takes longer
+# than that gives back.
 SPREAD_EXPERTS = 128
 
 GEMM1, GEMM2 = Kernel(hopper_gemm1_kernel), Kernel(hopper_gemm2_kernel)

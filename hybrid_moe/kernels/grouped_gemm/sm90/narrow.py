@@ -448,10 +448,8 @@ def gemm2(
     unit_n = UNIT_N if wide else NARROW_UNIT_N
     units = max_row_tiles(problem, key.num_tokens, BLOCK_M.value) * (columns // unit_n)
     grid = (min(units, PROGRAMS * limits.num_sms),)
-    keep = max_local_rows(problem, key.num_tokens) * columns * 2 <= KEPT_BYTES
-    return Step(
-        GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n, is_shared(problem, share), keep)
-    )
+    shared, keep = is_shared(problem, share), max_local_rows(problem, key.num_tokens) * columns * 2 <= KEPT_BYTES
+    return Step(GEMM2, grid, operands, _constants(problem, limits, columns, first, unit_n, shared, keep))
 
 
 @functools.lru_cache(maxsize=256)

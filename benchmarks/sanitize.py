@@ -56,7 +56,7 @@ from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import Constants, limits_of
 from hybrid_moe.kernels.pipeline import Pipeline
 from hybrid_moe.kernels.routing import CLEAR
-from hybrid_moe.measure.workloads import DEEPSEEK_V3, MoEInputs, Workload, make_inputs, random_weights
+from hybrid_moe.measure.workloads import DEEPSEEK_V3, MoEInputs, RoutingLoad, Workload, make_inputs, random_weights
 from hybrid_moe.reference import chosen_experts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +77,9 @@ def kernels() -> Mapping[str, Path]:
     return found
 
 
-def inputs_of(problem: MoEProblem, tokens: int) -> MoEInputs:
+def inputs_of(problem: MoEProblem, tokens: int, load: RoutingLoad = "uniform") -> MoEInputs:
     """Of a rank in the middle."""
-    return make_inputs(Workload(tokens, 96), problem, random_weights(problem, DEVICE))
+    return make_inputs(Workload(tokens, 96, load), problem, random_weights(problem, DEVICE))
 
 
 def routed(inputs: MoEInputs, problem: MoEProblem) -> RoutedInputs:
@@ -88,11 +88,13 @@ def routed(inputs: MoEInputs, problem: MoEProblem) -> RoutedInputs:
     return RoutedInputs(ids.int(), weights.contiguous(), *inputs[2:])
 
 
-def pipeline(problem: MoEProblem, tokens: int, intermediate_size: int | None = None) -> torch.Tensor:
+def pipeline(
+    problem: MoEProblem, tokens: int, intermediate_size: int | None = None, load: RoutingLoad = "uniform"
+) -> torch.Tensor:
     """The whole layer by our own GEMMs."""
     if intermediate_size is not None:
         problem = dataclasses.replace(problem, intermediate_size=intermediate_size)
-    return fused_moe(*inputs_of(problem, tokens), problem=problem, backend="triton_fused[gemm=triton]")
+    return fused_moe(*inputs_of(problem, tokens, load), problem=problem, backend="triton_fused[gemm=triton]")
 
 
 def routed_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
@@ -266,7 +268,9 @@ def planted_read() -> None:
 
 
 CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
+    "2048": functools.partial(pipeline, tokens=2048),  # light experts' tiles among the others'
     "901": functools.partial(pipeline, tokens=901),
+    "busy": functools.partial(pipeline, tokens=128, load="concentrated"),
     "200": functools.partial(pipeline, tokens=200),
     "15": functools.partial(pipeline, tokens=15),
     # Those for every GPU, with the tiles of one that has no others.

@@ -56,6 +56,7 @@ from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import Constants, limits_of
 from hybrid_moe.kernels.pipeline import Pipeline
 from hybrid_moe.kernels.routing import CLEAR
+from hybrid_moe.measure.sweep.plan import middle_rank
 from hybrid_moe.measure.workloads import DEEPSEEK_V3, MoEInputs, RoutingLoad, Workload, make_inputs, random_weights
 from hybrid_moe.reference import chosen_experts
 
@@ -79,7 +80,7 @@ def kernels() -> Mapping[str, Path]:
 
 def inputs_of(problem: MoEProblem, tokens: int, load: RoutingLoad = "uniform") -> MoEInputs:
     """Of a rank in the middle."""
-    return make_inputs(Workload(tokens, 96, load), problem, random_weights(problem, DEVICE))
+    return make_inputs(Workload(tokens, middle_rank(problem), load), problem, random_weights(problem, DEVICE))
 
 
 def routed(inputs: MoEInputs, problem: MoEProblem) -> RoutedInputs:
@@ -114,8 +115,15 @@ def routed_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
 
 
 def weighted_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
-    """The same with weights on the input, of one expert of each token."""
-    return pipeline(dataclasses.replace(problem, top_k=1, n_group=1, topk_group=1, weight_on_input=True), tokens)
+    """The same with weights on the input, of one expert of each token, as they are (Llama 4)."""
+    one = dict(top_k=1, n_group=1, topk_group=1, routing_method="sigmoid_no_renorm", weight_on_input=True)
+    return pipeline(dataclasses.replace(problem, **one), tokens)
+
+
+def shared_pipeline(problem: MoEProblem, tokens: int) -> torch.Tensor:
+    """The same with an expert of all tokens behind 128 that are all local."""
+    whole = dict(num_experts=128, num_local_experts=128, num_shared_experts=1, intermediate_size=256)
+    return pipeline(dataclasses.replace(problem, **whole), tokens)
 
 
 def by_gemms(gemm: GroupedGemm, problem: MoEProblem, tokens: int) -> torch.Tensor:
@@ -279,6 +287,7 @@ CASES: Mapping[str, Callable[[MoEProblem], torch.Tensor]] = {
     "narrow": functools.partial(pipeline, tokens=16, intermediate_size=256),
     "routed": functools.partial(routed_pipeline, tokens=15),
     "weighted": functools.partial(weighted_pipeline, tokens=15),
+    "shared": functools.partial(shared_pipeline, tokens=15),
     "around_sgl": functools.partial(around, SglGroupedGemm(), tokens=40),
     "around_deep_gemm": functools.partial(around, DeepGemmGroupedGemm(), tokens=40),
     "whole_library": functools.partial(whole_library, tokens=40),

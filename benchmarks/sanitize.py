@@ -223,6 +223,7 @@ HANDED_OVER = (
     ("sums.store(", "sums.load("),
     ("self.values.index(mine", "self.values.index(others"),
     ("self.tiles.index(", "shared.load(LINE)"),
+    ("self.numbers.index(", ".load(LINE)"),
     ("load_rows(pipeline.x_scale", "scale.slice("),
     ("def ", "def "),
     ("gl.warp_specialize(", "def "),
@@ -400,7 +401,7 @@ def main() -> None:
                 watched[tool, name] = pool.submit(watch, sanitizer, tool, what, options.time_limit)
         for (tool, name), future in watched.items():
             code, output = future.result()
-            verdict = summary(output)
+            verdict, others = summary(output), list[str]()
             if name == "what is planted":
                 wrong = not re.match(PLANTED[tool][1], verdict)
                 verdict = f"{'NOT FOUND' if wrong else 'found'}: {verdict}"
@@ -413,7 +414,7 @@ def main() -> None:
             bad |= wrong
             print(f"{tool}, {name}: {verdict}", flush=True)
             if wrong:
-                print(output[:3000], flush=True)
+                print(*others, output[:3000], sep="\n", flush=True)
     print(f"{time.monotonic() - begun:.0f} s")
     sys.exit(bad)
 

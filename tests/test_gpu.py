@@ -1,9 +1,11 @@
 """The layer at full size on a GPU: the definition's 19 workloads, CUDA graphs, and equal bits."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from hybrid_moe import Candidate, DeviceKey, HybridMoE, backends, fused_moe
+from hybrid_moe import Candidate, DeviceKey, HybridMoE, MoEProblem, backends, fused_moe
 from hybrid_moe.inputs import FP8
 from hybrid_moe.measure.sweep.plan import middle_rank
 from hybrid_moe.measure.workloads import (
@@ -81,6 +83,35 @@ def test_other_models(choice, model):
         layer(inputs.routing_logits, inputs.hidden_states, inputs.hidden_states_scale, output=output)
         work, wanted = has_local_work(inputs, problem), moe_reference(inputs, problem)
         assert bool(work.any()) and check(output, wanted, work, OWN_KERNELS_TOLERANCE).failures == ()
+
+
+LLAMA_4_SCOUT = MoEProblem(
+    num_experts=16, num_local_experts=2, top_k=1, n_group=1, topk_group=1, hidden_size=5120, intermediate_size=8192,
+    routing_method="sigmoid_no_renorm", weight_on_input=True,
+)  # fmt: skip
+OTHER_ROUTINGS = {
+    "weights on the input": LLAMA_4_SCOUT,
+    "sigmoid, no renormalisation": dataclasses.replace(LLAMA_4_SCOUT, top_k=3, weight_on_input=False),
+    "no bias": MODELS["qwen3-235b"],
+    "no bias, groups": dataclasses.replace(DEEPSEEK_V3, num_local_experts=8),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROUTINGS)
+def test_other_routings(name):
+    problem = OTHER_ROUTINGS[name]
+    weights = random_weights(problem, "cuda")
+    for tokens in (1, 16, 300, 2048):
+        inputs = make_inputs(Workload(tokens, middle_rank(problem), seed=tokens), problem, weights)
+        if "no bias" in name:
+            inputs = inputs._replace(routing_bias=torch.zeros_like(inputs.routing_bias))
+        given = inputs._replace(routing_bias=None) if "no bias" in name else inputs
+        outputs = torch.full((2, tokens, problem.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
+        for output in outputs:
+            fused_moe(*given, problem=problem, backend=Candidate("triton_fused", {"gemm": "triton"}), output=output)
+        work, wanted = has_local_work(inputs, problem), moe_reference(inputs, problem)
+        found = check(outputs[0], wanted, work, OWN_KERNELS_TOLERANCE, width=problem.intermediate_size)
+        assert bool(work.any()) and found.failures == () and torch.equal(*outputs), tokens
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

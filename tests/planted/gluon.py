@@ -43,7 +43,11 @@ def completion(old: str, new: str, wrong: str, tests: tuple[str, ...] = LATE, eq
 MUTATIONS = [
     # The tile scheduler
     common("at = gl.sum((ends <= number)", "at = gl.sum((ends < number)", "an expert's first tile is the one's before"),
-    common("gl.where(expert < at, tokens, 0)", "gl.where(expert <= at, tokens, 0)", "rows start behind their expert's"),
+    common(
+        "self.look_up(TOKENS_END, there) - expert_rows + slot",
+        "self.look_up(TOKENS_END, there) + slot",
+        "rows start behind their expert's",
+    ),
     common(
         "n=inside // above_another",
         "n=inside % above_another",
@@ -55,9 +59,33 @@ MUTATIONS = [
         "an expert's last rows have no tile",
     ),
     common(
-        "gl.where(expert < at, row_tiles, 0)",
-        "gl.where(expert <= at, row_tiles, 0)",
+        "self.look_up(line, there) - above_another",
+        "self.look_up(line, there)",
         "tiles counted from behind the expert",
+    ),
+    common(
+        "self.look_up(line, there) - above",
+        "self.look_up(TILES_END, there) - above",
+        "tiles of an expert with one counted among the others'",
+        SPREAD,
+    ),
+    common(
+        "row_tiles = gl.where(is_light, 0, row_tiles)",
+        "pass",
+        "experts with one row tile are in both orders",
+        SPREAD,
+    ),
+    common(
+        "self.table.index(TOKENS_END).store(gl.associative_scan(tokens, 0, _add))",
+        "self.table.index(TOKENS_END).store(gl.associative_scan(self.own(tokens), 0, _add))",
+        "rows of the other launch's experts aren't there",
+        BY_ROWS,
+    ),
+    common(
+        "row_tiles = self.row_tiles(self.own(tokens), halved)",
+        "row_tiles = self.row_tiles(tokens, halved)",
+        "the other launch's experts have tiles too",
+        BY_ROWS,
     ),
     common(
         "gl.num_programs(0) + gl.atomic_add",
@@ -257,7 +285,7 @@ MUTATIONS = [
         TWICE,
     ),
     few("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
-    few('load_tokens_per_expert(".cg")\n    tile', 'load_tokens_per_expert("")\n    tile', "old counts in GEMM2"),
+    few('fill_table(".cg")', 'fill_table("")', "old counts in GEMM2"),
     few("slot_token_ptr=slot_token_ptr", "slot_token_ptr=tokens_per_expert_ptr", "tokens' numbers from elsewhere"),
     few("UP=INTERMEDIATE if GATE_FIRST else 0", "UP=0", "up is gate where gate comes first"),
     few(
@@ -278,13 +306,6 @@ MUTATIONS = [
         "as many light tiles as others are taken for them",
         SPREAD,
         equivalent="Either order has as many tiles then: they change places.",
-    ),
-    common(
-        "past_all | (is_light",
-        "(is_light",
-        "what is past all tiles is looked for among one kind",
-        SPREAD,
-        equivalent="Of one kind there are fewer: it is past these too.",
     ),
     common("gl.where(past_all, number,", "gl.where(number < 0, number,", "what is past all is a tile again", SPREAD),
     common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
@@ -438,7 +459,7 @@ MUTATIONS = [
         TWICE,
     ),
     many("    wait_for_previous_kernel(PDL)\n    let_next", "    let_next", "GEMM1 doesn't wait for the routing"),
-    many('load_tokens_per_expert(".cg")\n    halved', 'load_tokens_per_expert("")\n    halved', "old counts in GEMM2"),
+    many('fill_table(".cg")', 'fill_table("")', "old counts in GEMM2"),
     # What GEMM2 waits for
     completion(
         "    tl.debug_barrier()\n    tl.atomic_add(finished_ptr + expert",

@@ -26,6 +26,8 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 E4M3 = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FIELDS = gl.constexpr(7)  # of a `Tile`
+# Lines of `TileScheduler.table`.
+TOKENS, TOKENS_END, TILES_END, LIGHT_TILES_END = (gl.constexpr(line) for line in range(4))
 # Rows of all busy experts together from which on they are worth a pair of launches of their own.
 BUSY_ROWS = gl.constexpr(144)
 
@@ -55,6 +57,10 @@ class TileScheduler:
     tile_counter_ptr: gl.tensor
     tiles: gl.shared_memory_descriptor  # [SLOTS * FIELDS, 1] int32: what `Tile` has
     published: gl.shared_memory_descriptor  # [SLOTS, 1] barriers, 1 arrival
+    # [3, or 4 with SPREAD, E_POW2] int32, the producer's own: each expert's number of tokens; the sums of tokens and of
+    # row tiles up to it, with SPREAD of experts that have several row tiles, and of those that have one. Kept in
+    # registers, they would spill.
+    table: gl.shared_memory_descriptor
     BLOCK_M: gl.constexpr
     bound: gl.tensor  # as `Share` has them
     busy: gl.tensor
@@ -66,15 +72,17 @@ class TileScheduler:
     E_POW2: gl.constexpr
     SLOTS: gl.constexpr
 
+    @gluon.constexpr_function
+    def layout(self):
+        """Of numbers of all experts: the whole vector in every warp, so that no sum leaves the warp."""
+        return gl.BlockedLayout([max(1, self.E_POW2 // 32)], [32], [4], [0])
+
     @gluon.jit
     def load_tokens_per_expert(self, CACHE: gl.constexpr):
-        """The experts' numbers and their numbers of tokens, int32; zeros from E on."""
-        # The whole vector in every warp: no sum leaves the warp.
-        PER_THREAD: gl.constexpr = self.E_POW2 // 32 if self.E_POW2 > 32 else 1
-        layout: gl.constexpr = gl.BlockedLayout([PER_THREAD], [32], [4], [0])
-        expert = gl.arange(0, self.E_POW2, layout=layout)
+        """The experts' numbers of tokens, int32; zeros from E on."""
+        expert = gl.arange(0, self.E_POW2, layout=self.layout())
         at = self.tokens_per_expert_ptr + expert
-        return expert, gl.load(at, mask=expert < self.E, other=0, cache_modifier=CACHE)
+        return gl.load(at, mask=expert < self.E, other=0, cache_modifier=CACHE)
 
     @gluon.jit
     def own(self, tokens):
@@ -106,16 +114,37 @@ class TileScheduler:
             return tiles
 
     @gluon.jit
-    def locate(self, number, expert, tokens, halved):
-        """The tile of a number. The tiles of an expert follow one another, its row tiles fastest.
+    def fill_table(self, CACHE: gl.constexpr):
+        """Write the table, for `locate`. The experts' numbers of tokens, and whether tiles are halved."""
+        tokens = self.load_tokens_per_expert(CACHE)
+        halved = self.halved(tokens)
+        row_tiles = self.row_tiles(self.own(tokens), halved)
+        if self.SPREAD:
+            is_light = row_tiles == 1
+            self.table.index(LIGHT_TILES_END).store(gl.associative_scan(is_light.to(gl.int32), 0, _add))
+            row_tiles = gl.where(is_light, 0, row_tiles)
+        self.table.index(TOKENS).store(tokens)
+        self.table.index(TOKENS_END).store(gl.associative_scan(tokens, 0, _add))
+        self.table.index(TILES_END).store(gl.associative_scan(row_tiles, 0, _add))
+        return tokens, halved
+
+    @gluon.jit
+    def look_up(self, line, expert):
+        """One number of the table."""
+        numbers = reinterpret(self.table, gl.int32, [table_lines(self.SPREAD) * self.E_POW2, 1], PLAIN)
+        return _number(numbers.index(line * self.E_POW2 + expert))
+
+    @gluon.jit
+    def locate(self, number, halved):
+        """The tile of a number, by the table. The tiles of an expert follow one another, its row tiles fastest.
 
         SPREAD: those of experts with one row tile, which memory binds, and those of experts with several, which
         arithmetic binds, follow either order of their own, spread evenly among one another.
         """
-        row_tiles = self.row_tiles(self.own(tokens), halved)
+        line = TILES_END
         if self.SPREAD:
-            light = gl.sum((row_tiles == 1).to(gl.int32), axis=0)
-            heavy = gl.sum(row_tiles, axis=0) - light
+            heavy = self.look_up(TILES_END, self.E_POW2 - 1)
+            light = self.look_up(LIGHT_TILES_END, self.E_POW2 - 1)
             # Those of which there are fewer are at every so many-th place, as long as there are any.
             fewer = gl.minimum(light, heavy) * self.TILES_N
             every = gl.maximum((light + heavy) * self.TILES_N // gl.maximum(fewer, 1), 1)
@@ -123,16 +152,15 @@ class TileScheduler:
             fewer_before = gl.minimum((number + every - 1) // every, fewer)
             is_light = is_fewer == (light <= heavy)
             past_all = number >= (light + heavy) * self.TILES_N
-            row_tiles = gl.where(past_all | (is_light == (row_tiles == 1)), row_tiles, 0)
+            line = gl.where(is_light, LIGHT_TILES_END, TILES_END)
             number = gl.where(past_all, number, gl.where(is_fewer, fewer_before, number - fewer_before))
-        ends = gl.associative_scan(row_tiles, 0, _add) * self.TILES_N
+        ends = self.table.index(line).load(self.layout()) * self.TILES_N
         at = gl.sum((ends <= number).to(gl.int32), axis=0)
-        expert_rows = gl.sum(gl.where(expert == at, tokens, 0), axis=0)
-        rows_before = gl.sum(gl.where(expert < at, tokens, 0), axis=0)
-        row_tiles_before = gl.sum(gl.where(expert < at, row_tiles, 0), axis=0)
-        inside = number - row_tiles_before * self.TILES_N
-        inside = gl.where(at < self.E, inside, 0)
+        there = gl.minimum(at, self.E_POW2 - 1)
+        expert_rows = self.look_up(TOKENS, there)
         above_another = gl.maximum(self.row_tiles(expert_rows, halved), 1)
+        row_tiles_before = self.look_up(line, there) - above_another
+        inside = gl.where(at < self.E, number - row_tiles_before * self.TILES_N, 0)
         m = inside % above_another
         rows = gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)
         slot = m * rows
@@ -141,7 +169,7 @@ class TileScheduler:
             expert_rows=expert_rows,
             slot=slot,
             rows=gl.minimum(expert_rows - slot, rows),
-            first_row=rows_before + slot,
+            first_row=self.look_up(TOKENS_END, there) - expert_rows + slot,
             row_tile=row_tiles_before + m,
             n=inside // above_another,
         )
@@ -181,6 +209,12 @@ class TileScheduler:
         )
 
 
+@gluon.constexpr_function
+def table_lines(SPREAD):
+    """Of `TileScheduler.table`."""
+    return 4 if SPREAD else 3
+
+
 @gluon.jit
 def _number(shared):
     return gl.sum(shared.load(LINE), axis=0)
@@ -200,6 +234,7 @@ def make_scheduler(
     """A `TileScheduler` with its shared memory."""
     tiles = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], PLAIN)
     published = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    table = gl.allocate_shared_memory(gl.int32, [table_lines(SPREAD), E_POW2], PLAIN)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(published.index(slot), count=1)
     return TileScheduler(
@@ -207,6 +242,7 @@ def make_scheduler(
         tile_counter_ptr=tile_counter_ptr,
         tiles=tiles,
         published=published,
+        table=table,
         BLOCK_M=BLOCK_M,
         bound=bound,
         busy=busy,

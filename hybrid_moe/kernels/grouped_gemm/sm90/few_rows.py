@@ -225,8 +225,8 @@ def load_tile_blocks(
 def gemm1_producer(p):
     """Load the blocks of all tiles of this program."""
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
-    expert, tokens = p.scheduler.load_tokens_per_expert("")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
+    p.scheduler.fill_table("")
+    tile = p.scheduler.locate(gl.program_id(0), False)
     p.scheduler.publish(0, tile)
     step = 0
     turn = 0
@@ -247,7 +247,7 @@ def gemm1_producer(p):
         scale_at = p.hidden_scale_ptr + row.to(gl.int64) * p.stride_scale_t
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.stride_scale_k, step, 0, K_BLOCKS)
         step += K_BLOCKS
-        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens, False)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), False)
         turn += 1
         p.scheduler.publish(turn, tile)
 
@@ -259,8 +259,8 @@ def gemm2_producer(p):
     # Blocks whose weights are loaded before the expert is finished.
     AHEAD: gl.constexpr = min(p.pipeline.STAGES, K_BLOCKS) // GROUP * GROUP
     # Nothing was waited for: L1 may hold older counts.
-    expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
+    tokens, _ = p.scheduler.fill_table(".cg")
+    tile = p.scheduler.locate(gl.program_id(0), False)
     p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -287,7 +287,7 @@ def gemm2_producer(p):
         scale_at = p.activated_scale_ptr + row.to(gl.int64)
         load_tile_blocks(p, weight_row, x_at, x_mask, scale_at, real, p.max_rows, step, ready, K_BLOCKS)
         step += K_BLOCKS
-        tile = p.scheduler.locate(p.scheduler.draw_tile(), expert, tokens, False)
+        tile = p.scheduler.locate(p.scheduler.draw_tile(), False)
         turn += 1
         p.scheduler.publish(turn, tile)
         if not through:

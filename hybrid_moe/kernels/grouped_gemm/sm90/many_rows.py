@@ -156,10 +156,9 @@ def gemm1_producer(p):
     """Load the blocks of all tiles of this program."""
     K_BLOCKS: gl.constexpr = p.HIDDEN // 128
     pipeline = p.pipeline
-    expert, tokens = p.scheduler.load_tokens_per_expert("")
-    halved = p.scheduler.halved(tokens)
+    _, halved = p.scheduler.fill_table("")
     number = gl.program_id(0)
-    tile = p.scheduler.locate(number, expert, tokens, halved)
+    tile = p.scheduler.locate(number, halved)
     p.scheduler.publish(0, tile)
     step = 0
     turn = 0
@@ -189,9 +188,7 @@ def gemm1_producer(p):
             step += 1
             if block == draw_at(K_BLOCKS):
                 number = p.scheduler.draw_tile()
-        # Kept in registers, the vectors would spill.
-        expert, tokens = p.scheduler.load_tokens_per_expert("")
-        tile = p.scheduler.locate(number, expert, tokens, halved)
+        tile = p.scheduler.locate(number, halved)
         turn += 1
         p.scheduler.publish(turn, tile)
 
@@ -202,10 +199,9 @@ def gemm2_producer(p):
     K_BLOCKS: gl.constexpr = p.INTERMEDIATE // 128
     pipeline = p.pipeline
     # Nothing was waited for: L1 may hold older counts.
-    expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
-    halved = p.scheduler.halved(tokens)
+    tokens, halved = p.scheduler.fill_table(".cg")
     number = gl.program_id(0)
-    tile = p.scheduler.locate(number, expert, tokens, halved)
+    tile = p.scheduler.locate(number, halved)
     p.scheduler.publish(0, tile)
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
@@ -235,7 +231,7 @@ def gemm2_producer(p):
             step += 1
             if block == draw_at(K_BLOCKS):
                 number = p.scheduler.draw_tile()
-        tile = p.scheduler.locate(number, expert, tokens, halved)
+        tile = p.scheduler.locate(number, halved)
         turn += 1
         p.scheduler.publish(turn, tile)
 

@@ -64,6 +64,7 @@ from .common import (
     is_shared,
     load_rows,
     load_tile,
+    table_lines,
 )
 
 BLOCK_M = gl.constexpr(32)
@@ -205,11 +206,11 @@ def producer(p):
     PAIRS: gl.constexpr = p.UNIT_N // (2 * BLOCK_N)  # of tiles
     AHEAD: gl.constexpr = min(p.weights.STAGES // p.K_BLOCKS, PAIRS)  # whose weights wait for nothing
     # Nothing was waited for: the first-level cache may hold older numbers.
-    expert, tokens = p.scheduler.load_tokens_per_expert(".cg")
+    tokens, _ = p.scheduler.fill_table(".cg")
     through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
     if through:
         wait_for_previous_kernel(p.PDL)
-    tile = p.scheduler.locate(gl.program_id(0), expert, tokens, False)
+    tile = p.scheduler.locate(gl.program_id(0), False)
     step = 0
     turn = 0
     while tile.expert < p.E:
@@ -231,7 +232,7 @@ def producer(p):
         if not through:
             through = all_finished(p.finished_ptr, p.scheduler.own(tokens), p.FIRST_M, p.SIGNALS, p.E)
             let_async_copies_see(p.PDL)
-        tile = p.scheduler.locate(number, expert, tokens, False)
+        tile = p.scheduler.locate(number, False)
     p.channel.tell(turn, 0, 0, 0)
 
 
@@ -354,6 +355,7 @@ def hopper_narrow_gemm2_kernel(
     unit_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * 3, 1], PLAIN)
     told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    table = gl.allocate_shared_memory(gl.int32, [table_lines(False), E_POW2], PLAIN)
     for stage in gl.static_range(2 * STAGES):
         mbarrier.init(tile_full.index(stage), count=1)
         mbarrier.init(tile_empty.index(stage), count=1)
@@ -369,6 +371,7 @@ def hopper_narrow_gemm2_kernel(
         tile_counter_ptr=tile_counter_ptr + first_column // COLUMNS,
         tiles=numbers,
         published=told,
+        table=table,
         BLOCK_M=BLOCK_M,
         TILES_N=COLUMNS // UNIT_N,
         SPREAD=False,

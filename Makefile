@@ -78,7 +78,8 @@ format: $(VENV)/.extra-lint
 # One picture for each device, of the shipped policies: the user's own would come first otherwise.
 figures: $(VENV)/.extra-report
 	for device in $(notdir $(wildcard benchmarks/results/*)); do \
-		$(BIN)/hybrid-moe report benchmarks/results/$$device/*.jsonl --policy policies \
+		$(BIN)/hybrid-moe report benchmarks/results/$$device/definition.jsonl \
+			benchmarks/results/$$device/regenerate_quick.jsonl --policy policies \
 			--png benchmarks/figures/$$device.png || exit 1; \
 	done
 

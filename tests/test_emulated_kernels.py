@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
 from hybrid_moe.kernels.grouped_gemm.sm90 import many_rows
+from hybrid_moe.kernels.grouped_gemm.sm90.common import BUSY_ROWS
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name
@@ -102,8 +103,13 @@ def test_experts_by_their_rows(rows, second):
     call = Call(SMALL, given_rows(SMALL, rows, max(*rows, 7)), Given(FEW, second, many_above=0.5))
     kernels = FEW_KERNELS if second is FEW else NARROW_KERNELS
     assert call.kernels[2:] == [*MANY_KERNELS, *kernels, "combine_kernel"]
+    busy = sum(count for count in rows if count > max(*rows, 7) // 2)
+    busy = busy if busy >= BUSY_ROWS.value else 0
     for seed in range(2):
         call.run(seed, stages=2)
+        # Each tile is followed by a draw: neither launch computes the other's.
+        drawn = [bool(call.operands()[f"gemm1_tile_counter{suffix}"]) for suffix in ("_many", "")]
+        assert drawn == [busy > 0, sum(rows) > busy]
 
 
 @pytest.mark.parametrize(

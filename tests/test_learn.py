@@ -405,7 +405,7 @@ def test_verified_and_environment():
     assert given_environment == {"who": "me"}
 
 
-def test_the_rule_that_the_records_passed_by():
+def test_the_rule_that_the_records_passed_by(tmp_path):
     """Policies of records that name none stay as they are, to the byte."""
 
     def by_rules(*rules):
@@ -417,6 +417,9 @@ def test_the_rule_that_the_records_passed_by():
     assert by_rules(2, None).gate_rule == "rule 1 | 2"
     assert "gate_rule" not in by_rules(None, 1).environment
     assert by_rules(None, 1).gate_rule == "rule 1 (the whole alone)"
+    for tokens in (1, 2):
+        append_record(tmp_path / "records.jsonl", record("a", tokens, 1.0, correctness={"rule": 2}))
+    assert learn_from_files([tmp_path / "records.jsonl"], LearnerOptions()).environment["gate_rule"] == "2"
 
 
 # ---- Regret ----

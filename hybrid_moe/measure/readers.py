@@ -315,10 +315,10 @@ class _Shared:
     def _bound(self, gate: RecordCorrectness | None) -> RecordCorrectness | None:
         if gate is None:
             return None
-        bounds = (gate.rtol, gate.atol, gate.required_matched_ratio, gate.max_relative_l2)
+        bounds = (gate.rtol, gate.atol, gate.required_matched_ratio, gate.max_relative_l2, gate.rule)
         if bounds not in self._bounds:
-            rtol, atol, ratio, l2 = bounds
+            rtol, atol, ratio, l2, rule = bounds
             self._bounds[bounds] = RecordCorrectness(
-                rtol=rtol, atol=atol, required_matched_ratio=ratio, max_relative_l2=l2
+                rtol=rtol, atol=atol, required_matched_ratio=ratio, max_relative_l2=l2, rule=rule
             )
         return self._bounds[bounds]

@@ -307,7 +307,13 @@ MUTATIONS = [
         SPREAD,
         equivalent="Either order has as many tiles then: they change places.",
     ),
-    common("gl.where(past_all, number,", "gl.where(number < 0, number,", "what is past all is a tile again", SPREAD),
+    common(
+        "gl.where(past_all, number,",
+        "gl.where(number < 0, number,",
+        "what is past all is looked for among one kind",
+        SPREAD,
+        equivalent="Of the kind of which there are more: it is past these too.",
+    ),
     common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
     common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
     few(

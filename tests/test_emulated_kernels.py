@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_moe.kernels import external, shapes
 from hybrid_moe.kernels.grouped_gemm.sm90 import many_rows
-from hybrid_moe.kernels.grouped_gemm.sm90.common import BUSY_ROWS
+from hybrid_moe.kernels.grouped_gemm.sm90.share import BUSY_ROWS
 from hybrid_moe.kernels.grouped_gemm.triton.provider import TritonGroupedGemm
 from hybrid_moe.kernels.launcher import DeviceLimits
 from hybrid_moe.kernels.plan import LaunchKey, addresses_of, by_name

@@ -20,6 +20,14 @@ def common(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equival
     return Mutation("kernels/grouped_gemm/sm90/common.py", old, new, wrong, tests, equivalent)
 
 
+def scheduler(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/tile_scheduler.py", old, new, wrong, tests, equivalent)
+
+
+def share(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equivalent: str = "") -> Mutation:
+    return Mutation("kernels/grouped_gemm/sm90/share.py", old, new, wrong, tests, equivalent)
+
+
 def few(old: str, new: str, wrong: str, tests: tuple[str, ...] = FEW, equivalent: str = "") -> Mutation:
     return Mutation("kernels/grouped_gemm/sm90/few_rows.py", old, new, wrong, tests, equivalent)
 
@@ -42,106 +50,108 @@ def completion(old: str, new: str, wrong: str, tests: tuple[str, ...] = LATE, eq
 
 MUTATIONS = [
     # The tile scheduler
-    common("at = gl.sum((ends <= number)", "at = gl.sum((ends < number)", "an expert's first tile is the one's before"),
-    common(
+    scheduler(
+        "at = gl.sum((ends <= number)", "at = gl.sum((ends < number)", "an expert's first tile is the one's before"
+    ),
+    scheduler(
         "self.look_up(TOKENS_END, there) - expert_rows + slot",
         "self.look_up(TOKENS_END, there) + slot",
         "rows start behind their expert's",
     ),
-    common(
+    scheduler(
         "n=inside // above_another",
         "n=inside % above_another",
         "the row tile for the column tile",
     ),
-    common(
+    scheduler(
         "tiles = (rows + (self.BLOCK_M - 1)) // self.BLOCK_M",
         "tiles = rows // self.BLOCK_M",
         "an expert's last rows have no tile",
     ),
-    common(
+    scheduler(
         "self.look_up(line, there) - above_another",
         "self.look_up(line, there)",
         "tiles counted from behind the expert",
     ),
-    common(
+    scheduler(
         "self.look_up(line, there) - above",
         "self.look_up(TILES_END, there) - above",
         "tiles of an expert with one counted among the others'",
         SPREAD,
     ),
-    common(
+    scheduler(
         "row_tiles = gl.where(is_light, 0, row_tiles)",
         "pass",
         "experts with one row tile are in both orders",
         SPREAD,
     ),
-    common(
+    scheduler(
         "self.table.index(TOKENS_END).store(gl.associative_scan(tokens, 0, _add))",
         "self.table.index(TOKENS_END).store(gl.associative_scan(self.own(tokens), 0, _add))",
         "rows of the other launch's experts aren't there",
         BY_ROWS,
     ),
-    common(
+    scheduler(
         "row_tiles = self.row_tiles(self.own(tokens), halved)",
         "row_tiles = self.row_tiles(tokens, halved)",
         "the other launch's experts have tiles too",
         BY_ROWS,
     ),
-    common(
+    scheduler(
         "gl.num_programs(0) + gl.atomic_add",
         "gl.num_programs(0) - 1 + gl.atomic_add",
         "a tile is computed twice and the last left out",
     ),
-    common("first = turn % self.SLOTS * FIELDS\n        zero", "first = 0 * turn\n        zero", "one slot for all"),
-    common(
+    scheduler("first = turn % self.SLOTS * FIELDS\n        zero", "first = 0 * turn\n        zero", "one slot for all"),
+    scheduler(
         "(turn // self.SLOTS) & 1)\n        first",
         "turn & 1)\n        first",
         "the scheduler's phase flips each turn",
     ),
-    common(
+    scheduler(
         "        mbarrier.wait(self.published.index(turn % self.SLOTS), (turn // self.SLOTS) & 1)\n",
         "",
         "the next tile is read before it is there",
     ),
-    common(
+    scheduler(
         "n=_number(self.tiles.index(first + 6))",
         "n=_number(self.tiles.index(first + 5))",
         "the row tile for the column tile",
     ),
-    common(
+    scheduler(
         "            rows=_number(self.tiles.index(first + 3))",
         "            rows=_number(self.tiles.index(first + 1))",
         "an expert's rows for the tile's",
     ),
-    common("(HALF - 1)) // HALF", "(HALF - 1)) // self.BLOCK_M", "tiles of half the rows are half as many", HALVES),
-    common(
+    scheduler("(HALF - 1)) // HALF", "(HALF - 1)) // self.BLOCK_M", "tiles of half the rows are half as many", HALVES),
+    scheduler(
         "gl.where(halved, self.BLOCK_M // 2, self.BLOCK_M)",
         "self.BLOCK_M",
         "halves begin at whole tiles",
         HALVES,
         equivalent="Those tiles have all rows then, and what is past the expert none: it only takes longer.",
     ),
-    common(
+    scheduler(
         "minimum(expert_rows - slot, rows)",
         "minimum(expert_rows - slot, self.BLOCK_M)",
         "a tile of half the rows has all",
         HALVES,
     ),
-    common(
+    scheduler(
         "tokens, 0), axis=0) >= BUSY_ROWS",
         "tokens, 0), axis=0) > BUSY_ROWS",
         "rows that are just enough",
         BY_ROWS,
         equivalent="The other kernels compute the same.",
     ),
-    common(
+    scheduler(
         "(is_busy & enough) == (self.busy != 0)",
         "is_busy == (self.busy != 0)",
         "few busy rows are taken",
         BY_ROWS,
         equivalent="As above: the kernels for many rows compute the same.",
     ),
-    common(
+    scheduler(
         "return max(4, -(-(STAGES + 2) // K_BLOCKS))",
         "return 1",
         "one slot for the next tile: written again before it is read",
@@ -300,22 +310,22 @@ MUTATIONS = [
         "GEMM2 waits for too few signals",
         LATE,
     ),
-    common(
+    scheduler(
         "is_light = is_fewer == (light <= heavy)",
         "is_light = is_fewer == (light < heavy)",
         "as many light tiles as others are taken for them",
         SPREAD,
         equivalent="Either order has as many tiles then: they change places.",
     ),
-    common(
+    scheduler(
         "gl.where(past_all, number,",
         "gl.where(number < 0, number,",
         "what is past all is looked for among one kind",
         SPREAD,
         equivalent="Of the kind of which there are more: it is past these too.",
     ),
-    common("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
-    common("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
+    scheduler("fewer_before = gl.minimum(", "fewer_before = gl.maximum(", "the fewer are counted on", SPREAD),
+    share("return name + self.suffix", "return name", "two pairs count by the same counters", BY_ROWS),
     few(
         'counter("gemm1_tile_counter"),',
         'counter("gemm2_tile_counter"),',

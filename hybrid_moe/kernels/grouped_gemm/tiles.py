@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ...problem import MoEProblem
 from .sm90 import many_rows, narrow, one_token
-from .sm90.common import ALL, Share
+from .sm90.share import ALL, Share
 
 
 @dataclass(frozen=True, slots=True)

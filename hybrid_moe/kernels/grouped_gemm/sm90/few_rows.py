@@ -55,24 +55,20 @@ from ...shapes import max_local_rows, max_row_tiles
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, count_arrival, signal
 from .common import (
-    ALL,
     COPY,
     LINE,
     Pipeline,
     Resources,
-    Share,
     SwizzledTiles,
-    TileScheduler,
-    channel_slots,
     gemm1_constants,
     gemm2_constants,
     gemm2_operands,
-    is_shared,
     load_rows,
     load_tile,
     make_pipeline,
-    make_scheduler,
 )
+from .share import ALL, Share, is_shared
+from .tile_scheduler import TileScheduler, channel_slots, make_scheduler
 
 GROUP = gl.constexpr(2)  # 128 blocks of the sum that are loaded together
 BLOCK_M = gl.constexpr(32)

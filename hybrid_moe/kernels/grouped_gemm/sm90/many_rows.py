@@ -46,25 +46,20 @@ from ...shapes import max_local_rows
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see, signal
 from .common import (
-    ALL,
     COPY,
-    FEW_EXPERTS,
     LINE,
     Pipeline,
     Resources,
-    Share,
     SwizzledTiles,
-    TileScheduler,
-    channel_slots,
     gemm1_constants,
     gemm2_constants,
     gemm2_operands,
-    is_shared,
     load_rows,
     load_tile,
     make_pipeline,
-    make_scheduler,
 )
+from .share import ALL, FEW_EXPERTS, Share, is_shared
+from .tile_scheduler import TileScheduler, channel_slots, make_scheduler
 
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)

@@ -51,21 +51,9 @@ from ...plan import LaunchKey
 from ...shapes import max_local_rows, max_row_tiles
 from ...steps import Step
 from ..completion import Signals, all_finished, await_expert, let_async_copies_see
-from .common import (
-    ALL,
-    E4M3,
-    LINE,
-    PLAIN,
-    Resources,
-    Share,
-    TileScheduler,
-    gemm2_constants,
-    gemm2_operands,
-    is_shared,
-    load_rows,
-    load_tile,
-    table_lines,
-)
+from .common import E4M3, LINE, PLAIN, Resources, gemm2_constants, gemm2_operands, load_rows, load_tile
+from .share import ALL, Share, is_shared
+from .tile_scheduler import TileScheduler, table_lines
 
 BLOCK_M = gl.constexpr(32)
 FEW = gl.constexpr(16)  # what is computed where a unit has no more

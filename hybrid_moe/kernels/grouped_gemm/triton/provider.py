@@ -17,7 +17,7 @@ from ...steps import AnyStep, Step
 from ..base import GroupedGemm
 from ..completion import Signals
 from ..sm90 import few_rows, many_rows, narrow, one_token
-from ..sm90.common import ALL, Share
+from ..sm90.share import ALL, Share
 from ..tiles import Specialized, TilePlan, tile_plan
 from . import gemm1, gemm2
 

@@ -116,6 +116,7 @@ def test_experts_by_their_rows(rows, second):
     ("tokens", "kernels", "size"),
     [
         (1, ONE_TOKEN_KERNELS, 1024),
+        (2, ["clear_kernel", "route_kernel", *FEW_KERNELS, "combine_kernel"], 1024),
         (4, ["clear_kernel", "route_kernel", *FEW_KERNELS, "combine_kernel"], 1024),
         (12, ["clear_kernel", "route_kernel", *NARROW_KERNELS, "combine_kernel"], 512),
         (65, ["clear_kernel", "route_kernel", *MANY_KERNELS, "combine_kernel"], 512),

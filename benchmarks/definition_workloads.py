@@ -6,14 +6,15 @@ python benchmarks/definition_workloads.py --output benchmarks/results/DEVICE/kim
 From T = 901 on a rank is measured at its mean share of the rows, at 1.5 times that and at half of it; the table says
 which. Each is checked on poisoned outputs against the float32 reference before it is timed and again on what the timed
 calls wrote, on every weight copy and with every seed; all of them at one workload in one process and in rotating order.
-Writes one BenchRecord a line and prints a table. Exit code 1 if a result is wrong.
+Writes one BenchRecord a line and prints a table; what the file has already isn't measured again. Exit code 1 if a
+result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from hybrid_moe import backends
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.bench import Case, environment_of, measure
-from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, append_record
+from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, MeasurementKey, append_record
 from hybrid_moe.measure.sweep.plan import SHARED_TOKENS, loads_of_ranks, middle_rank
 from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
 from hybrid_moe.measure.workloads import (
@@ -128,6 +130,7 @@ def main() -> None:
         seeds=lambda workload: options.seeds if is_main(workload) else 1,
         sample=options.sample,
         skip=lambda workload, choice: choice in peers.CANDIDATES and not is_main(workload),
+        done={record.key for record in read_records(options.output)} if options.output.exists() else set(),
     ):
         for record in records:
             append_record(options.output, record)
@@ -161,20 +164,29 @@ def measured(
     seeds: Callable[[Workload], int],
     sample: bool = False,
     skip: Callable[[Workload, Candidate], bool] = lambda workload, choice: False,
+    done: Set[MeasurementKey] = frozenset(),
     clock: Clock = CUDA_CLOCK,
 ) -> Iterator[tuple[Case, Candidate, list[BenchRecord]]]:
-    """Measure every candidate on every workload with every seed; the order of the candidates rotates.
+    """Measure every candidate on every workload with every seed but for what is ``done``; their order rotates.
 
     Seeds after the first are checked on a sample of the tokens, the first one too if ``sample`` says so.
     """
+    device = DeviceKey.of(copies[0].gemm1_weights.device).name
+    base = (device, problem.definition, problem.num_experts, problem.gate_first)
     for number, workload in enumerate(workloads):
         shift = number % len(candidates)
         for seed in range(seeds(workload)):
             of_seed = workload if seed == 0 else replace(workload, seed=seed, uuid=None)
+            wanted = [
+                choice
+                for choice in (*candidates[shift:], *candidates[:shift])
+                # Eager calls are timed last.
+                if not skip(workload, choice) and MeasurementKey(*base, choice, of_seed.key, "eager") not in done
+            ]
+            if not wanted:
+                continue
             case = Case.make(of_seed, problem, copies, SAMPLED_TOKENS if sample or seed else None)
-            for choice in (*candidates[shift:], *candidates[:shift]):
-                if skip(workload, choice):
-                    continue
+            for choice in wanted:
                 runs, prepare = 15 if workload.num_tokens <= 4096 else 5, peers.prepare_of(problem, choice)
                 records = measure(case, choice, peak, environment, prepare=prepare, runs=runs, clock=clock)
                 yield case, choice, list(records)

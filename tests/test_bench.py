@@ -402,12 +402,16 @@ def test_every_seed_is_checked_and_timed_by_itself(monkeypatch):
     monkeypatch.setattr(Case, "make", remembered)
     monkeypatch.setattr(definition_workloads.peers, "prepare_of", lambda problem, choice: prepare_of(choice.backend))
     workloads = [Workload(3, 4, uuid="u"), Workload(5, 4)]
-    found = list(
-        definition_workloads.measured(
-            PROBLEM, workloads, [Candidate("peer:a"), Candidate("peer:b")], COPIES[:2], PEAK, {},
-            seeds=lambda workload: 3, clock=clock,
-        )
-    )  # fmt: skip
+
+    def measured(**options):
+        return list(
+            definition_workloads.measured(
+                PROBLEM, workloads, [Candidate("peer:a"), Candidate("peer:b")], COPIES[:2], PEAK, {},
+                seeds=lambda workload: 3, clock=clock, **options,
+            )
+        )  # fmt: skip
+
+    found = measured()
     assert [(w.num_tokens, w.seed, w.uuid) for w in seen] == [
         (3, 0, "u"), (3, 1, None), (3, 2, None), (5, 0, None), (5, 1, None), (5, 2, None)
     ]  # fmt: skip
@@ -419,6 +423,11 @@ def test_every_seed_is_checked_and_timed_by_itself(monkeypatch):
         assert record.status == ("failed" if record.backend == "peer:b" and record.seed == 2 else "passed")
         assert (record.latency_us is None) == (record.status == "failed")
     assert {(r.seed, r.workload) for r in records if r.num_tokens == 3} == {(0, "u"), (1, None), (2, None)}
+    # Killed before the last eager calls, it goes on with these alone, and makes no other inputs.
+    seen.clear()
+    [(_, choice, again)] = measured(done={record.key for record in records[:-1]})
+    assert (choice, [r.timing for r in again]) == (Candidate("peer:a"), ["cuda_graph", "eager"])
+    assert [(w.num_tokens, w.seed) for w in seen] == [(5, 2)] and not measured(done={r.key for r in records})
 
 
 def test_the_case_is_of_the_workload():

@@ -3,6 +3,7 @@
 from mutations import Mutation
 
 ANY = ("tests/test_emulated_kernels.py",)
+TILES = ("tests/test_tile_scheduler.py", *ANY)
 FEW = ("tests/test_emulated_kernels.py::test_few_rows", *ANY)
 MANY = ("tests/test_emulated_kernels.py::test_many_rows", *ANY)
 NARROW = ("tests/test_emulated_kernels.py::test_narrow_experts",)
@@ -20,7 +21,7 @@ def common(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equival
     return Mutation("kernels/grouped_gemm/sm90/common.py", old, new, wrong, tests, equivalent)
 
 
-def scheduler(old: str, new: str, wrong: str, tests: tuple[str, ...] = ANY, equivalent: str = "") -> Mutation:
+def scheduler(old: str, new: str, wrong: str, tests: tuple[str, ...] = TILES, equivalent: str = "") -> Mutation:
     return Mutation("kernels/grouped_gemm/sm90/tile_scheduler.py", old, new, wrong, tests, equivalent)
 
 
@@ -142,14 +143,12 @@ MUTATIONS = [
         "tokens, 0), axis=0) > BUSY_ROWS",
         "rows that are just enough",
         BY_ROWS,
-        equivalent="The other kernels compute the same.",
     ),
     scheduler(
         "(is_busy & enough) == (self.busy != 0)",
         "is_busy == (self.busy != 0)",
         "few busy rows are taken",
         BY_ROWS,
-        equivalent="As above: the kernels for many rows compute the same.",
     ),
     scheduler(
         "return max(4, -(-(STAGES + 2) // K_BLOCKS))",

@@ -269,7 +269,10 @@ MUTATIONS = [
         SPECIALIZED,
     ),
     tiles(
-        "if capability == (9, 0) else (None, None)", "if capability else (None, None)", "specialised kernels elsewhere"
+        "if capability == (9, 0) else (None, None)",
+        "if capability else (None, None)",
+        "specialised kernels elsewhere",
+        equivalent="The tables of other GPUs name none.",
     ),
     tiles("(16.0, replace", "(2.5, replace", "plain Triton for narrow experts with a few rows"),
     tiles("second is Specialized.NARROW and num_tokens == 1", "False", "fewer units than programs for one token"),

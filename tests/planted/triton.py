@@ -125,7 +125,11 @@ MUTATIONS = [
         "(local >= 0) & (local < E)\n    wait", "(local >= 0) & (local <= E)\n    wait", "one expert too many is local"
     ),
     routing(
-        "chosen & (local >= 0) & (local < E)", "(local >= 0) & (local < E)", "choices past the last", (*ROUTING, *GIVEN)
+        "chosen & (local >= 0) & (local < E)",
+        "(local >= 0) & (local < E)",
+        "choices past the last",
+        (*ROUTING, *GIVEN),
+        equivalent="They name no expert: -1.",
     ),
     routing("local = expert - local_expert_offset\n    chosen", "local = expert\n    chosen", "no offset"),
     routing("slot * E + local, -1)", "slot * E + local, 0)", "another rank's expert is the first local one"),

@@ -25,7 +25,7 @@ from hybrid_moe import backends
 from hybrid_moe.candidate import Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.measure.bench import Case, environment_of, measure
-from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.readers import measured_keys
 from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, MeasurementKey, append_record
 from hybrid_moe.measure.sweep.plan import SHARED_TOKENS, loads_of_ranks, middle_rank
 from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
@@ -130,7 +130,7 @@ def main() -> None:
         seeds=lambda workload: options.seeds if is_main(workload) else 1,
         sample=options.sample,
         skip=lambda workload, choice: choice in peers.CANDIDATES and not is_main(workload),
-        done={record.key for record in read_records(options.output)} if options.output.exists() else set(),
+        done=measured_keys(options.output),
     ):
         for record in records:
             append_record(options.output, record)
@@ -172,7 +172,6 @@ def measured(
     Seeds after the first are checked on a sample of the tokens, the first one too if ``sample`` says so.
     """
     device = DeviceKey.of(copies[0].gemm1_weights.device).name
-    base = (device, problem.definition, problem.num_experts, problem.gate_first)
     for number, workload in enumerate(workloads):
         shift = number % len(candidates)
         for seed in range(seeds(workload)):
@@ -181,7 +180,8 @@ def measured(
                 choice
                 for choice in (*candidates[shift:], *candidates[:shift])
                 # Eager calls are timed last.
-                if not skip(workload, choice) and MeasurementKey(*base, choice, of_seed.key, "eager") not in done
+                if not skip(workload, choice)
+                and MeasurementKey.of(device, problem, choice, of_seed.key, "eager") not in done
             ]
             if not wanted:
                 continue

@@ -29,7 +29,7 @@ from hybrid_moe.candidate import BackendUnsupportedError, Candidate
 from hybrid_moe.device import DeviceKey
 from hybrid_moe.inputs import FP8, MoEInputs
 from hybrid_moe.measure.bench import Case, Prepare, Rotation, environment_of, measure
-from hybrid_moe.measure.readers import read_records
+from hybrid_moe.measure.readers import measured_keys
 from hybrid_moe.measure.records import BenchRecord, EnvironmentValue, MeasurementKey, append_record
 from hybrid_moe.measure.sweep.plan import middle_rank
 from hybrid_moe.measure.timing import CUDA_CLOCK, Clock, PeakRates, measure_peak_rates
@@ -83,7 +83,7 @@ def main() -> None:
     peak = measure_peak_rates()
     environment = environment_of(peak) | {p: v for p in ("sglang", "vllm") if (v := installed_version(p))}
     print(environment, flush=True)
-    done = {record.key for record in read_records(options.output)} if options.output.exists() else set()
+    done = measured_keys(options.output)
     all_right = True
     for name in options.layer:
         problem = MODELS[name]
@@ -122,8 +122,7 @@ def measured(
     A record is of the workload's own seed, and ``passed`` if the candidate was right with the following ones too.
     """
     device = DeviceKey.of(copies[0].gemm1_weights.device).name
-    base = (device, problem.definition, problem.num_experts, problem.gate_first)
-    wanted = [c for c in candidates if MeasurementKey(*base, c, workload.key, "cuda_graph") not in done]
+    wanted = [c for c in candidates if MeasurementKey.of(device, problem, c, workload.key, "cuda_graph") not in done]
     if not wanted:
         return
     of_seeds = [replace(workload, seed=workload.seed + n) for n in range(seeds)]

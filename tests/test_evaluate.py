@@ -192,7 +192,8 @@ def test_a_policy_of_half_of_the_measured_tokens_on_the_other_half(device, worst
     assert found.policy.mean < 0.02 and found.policy.worst < worst
     assert 0 < found.noise < 0.01
     gains = {str(single.choice): single.policy_gain for single in found.singles}
-    assert len(gains) >= 3 and gains.pop("triton_fused[gemm=triton]") >= 0
+    # flashinfer's has no records on the H100.
+    assert len(gains) == (4 if device == "nvidia_h200" else 3) and gains.pop("triton_fused[gemm=triton]") >= 0
     assert all(gain > 0.02 for gain in gains.values())
 
 

@@ -27,6 +27,7 @@ from .records import (
     BenchRecord,
     EnvironmentValue,
     Measurement,
+    MeasurementKey,
     RecordCorrectness,
     WorkloadKey,
     check_offset,
@@ -105,6 +106,11 @@ def _read(
     # As a policy keeps the name: no folders, and nothing that a JSON file can't hold.
     name = printable(path.name).replace("\\", "_")
     return kept, InputDigest(name=name, sha256=sha256, records=len(kept))
+
+
+def measured_keys(path: Path) -> set[MeasurementKey]:
+    """What a file of records has measured already: nothing, if it isn't there yet."""
+    return {record.key for record in read_records(path)} if path.exists() else set()
 
 
 def read_records(path: str | Path) -> list[BenchRecord]:

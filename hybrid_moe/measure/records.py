@@ -111,6 +111,13 @@ class MeasurementKey(NamedTuple):
     at: WorkloadKey
     timing: Timing
 
+    @classmethod
+    def of(
+        cls, device: str, problem: MoEProblem, candidate: Candidate, at: WorkloadKey, timing: Timing
+    ) -> MeasurementKey:
+        """That of a record of this problem."""
+        return cls(device, problem.definition, problem.num_experts, problem.gate_first, candidate, at, timing)
+
 
 class BenchRecord(_Model):
     """One candidate on one workload.
